@@ -1,0 +1,460 @@
+"""The data: an index of slices, their subjects, the audit, the split, decoding, augmentation and batches.
+
+    python dataset.py AD_NC            # the audit: what the folder holds, and where its subjects leak
+
+    index = read_index("ADNI/AD_NC")   # a DataFrame, a row a slice: path, label, scan, slice, subject, split
+    index = split_index(index)         # 10 % of the training subjects become split "val"
+
+The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: who is in a scan is known only from
+meta_data_with_label.json or subjects.csv beside AD_NC, and without them the audit says what could not be checked.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
+EXTENSIONS = (".jpeg", ".jpg", ".png")
+MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
+
+
+# ---------------------------------------------------------------- index
+
+
+def is_junk(name):
+    """Leftovers of archives and tools: .DS_Store, ._x.jpeg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def parse_name(path):
+    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being all before the last underscore; None for another form."""
+    match = re.fullmatch(r"(.+)_(\d+)", Path(path).stem, re.DOTALL)
+    return (match[1], int(match[2])) if match else None
+
+
+def list_images(folder):
+    """The image files right in `folder`, sorted by name, junk and other files passed over."""
+    return sorted(
+        entry.path
+        for entry in os.scandir(folder)
+        if entry.name.lower().endswith(EXTENSIONS) and not is_junk(entry.name) and not entry.is_dir()
+    )
+
+
+def read_subjects(root):
+    """Who is in each scan, from a file in `root` or beside it.
+
+    Returns (subjects, labels, source): two dicts from scan id to subject and to class name, and the path of the file
+    read: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the entry), else
+    subjects.csv (columns scan and subject), else None and empty dicts.
+    """
+    folders = (Path(root), Path(os.path.abspath(root)).parent)
+    for path in (folder / "meta_data_with_label.json" for folder in folders):
+        if path.is_file():
+            return *_subjects_from_json(path), path
+    for path in (folder / "subjects.csv" for folder in folders):
+        if path.is_file():
+            table = pd.read_csv(path, dtype=str)
+            if not {"scan", "subject"} <= set(table.columns):
+                raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected scan and subject")
+            known = table.dropna(subset=["scan", "subject"]).drop_duplicates(["scan", "subject"])
+            twice = known.scan[known.scan.duplicated()]
+            if len(twice):
+                raise ValueError(f"{path} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
+            return dict(zip(known.scan, known.subject)), {}, path
+    return {}, {}, None
+
+
+def _subjects_from_json(path):
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        items = list(entries.items())
+    except (ValueError, AttributeError) as problem:
+        raise ValueError(f"{path} is not a JSON object of scans ({problem}); mend it or move it away") from None
+    subjects, labels = {}, {}
+    for scan, entry in items:
+        entry = entry if isinstance(entry, dict) else {}
+        names = " ".join(os.path.basename(value) for value in entry.values() if isinstance(value, str))
+        found = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", names))
+        if len(found) > 1:
+            raise ValueError(f"{path} names two subjects in scan {scan} ({', '.join(sorted(found))}); expected one")
+        if found:
+            subjects[scan] = found.pop()
+        if "label" in entry:
+            labels[scan] = {0: "NC", 1: "neither", 2: "AD"}.get(entry["label"], f"label {entry['label']}")
+    return subjects, labels
+
+
+def read_index(root):
+    """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
+
+    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
+    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan) and split ("train" or "test").
+    `index.attrs` tells the root and the file the subjects came from. Raises ValueError on a folder of another form.
+    """
+    root = Path(root)
+    if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
+        root = root / "AD_NC"
+    rows = []
+    for split in ("train", "test"):
+        for label in ("AD", "NC"):
+            folder = root / split / label
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
+            images = list_images(folder)
+            if not images:
+                raise ValueError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
+            for path in images:
+                name = parse_name(path)
+                if name is None:
+                    raise ValueError(f"{path} is not named <scan>_<slice>, as 218391_78.jpeg is; rename or remove it")
+                rows.append((path, label, *name, split))
+    index = pd.DataFrame(rows, columns=["path", "label", "scan", "slice", "split"])
+    subjects, labels, source = read_subjects(root)
+    index["subject"] = index.scan.map(subjects).astype("string")
+    _check_scans(index, labels, source)
+    index = index.sort_values(["split", "label", "scan", "slice"], ignore_index=True)
+    index = index[["path", "label", "scan", "slice", "subject", "split"]]
+    index.attrs = {"root": str(root), "subjects_from": str(source) if source else None}
+    return index
+
+
+def _check_scans(index, labels, source):
+    """A scan has one class, stands in one of train and test, and agrees with the metadata; else a ValueError."""
+    for column, what in (("label", "of both classes"), ("split", "in both train and test")):
+        count = index.groupby("scan")[column].nunique()
+        if (count > 1).any():
+            scan = count.index[count > 1][0]
+            paths = index[index.scan == scan].drop_duplicates(column).path
+            raise ValueError(f"scan {scan} stands {what}: {' and '.join(paths)}; keep one of them")
+    twice = index[index.duplicated(["scan", "slice"], keep=False)]
+    if len(twice):
+        same = twice[(twice.scan == twice.scan.iloc[0]) & (twice.slice == twice.slice.iloc[0])]
+        raise ValueError(f"the slice {' and '.join(same.path)} stands there twice; keep one of them")
+    known = index.scan.map(labels)
+    wrong = index[known.notna() & (known != index.label)]
+    if len(wrong):
+        row = wrong.iloc[0]
+        raise ValueError(
+            f"{row.path} is in folder {row.label}, but {source} says {labels[row.scan]}; "
+            f"this is so for {wrong.scan.nunique()} scans: correct one or the other"
+        )
+
+
+# ---------------------------------------------------------------- audit
+
+
+def window_vote(index):
+    """Scan accuracy on test of a vote on the slice window alone (the lowest slice number of a scan), fitted on train.
+
+    What a model can get from the choice of slices without looking at anatomy; windows unseen in train count as the
+    larger class of train. Returns a fraction of the test scans.
+    """
+    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), window=("slice", "min")).reset_index()
+    train, test = scans[scans.split == "train"], scans[scans.split == "test"]
+    majority = train.label.mode()[0]
+    vote = train.groupby("window").label.agg(lambda labels: labels.mode()[0])
+    return float((test.window.map(vote).fillna(majority) == test.label).mean())
+
+
+def shared_subjects(index):
+    """The subjects that stand in both train (or val) and test, sorted."""
+    known = index.dropna(subset="subject")
+    test = known.split == "test"
+    return sorted(set(known.subject[test]) & set(known.subject[~test]))
+
+
+def audit(index):
+    """What the index holds and where it leaks, as lines of text for people. Opens each file's header for its size."""
+    yield f"{index.attrs.get('root', 'index')}: {len(index):,} slices of {index.scan.nunique():,} scans"
+    source = index.attrs.get("subjects_from")
+    unmapped = index.scan[index.subject.isna()].nunique()
+    yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv: subjects unknown"
+    yield ""
+    yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
+    for (split, label), part in index.groupby(["split", "label"]):
+        subjects = part.subject.nunique() if part.subject.notna().any() else "?"
+        yield f"{split + ' ' + label:<8}{len(part):>10,}{part.scan.nunique():>8,}{subjects:>10}"
+    yield ""
+    per_scan = index.groupby("scan").size().value_counts().sort_index()
+    yield "slices a scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
+    yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
+    with ThreadPoolExecutor() as pool:
+        kinds = pd.Series(pool.map(_describe, index.path)).value_counts()
+    yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds.items())
+    majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
+    test_scans = index[index.split == "test"].drop_duplicates("scan")
+    yield (
+        f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test scans; "
+        f"always {majority} on {(test_scans.label == majority).mean():.3f}"
+    )
+    if unmapped:
+        yield (
+            f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject; whether train and test "
+            "share these patients cannot be told, and a split treats each such scan as a subject of its own"
+        )
+    test_subjects = index[index.split == "test"].subject.nunique()
+    shared = shared_subjects(index)
+    if shared:
+        yield (
+            f"LEAK: {len(shared)} of the {test_subjects} test subjects also stand in train: "
+            "figures on all of test are too high; look at those on subjects not seen in training"
+        )
+    elif test_subjects:
+        yield f"none of the {test_subjects} known test subjects stands in train"
+    both = index.dropna(subset="subject").groupby("subject").label.nunique()
+    if (both > 1).any():
+        yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
+
+
+def _describe(path):
+    try:
+        with Image.open(path) as image:
+            return f"{image.width} wide x {image.height} high, mode {image.mode}"
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return "unreadable"
+
+
+# ---------------------------------------------------------------- split
+
+
+def _groups(index, by):
+    """What a split keeps together: the subject (the scan where the subject is unknown), or each slice by itself."""
+    if by == "slice":
+        return index.path
+    if by != "subject":
+        raise ValueError(f"a split by {by!r} is not known; choose subject or slice")
+    return index.subject.fillna("scan " + index.scan).astype(str)
+
+
+def split_index(index, val_fraction=0.1, by="subject", seed=0):
+    """Turn `val_fraction` of split "train" into split "val", stratified by class; returns a new DataFrame.
+
+    by="subject" keeps a subject whole (a scan, where its subject is unknown); by="slice" is the naive split that leaks,
+    for showing the leak. In each class groups are taken in a seeded random order until the number of slices is nearest
+    to the fraction: at least one, and at least one stays in train. A class with a single group stays in train.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"the validation fraction is {val_fraction}; expected at least 0 and less than 1")
+    index = index.copy()
+    train = index[index.split == "train"]
+    groups = _groups(train, by)
+    sizes = pd.DataFrame({"group": groups, "label": train.label}).groupby("group").label.agg(["first", "size"])
+    generator = np.random.default_rng(seed)
+    for _, part in sizes.groupby("first"):
+        if len(part) < 2 or val_fraction == 0:
+            continue
+        part = part.iloc[generator.permutation(len(part))]
+        slices = part["size"].cumsum().to_numpy()
+        take = 1 + int(np.abs(slices[:-1] - val_fraction * slices[-1]).argmin())
+        index.loc[train.index[groups.isin(part.index[:take])], "split"] = "val"
+    if by == "subject":
+        check_disjoint(index)
+    return index
+
+
+def fold_index(index, fold, folds, by="subject", seed=0):
+    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train", by scikit-learn's StratifiedGroupKFold.
+
+    The fold becomes split "test" and the rows of the official test set are dropped, so that epochs are still chosen on
+    a "val" that `split_index` takes from what remains, never on the fold itself.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if folds < 2 or not 0 <= fold < folds:
+        raise ValueError(f"fold {fold} of {folds} does not exist; folds count from 0, and there are at least 2")
+    index = index[index.split == "train"].reset_index(drop=True)
+    groups = _groups(index, by)
+    fewest = pd.DataFrame({"group": groups, "label": index.label}).groupby("label").group.nunique().min()
+    if fewest < folds:
+        raise ValueError(f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}")
+    kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    held_out = list(kfold.split(index, index.label, groups))[fold][1]
+    index.loc[held_out, "split"] = "test"
+    return index
+
+
+def check_disjoint(index):
+    """Raise RuntimeError if train and val share a subject, or a scan."""
+    for unit in ("subject", "scan"):
+        known = index.dropna(subset=unit)
+        shared = set(known[unit][known.split == "train"]) & set(known[unit][known.split == "val"])
+        if shared:
+            raise RuntimeError(f"train and val share {len(shared)} {unit}s, first {min(shared)}; the split leaks")
+
+
+def split_hash(index):
+    """A fingerprint of who is where: SHA-256 of the sorted lines split/label/file, 16 hex digits."""
+    lines = sorted(index.split + "/" + index.label + "/" + index.path.map(os.path.basename))
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- decoding and batches
+
+
+def decode(path, size=None):
+    """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
+    about its centre. Raises OSError or ValueError if the file is not an image."""
+    with Image.open(path) as image:
+        image = image.convert("L")
+        if size is not None and image.size != (size[1], size[0]):
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+
+def common_size(paths):
+    """The most frequent size (H, W) among the image files."""
+
+    def size(path):
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except Exception as problem:
+            raise ValueError(f"{path} cannot be read as an image ({problem}); replace or remove it") from None
+
+    with ThreadPoolExecutor() as pool:
+        width, height = pd.Series(list(pool.map(size, paths))).mode()[0]
+    return height, width
+
+
+def load_slices(paths, size, bar="decoding"):
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W).
+
+    Returns (images, errors): errors[i] is None, or the reason why file i could not be read and images[i] is black.
+    """
+    from tqdm import tqdm
+
+    images = np.zeros((len(paths), *size), np.uint8)
+
+    def load(i):
+        try:
+            images[i] = decode(paths[i], size)
+        except Exception as problem:  # PIL raises nearly anything on a damaged file
+            return f"cannot be read as an image: {problem}"
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        work = pool.map(load, range(len(paths)))
+        errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
+    return images, errors
+
+
+def make_loader(images, labels, batch_size, generator=None):
+    """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
+
+    `images` is uint8 (N, H, W), `labels` int (N,). With a generator the order is a random permutation drawn from it,
+    without one it is the given order. The last batch may be smaller.
+    """
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+    slices = _Slices(images, labels)
+    order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
+    # batch_size=None: the sampler hands over a whole batch of rows, which one NumPy index fetches
+    return DataLoader(slices, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last=False))
+
+
+class _Slices:
+    def __init__(self, images, labels):
+        self.images, self.labels = images, np.asarray(labels, np.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        import torch
+
+        return torch.from_numpy(self.images[rows][:, None]), torch.from_numpy(self.labels[rows])
+
+
+# ---------------------------------------------------------------- transforms, on whole batches and on any device
+
+
+def normalise(x):
+    """[0, 1] -> [-1, 1]."""
+    return (x - MEAN) / STD
+
+
+def eval_transform(images, image_size):
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
+    import torch
+    from torchvision.transforms.v2 import functional as TF
+
+    x = TF.to_dtype(images, torch.float32, scale=True)
+    x = TF.resize(x, [image_size], antialias=True)
+    return normalise(TF.center_crop(x, [image_size, image_size]))
+
+
+def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
+    """Random resized crop, horizontal flip and rotation as one affine map an image.
+
+    The crop is drawn as torchvision's RandomResizedCrop draws it (area uniform in [min_area, 1], aspect log-uniform in
+    [3/4, 4/3], the first of ten that fits). Returns float32 (n, 2, 3): output to input, in grid_sample's coordinates.
+    """
+    import torch
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    area = height * width * uniform(min_area, 1.0, n, 10)
+    aspect = torch.exp(uniform(np.log(3 / 4), np.log(4 / 3), n, 10))
+    widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
+    fits = ((widths <= width) & (heights <= height)).float()
+    first = fits.argmax(1, keepdim=True)  # a later try only where the earlier ones do not fit
+    none = fits.sum(1) == 0
+    w = widths.gather(1, first)[:, 0].masked_fill(none, width)
+    h = heights.gather(1, first)[:, 0].masked_fill(none, height)
+    x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
+    mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
+    angle = torch.deg2rad(uniform(-degrees, degrees, n))
+    return affine(x0, y0, w, h, height, width, mirror, angle)
+
+
+def affine(x0, y0, w, h, height, width, mirror, angle):
+    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels, then mirror (-1 or 1), then a turn by `angle` radians
+    (counter-clockwise), all as tensors (n,). Read backwards, from output to input, as grid_sample wants it: turn in
+    the square output, mirror, then into the crop."""
+    import torch
+
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    sx, sy = w / width, h / height
+    row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
+    row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)
+    return torch.stack((row_x, row_y), 1)
+
+
+def warp(images, theta, image_size):
+    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
+
+    Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    k = max(1, round(min(images.shape[2:]) / image_size))
+    x = images.to(torch.float32) / 255
+    grid = F.affine_grid(theta.to(x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
+    return normalise(F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
+    args = parser.parse_args()
+    try:
+        for line in audit(read_index(args.root)):
+            print(line)
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

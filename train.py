@@ -1,0 +1,469 @@
+"""Train a ConvNeXt to tell AD from NC.
+
+    python train.py --demo                             # no data needed: draws a phantom set, under 3 minutes on a CPU
+    python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
+
+A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
+training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
+once, at the end. `--out RUN --resume` goes on with a run that was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+# What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
+DEMO = dict(model="atto", image_size=64, epochs=14, batch_size=32, lr=2e-3, drop_path=0.0)
+DEMO_SUBJECTS = 60
+# What may differ when a run goes on: where it runs and when it ends, not how it learns.
+FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard"}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data and output").add_argument
+    add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC, if it is there)")
+    add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
+    add("--out", metavar="RUN", help="run folder, must be new (default: runs/<time>-<model>)")
+    add("--resume", action="store_true", help="go on with the run in --out; its flags are taken from config.json")
+    add("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
+    add = parser.add_argument_group("split").add_argument
+    add("--val-fraction", type=float, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
+    add("--split-by", choices=("subject", "slice"), default="subject", help="slice LEAKS, to show what it does")
+    add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
+    add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="tiny", metavar="V", help="atto, femto, pico, nano, tiny, small, base or large (tiny)")
+    add("--image-size", type=int, default=224, metavar="PX", help="side of the model's square input (224)")
+    add("--drop-path", type=float, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
+    add("--init", metavar="FILE", help="start from a ConvNeXt state dict of torchvision or timm")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=100, metavar="N", help="length of the schedule (100)")
+    add("--batch-size", type=int, default=64, metavar="N", help="slices a step (64)")
+    add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (1e-4)")
+    add("--weight-decay", type=float, default=1e-4, metavar="W", help="not on 1-D parameters (1e-4)")
+    add("--label-smoothing", type=float, default=0.1, metavar="S", help="of the cross-entropy (0.1)")
+    add("--clip-grad", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
+    add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up before the cosine (1)")
+    add("--patience", type=int, default=20, metavar="N", help="stop after N epochs without a better val (20; 0: never)")
+    add("--ema", type=float, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-flip", action="store_true", help="no horizontal flip (on AD_NC it swaps front and back)")
+    add("--mixup", type=float, default=0.0, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2 (0: off)")
+    add("--cutmix", type=float, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="auto: fp16 on CUDA, native bf16 on CPU")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA if there is one)")
+    add("--seed", type=int, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags; where not given, those of --demo, or on --resume those of the run."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(**DEMO)
+    if args.resume:
+        if not args.out:
+            parser.error("--resume needs --out RUN, the folder of the run to go on with")
+        try:
+            saved = json.loads((Path(args.out) / "config.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError) as problem:
+            parser.error(f"{args.out} holds no run to go on with ({problem})")
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})
+        args = parser.parse_args(argv)
+        changed = [name for name, value in saved.items()
+                   if name not in FREE_ON_RESUME and getattr(args, name, value) != value]
+        if changed:
+            words = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}" for name in changed)
+            parser.error(f"a resumed run keeps its flags ({words}); leave them out, or start a new run")
+    args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser, args):
+    positive = ("epochs", "batch_size", "lr", "clip_grad")
+    at_least_0 = ("weight_decay", "warmup_epochs", "patience", "mixup", "cutmix", "seed")
+    ranges = {name: (0, float("inf")) for name in at_least_0}
+    ranges |= {name: (0, 0.999999) for name in ("val_fraction", "drop_path", "label_smoothing", "ema")}
+    ranges["image_size"] = (32, 4096)
+    for name in (*positive, *ranges):
+        value, (low, high) = getattr(args, name), ranges.get(name, (0, float("inf")))
+        if not low <= value <= high or (name in positive and value == 0):
+            expected = "more than 0" if name in positive else f"from {low} to {high}"
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected a number {expected}")
+    if (args.fold is None) != (args.folds is None):
+        parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
+
+
+# Read before torch is imported, so that --help and a mistyped flag answer at once.
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import dataset  # noqa: E402
+import utils  # noqa: E402
+from modules import VARIANTS, convnext, load_weights  # noqa: E402
+from predict import fingerprint, predict_table, run, write_results  # noqa: E402
+
+# ---------------------------------------------------------------- data
+
+
+def find_data(args):
+    """The folder AD_NC to train on; for --demo it is drawn into the cache, once."""
+    if args.data:
+        return args.data
+    if args.demo:
+        return demo_data()
+    if os.path.isdir("AD_NC"):
+        return "AD_NC"
+    raise ValueError(
+        "no data: there is no ./AD_NC here. Name the folder with --data AD_NC (it holds train/ and test/, each with "
+        "AD/ and NC/), or see it work without any data: python train.py --demo"
+    )
+
+
+def demo_data():
+    """The phantom set of --demo, drawn on the first call. A changed phantom.py draws another one."""
+    import phantom
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-ad-nc"
+    version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:8]
+    folder = cache / f"phantom-{version}"
+    if not (folder / "AD_NC").is_dir():
+        print(f"drawing a phantom set into {folder}, once")
+        phantom.draw(folder, subjects=DEMO_SUBJECTS, seed=0)
+    return folder / "AD_NC"
+
+
+def load_data(args, root):
+    """Index, split and decode; returns (index, images), a row of images uint8 (N, H, W) for each row of the index."""
+    index = dataset.read_index(root)
+    if args.folds is not None:
+        index = dataset.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
+    index = dataset.split_index(index, args.val_fraction, args.split_by, args.seed)
+    for split in ("train", "val"):
+        missing = set(dataset.CLASSES) - set(index.label[index.split == split])
+        if missing:
+            raise ValueError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects "
+                             f"or more of each class in train/ and a --val-fraction over 0 (it is {args.val_fraction})")
+    size = dataset.common_size(index.path[index.split == "train"])
+    images, errors = dataset.load_slices(index.path.tolist(), size, bar="decoding")
+    bad = [f"{path} {error}" for path, error in zip(index.path, errors) if error]
+    if bad:
+        raise ValueError(f"{len(bad)} files cannot be used; mend or remove them: " + "; ".join(bad[:10]))
+    return index, images
+
+
+def describe_split(index, by):
+    """Lines that say who is where, and what could not be known."""
+    parts = [f"{split} {len(part):,} slices of {part.scan.nunique()} scans, {part.subject.nunique()} known subjects"
+             for split, part in index.groupby("split", sort=False)]
+    lines = ["; ".join(parts)]
+    unknown = index.scan[index.subject.isna()].nunique()
+    if by == "slice":
+        lines.append("LEAKY SPLIT: train and val share scans (--split-by slice); val figures are not to be believed")
+    elif unknown:
+        lines.append(f"{unknown} scans have no known subject: they are split by scan, and subjects may be shared")
+    shared = len(dataset.shared_subjects(index))
+    if shared:
+        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; unseen ones are reported apart")
+    return lines
+
+
+# ---------------------------------------------------------------- optimisation
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices and kernels only, not on biases, norms and gamma."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def make_mix(args):
+    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them a batch; None if both are off."""
+    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
+    mixes = [kind(alpha=alpha, num_classes=len(dataset.CLASSES)) for kind, alpha in kinds if alpha > 0]
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def train_epoch(state, batches, args, *, epoch, amp, device, mix):
+    """One pass over the training slices. Returns its mean loss and accuracy by slice, and slices a second.
+
+    Sums stay on the device; the bar alone asks for one now and then.
+    """
+    model, ema, optimizer, scaler = state
+    model.train()
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
+    start = time.perf_counter()
+    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=None)
+    for i, (x, y) in enumerate(bar):
+        lr = utils.lr_at((epoch - 1) * len(batches) + i, steps_per_epoch=len(batches), **schedule(args))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        theta = dataset.sample_affine(len(x), *x.shape[2:], flip=not args.no_flip)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        x = dataset.warp(x, theta, args.image_size)
+        if mix is not None:
+            x, y = mix(x, y)  # y becomes (N, 2), a share of each class
+        with utils.autocast(device, amp):
+            logits = model(x.contiguous(memory_format=torch.channels_last))
+            loss = criterion(logits, y)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        if ema is not None:
+            ema.update_parameters(model)
+        right = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+        sums += torch.stack((loss.detach().float() * len(x), right.sum()))
+        seen += len(x)
+        if i % 10 == 0 or i == len(batches) - 1:
+            rate = seen / (time.perf_counter() - start)
+            bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
+    loss, right = (sums / seen).tolist()
+    rate = seen / (time.perf_counter() - start)
+    return {"train_loss": loss, "train_accuracy": right, "lr": lr, "images_per_s": rate}
+
+
+def schedule(args):
+    return dict(epochs=args.epochs, warmup_epochs=args.warmup_epochs, lr=args.lr)
+
+
+def val_epoch(model, images, table, args, *, amp, device):
+    """Validation through `evaluate`. Returns (figures by slice, scan AUROC and the loss, and a remark or "")."""
+    predictions = utils.evaluate(
+        model, images, table, image_size=args.image_size, device=device, amp=amp, batch_size=args.batch_size, bar="val"
+    )
+    p = predictions.p_AD.where(predictions.label == "AD", 1 - predictions.p_AD)  # of the right class
+    by_slice = utils.point_figures((predictions.label == "AD").to_numpy(), predictions.p_AD.to_numpy())
+    scans = utils.aggregate(predictions, "scan")
+    figures = {
+        "val_loss": float(-torch.tensor(p.to_numpy()).clamp_min(1e-12).log().mean()),
+        "val_accuracy": by_slice["accuracy"],
+        "val_balanced_accuracy": by_slice["balanced_accuracy"],
+        "val_scan_auroc": utils.point_figures((scans.label == "AD").to_numpy(), scans.p_AD.to_numpy())["auroc"],
+    }
+    if predictions.prediction.nunique() == 1:
+        return figures, f"predicts {predictions.prediction.iloc[0]} for every slice: not learning yet"
+    return figures, ""
+
+
+# ---------------------------------------------------------------- the run
+
+
+def open_run(args):
+    """The run's folder: made new, or on --resume the one that is there."""
+    if args.resume:
+        return Path(args.out)
+    out = Path(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def make_log(path):
+    """A function that prints a line past the bars and appends it to the file."""
+
+    def log(line=""):
+        tqdm.write(line)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return log
+
+
+HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC    img/s"
+
+
+def format_epoch(row, best, remark):
+    auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
+    return (f"{row['epoch']:>5}  {row['lr']:>8.2e}  {row['train_loss']:>7.4f}  {row['train_accuracy']:>6.3f}  "
+            f"{row['val_loss']:>8.4f}  {row['val_accuracy']:>7.3f}  {row['val_balanced_accuracy']:>7.3f}  {auroc:>6}  "
+            f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
+
+
+def make_model(args, log):
+    model = convnext(args.model, drop_path_rate=args.drop_path)
+    if args.init:
+        weights = torch.load(args.init, map_location="cpu", weights_only=True)
+        loaded, left = load_weights(model, weights.get("weights", weights))
+        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
+            f"left: {', '.join(left) or 'nothing'}")
+    return model
+
+
+def main(args):
+    device = utils.pick_device(args.device)
+    amp = utils.pick_amp(args.amp, device)
+    if args.model not in VARIANTS:
+        raise ValueError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}")
+    root = find_data(args)
+    index, images = load_data(args, root)
+    out = open_run(args)
+    log = make_log(out / "training_log.txt")
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+
+    utils.seed_everything(args.seed)
+    model = make_model(args, log).to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    state = model, ema, optimizer, scaler
+
+    split = index[["path", "label", "scan", "slice", "subject", "split"]]
+    split = split.assign(path=[os.path.relpath(path, index.attrs.get("root", root)) for path in index.path])
+    known = index[index.split != "test"]
+    facts = {
+        "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
+        "classes": list(dataset.CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
+        "mean": dataset.MEAN, "std": dataset.STD, "split_by": args.split_by, "split_hash": dataset.split_hash(index),
+        # who was trained and chosen on, so that predict.py can tell a test from a memory; fingerprints, no names
+        "seen": {"subjects": sorted(map(fingerprint, known.subject.dropna().unique())),
+                 "scans": sorted(map(fingerprint, known.scan.unique())), "unknown": bool(known.subject.isna().any())},
+    }
+    history, last = [], None
+    if args.resume and (out / "last.pth").exists():
+        last = utils.load_checkpoint(out / "last.pth", device)
+        if last["split_hash"] != facts["split_hash"]:
+            raise ValueError(f"the files under {root} are not those that {out} was trained on; expected the same ones")
+        restore(state, last)
+        history = last["history"]
+        log(f"resumed after epoch {len(history)}")
+    if not args.resume:
+        write_start(out, args, split, device, amp)
+        log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
+            f"{device}, {str(amp or 'float32').removeprefix('torch.')}; run folder {out}")
+        for line in describe_split(index, args.split_by):
+            log(line)
+
+    fit(state, index, images, args, out=out, log=log, device=device, amp=amp, facts=facts, history=history)
+    finish(index, images, args, root=root, out=out, log=log, device=device, amp=amp)
+
+
+def write_start(out, args, split, device, amp):
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    flags = {name: value for name, value in vars(args).items()}
+    used = {"device": name, "amp": str(amp or torch.float32).removeprefix("torch.")}
+    utils.write_csv(out / "split.csv", split)
+    utils.write_json(out / "config.json", {"flags": flags, "used": used, "versions": versions})
+
+
+def save_state(state, path, **content):
+    model, ema, optimizer, scaler = state
+    utils.save_checkpoint(
+        path, weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        ema=ema.state_dict() if ema is not None else None, **content,
+    )
+
+
+def restore(state, last):
+    model, ema, optimizer, scaler = state
+    model.load_state_dict(last["weights"])
+    optimizer.load_state_dict(last["optimizer"])
+    scaler.load_state_dict(last["scaler"])
+    if ema is not None:
+        ema.load_state_dict(last["ema"])
+
+
+def is_better(row, best):
+    """By validation accuracy; the lower loss decides between equals. A whole-class guess ties for many epochs."""
+    return best is None or (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
+
+
+def fit(state, index, images, args, *, out, log, device, amp, facts, history):
+    """Train up to args.epochs, keep the best epoch by validation accuracy, stop early. Everything random in an epoch
+    comes from (seed, epoch), so that a resumed run repeats what an unbroken one does."""
+    parts = {split: (index.split == split).to_numpy() for split in ("train", "val")}
+    order = torch.Generator()
+    batches = dataset.make_loader(
+        images[parts["train"]], (index.label[parts["train"]] == "AD").to_numpy(), args.batch_size, order
+    )
+    val_images, val_index = images[parts["val"]], index[parts["val"]]
+    model, ema = state[:2]
+    kept = ema.module if ema is not None else model
+    mix, best = make_mix(args), None
+    for row in history:
+        best = row if is_better(row, best) else best
+    writer = open_tensorboard(out) if args.tensorboard else None
+    utils.plot_lr(out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
+    log(HEADER)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        if best is not None and 0 < args.patience <= len(history) - best["epoch"]:
+            log(f"stopped early: no better validation in {args.patience} epochs")
+            break
+        utils.seed_everything(args.seed, epoch)
+        order.manual_seed(torch.initial_seed())
+        row = {"epoch": epoch} | train_epoch(state, batches, args, epoch=epoch, amp=amp, device=device, mix=mix)
+        figures, remark = val_epoch(kept, val_images, val_index, args, amp=amp, device=device)
+        row |= figures
+        if not torch.isfinite(torch.tensor(row["train_loss"])):
+            raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off. "
+                             f"{out / 'best_model.pth'} holds the best epoch before")
+        history.append(row)
+        if is_better(row, best):
+            best = row
+            utils.save_checkpoint(out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row,
+                                  flags=vars(args), **facts)
+        save_state(state, out / "last.pth", epoch=epoch, history=history, flags=vars(args), **facts)
+        utils.write_csv(out / "training_history.csv", pd.DataFrame(history))
+        log(format_epoch(row, best is row, remark))
+        if writer is not None:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, epoch)
+            writer.flush()
+    utils.plot_history(out / "training_curves.png", pd.DataFrame(history), best["epoch"])
+
+
+def open_tensorboard(out):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(out)
+
+
+def finish(index, images, args, *, root, out, log, device, amp):
+    """Evaluate the best model on val and, once, on test, by the road that predict.py takes."""
+    checkpoint = utils.load_checkpoint(out / "best_model.pth")
+    log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
+    titles = {"val": "validation (the epoch was chosen on it)", "test": "test"}
+    if args.split_by == "slice":
+        titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
+    if args.folds is not None:
+        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
+        if args.split_by == "slice":
+            titles["test"] = "LEAKY " + titles["test"] + " by slice"
+    for split, title in titles.items():
+        rows = (index.split == split).to_numpy()
+        table = index[rows].drop(columns="split")[["path", "scan", "slice", "subject", "label"]].reset_index(drop=True)
+        predictions = predict_table(checkpoint, table, device=device, amp=amp, images=images[rows])
+        seen = checkpoint["seen"] if split == "test" else None
+        for line in write_results(predictions, out / split, title=title, seen=seen):
+            log(line)
+    log(f"pictures in {out} and {out / 'test'}")
+    if args.folds is None:
+        log("predict again with:")
+        log(f"  python predict.py {Path(root) / 'test'} --checkpoint {out / 'best_model.pth'}")
+
+
+if __name__ == "__main__":
+    run(main, ARGS)
