@@ -27,6 +27,28 @@ EXTENSIONS = (".jpeg", ".jpg", ".png")
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 
 
+# ---------------------------------------------------------------- the command line of every script
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as the manual; wrong usage is one `error: ...` line and status 2."""
+
+    def __init__(self, manual):
+        super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def run(main, args):
+    """Run a script's main; wrong input ends it with one `error: ...` line and status 2, without a traceback."""
+    try:
+        main(args)
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
 # ---------------------------------------------------------------- index
 
 
@@ -111,6 +133,9 @@ def read_index(root):
             if not folder.is_dir():
                 raise ValueError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
             images = list_images(folder)
+            nested = sorted(e.path for e in os.scandir(folder) if e.is_dir() and not is_junk(e.name))
+            if nested:
+                raise ValueError(f"{nested[0]} is a folder; expected only files <scan>_<slice>.jpeg in {label}")
             if not images:
                 raise ValueError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
             for path in images:
@@ -347,7 +372,7 @@ def load_slices(paths, size, bar="decoding"):
     return images, errors
 
 
-def make_loader(images, labels, batch_size, generator=None):
+def make_loader(images, labels, batch_size, generator=None, pin_memory=False):
     """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
 
     `images` is uint8 (N, H, W), `labels` int (N,). With a generator the order is a random permutation drawn from it,
@@ -358,7 +383,8 @@ def make_loader(images, labels, batch_size, generator=None):
     slices = _Slices(images, labels)
     order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
     # batch_size=None: the sampler hands over a whole batch of rows, which one NumPy index fetches
-    return DataLoader(slices, batch_size=None, sampler=BatchSampler(order, batch_size, drop_last=False))
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(slices, batch_size=None, sampler=batches, pin_memory=pin_memory)
 
 
 class _Slices:
@@ -377,19 +403,14 @@ class _Slices:
 # ---------------------------------------------------------------- transforms, on whole batches and on any device
 
 
-def normalise(x):
-    """[0, 1] -> [-1, 1]."""
-    return (x - MEAN) / STD
-
-
-def eval_transform(images, image_size):
+def eval_transform(images, image_size, mean=MEAN, std=STD):
     """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
     import torch
     from torchvision.transforms.v2 import functional as TF
 
     x = TF.to_dtype(images, torch.float32, scale=True)
     x = TF.resize(x, [image_size], antialias=True)
-    return normalise(TF.center_crop(x, [image_size, image_size]))
+    return (TF.center_crop(x, [image_size, image_size]) - mean) / std
 
 
 def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
@@ -430,7 +451,7 @@ def affine(x0, y0, w, h, height, width, mirror, angle):
     return torch.stack((row_x, row_y), 1)
 
 
-def warp(images, theta, image_size):
+def warp(images, theta, image_size, mean=MEAN, std=STD):
     """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
 
     Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
@@ -441,20 +462,15 @@ def warp(images, theta, image_size):
     k = max(1, round(min(images.shape[2:]) / image_size))
     x = images.to(torch.float32) / 255
     grid = F.affine_grid(theta.to(x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
-    return normalise(F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k))
+    return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
-    args = parser.parse_args()
-    try:
-        for line in audit(read_index(args.root)):
-            print(line)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+def main(args):
+    for line in audit(read_index(args.root)):
+        print(line)
 
 
 if __name__ == "__main__":
-    main()
+    parser = Parser(__doc__)
+    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
+    run(main, parser.parse_args())

@@ -9,16 +9,17 @@ the probability of AD), and where the labels are known metrics.json, confusion_m
 calibration.png. A file that cannot be read gets a row with the reason; the exit status is 2 if none could be.
 """
 
-import argparse
 import hashlib
 import os
 import sys
 from datetime import datetime
 from pathlib import Path
 
+from dataset import EXTENSIONS, Parser, list_images, load_slices, parse_name, read_subjects, run
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, or a folder of slices (or of AD/ and NC/)")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
@@ -36,7 +37,6 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 import utils  # noqa: E402
-from dataset import EXTENSIONS, list_images, load_slices, parse_name, read_subjects  # noqa: E402
 
 # ---------------------------------------------------------------- input
 
@@ -109,9 +109,10 @@ def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None)
     errors = pd.Series(errors, index=table.index, dtype=object)
     good = errors.isna()
     model = utils.build_model(checkpoint).to(device, memory_format=utils.torch.channels_last)
+    recipe = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
     predicted = utils.evaluate(
-        model, images[good.to_numpy()], table[good], image_size=checkpoint["image_size"],
-        device=device, amp=amp, batch_size=batch_size, bar="predicting",
+        model, images[good.to_numpy()], table[good], **recipe, device=device, amp=amp, batch_size=batch_size,
+        bar="predicting",
     )
     table = table.join(predicted[["p_AD", "prediction"]])
     order = [column for column in table if column != "label"] + ["label"] * ("label" in table)
@@ -193,7 +194,8 @@ def main(args):
           f"{len(table):,} slices on {device}, {str(amp or 'float32').removeprefix('torch.')}")
 
     predictions = predict_table(checkpoint, table, device=device, amp=amp, batch_size=args.batch_size)
-    lines = write_results(predictions, out, title=f"predictions of {path}", seen=checkpoint["seen"])
+    title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
+    lines = write_results(predictions, out, title=title, seen=checkpoint["seen"])
     if "error" in predictions:
         bad = predictions[predictions.error.notna()]
         for row in bad.head(10).itertuples():
@@ -207,15 +209,6 @@ def main(args):
     if len(scans) > 10:
         print(f"... and {len(scans) - 10} more scans")
     print(*lines, f"results in {out}", sep="\n")
-
-
-def run(main, args):
-    """Run a script's main; wrong input ends it with one line and status 2, without a traceback."""
-    try:
-        main(args)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

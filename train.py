@@ -8,7 +8,6 @@ training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The 
 once, at the end. `--out RUN --resume` goes on with a run that was stopped.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+
+from dataset import Parser, run
 
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
 DEMO = dict(model="atto", image_size=64, epochs=14, batch_size=32, lr=2e-3, drop_path=0.0)
@@ -25,7 +26,7 @@ FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tens
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("data and output").add_argument
     add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC, if it is there)")
     add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
@@ -99,6 +100,8 @@ def _check(parser, args):
         if not low <= value <= high or (name in positive and value == 0):
             expected = "more than 0" if name in positive else f"from {low} to {high}"
             parser.error(f"--{name.replace('_', '-')} is {value}; expected a number {expected}")
+    if args.demo and args.data:
+        parser.error("--demo draws its own data; leave out --data, or --demo")
     if (args.fold is None) != (args.folds is None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
 
@@ -116,7 +119,7 @@ from tqdm import tqdm  # noqa: E402
 import dataset  # noqa: E402
 import utils  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from predict import fingerprint, predict_table, run, write_results  # noqa: E402
+from predict import fingerprint, predict_table, write_results  # noqa: E402
 
 # ---------------------------------------------------------------- data
 
@@ -130,8 +133,9 @@ def find_data(args):
     if os.path.isdir("AD_NC"):
         return "AD_NC"
     raise ValueError(
-        "no data: there is no ./AD_NC here. Name the folder with --data AD_NC (it holds train/ and test/, each with "
-        "AD/ and NC/), or see it work without any data: python train.py --demo"
+        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n"
+        "  python train.py --data AD_NC    trains on that folder: {train,test}/{AD,NC}/<scan>_<slice>.jpeg\n"
+        "  python train.py --demo          needs no data: it draws a synthetic set first"
     )
 
 
@@ -273,7 +277,8 @@ def open_run(args):
     """The run's folder: made new, or on --resume the one that is there."""
     if args.resume:
         return Path(args.out)
-    out = Path(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}")
+    leaky = "-LEAKY" if args.split_by == "slice" else ""
+    out = Path(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
     out.mkdir(parents=True, exist_ok=True)
@@ -304,7 +309,7 @@ def format_epoch(row, best, remark):
 def make_model(args, log):
     model = convnext(args.model, drop_path_rate=args.drop_path)
     if args.init:
-        weights = torch.load(args.init, map_location="cpu", weights_only=True)
+        weights = utils.load_tensors(args.init)
         loaded, left = load_weights(model, weights.get("weights", weights))
         log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
             f"left: {', '.join(left) or 'nothing'}")
@@ -348,8 +353,12 @@ def main(args):
         restore(state, last)
         history = last["history"]
         log(f"resumed after epoch {len(history)}")
+        if last["flags"]["epochs"] != args.epochs:
+            log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
+                "learning rate jumps here, and the run is not the one that started with this length")
+    write_config(out, args, device, amp)
     if not args.resume:
-        write_start(out, args, split, device, amp)
+        utils.write_csv(out / "split.csv", split)
         log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
             f"{device}, {str(amp or 'float32').removeprefix('torch.')}; run folder {out}")
         for line in describe_split(index, args.split_by):
@@ -359,13 +368,11 @@ def main(args):
     finish(index, images, args, root=root, out=out, log=log, device=device, amp=amp)
 
 
-def write_start(out, args, split, device, amp):
+def write_config(out, args, device, amp):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    flags = {name: value for name, value in vars(args).items()}
     used = {"device": name, "amp": str(amp or torch.float32).removeprefix("torch.")}
-    utils.write_csv(out / "split.csv", split)
-    utils.write_json(out / "config.json", {"flags": flags, "used": used, "versions": versions})
+    utils.write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
 
 
 def save_state(state, path, **content):
@@ -396,7 +403,8 @@ def fit(state, index, images, args, *, out, log, device, amp, facts, history):
     parts = {split: (index.split == split).to_numpy() for split in ("train", "val")}
     order = torch.Generator()
     batches = dataset.make_loader(
-        images[parts["train"]], (index.label[parts["train"]] == "AD").to_numpy(), args.batch_size, order
+        images[parts["train"]], (index.label[parts["train"]] == "AD").to_numpy(), args.batch_size, order,
+        pin_memory=device.type == "cuda",
     )
     val_images, val_index = images[parts["val"]], index[parts["val"]]
     model, ema = state[:2]
@@ -432,7 +440,8 @@ def fit(state, index, images, args, *, out, log, device, amp, facts, history):
                 if name != "epoch" and value is not None:
                     writer.add_scalar(name, value, epoch)
             writer.flush()
-    utils.plot_history(out / "training_curves.png", pd.DataFrame(history), best["epoch"])
+    leaky = ", LEAKY split by slice" if args.split_by == "slice" else ""
+    utils.plot_history(out / "training_curves.png", pd.DataFrame(history), best["epoch"], f"{args.model}{leaky}")
 
 
 def open_tensorboard(out):
@@ -448,6 +457,7 @@ def finish(index, images, args, *, root, out, log, device, amp):
     titles = {"val": "validation (the epoch was chosen on it)", "test": "test"}
     if args.split_by == "slice":
         titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
+        titles["test"] = "test (of a LEAKY run: the epoch was chosen on scans that were trained on)"
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
         if args.split_by == "slice":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sklearn import metrics as sk
 
-from dataset import CLASSES, eval_transform, make_loader
+from dataset import CLASSES, MEAN, STD, eval_transform, make_loader
 from modules import convnext
 
 FORMAT = 1  # of a checkpoint; raise it when an older one can no longer be read
@@ -78,7 +78,7 @@ def autocast(device, dtype):
 
 
 @torch.inference_mode()
-def evaluate(model, images, table, *, image_size, device, amp, batch_size=64, bar=None):
+def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, amp, batch_size=64, bar=None):
     """Predict every slice: uint8 images (N, H, W) with a table of N rows (an index, or part of it).
 
     Returns the table with p_AD, the softmax probability of AD in [0, 1], and prediction ("AD" from 0.5, else "NC").
@@ -88,11 +88,11 @@ def evaluate(model, images, table, *, image_size, device, amp, batch_size=64, ba
 
     model.eval()
     logits = []
-    batches = make_loader(images, np.zeros(len(images)), batch_size)
+    batches = make_loader(images, np.zeros(len(images)), batch_size, pin_memory=device.type == "cuda")
     for x, _ in tqdm(batches, bar, unit=" batches", leave=False, disable=None if bar else True):
-        x = eval_transform(x.to(device, non_blocking=True), image_size).contiguous(memory_format=torch.channels_last)
+        x = eval_transform(x.to(device, non_blocking=True), image_size, mean, std)
         with autocast(device, amp):
-            logits.append(model(x).float())
+            logits.append(model(x.contiguous(memory_format=torch.channels_last)).float())
     p_ad = torch.cat(logits).double().softmax(1)[:, CLASSES.index("AD")].cpu().numpy() if logits else []
     return with_predictions(table.assign(p_AD=p_ad))
 
@@ -239,19 +239,26 @@ def save_checkpoint(path, **content):
     write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
 
 
-def load_checkpoint(path, device="cpu"):
-    """Load a checkpoint of `save_checkpoint` as data, never as code. A file of another kind is a ValueError."""
+def load_tensors(path, device="cpu"):
+    """What torch.save wrote, loaded as data, never as code. ValueError if it is not there or is something else."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}; train one with train.py or name another") from None
-    except Exception as problem:
+        raise ValueError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
+    except Exception as problem:  # torch.load raises nearly anything on a foreign file
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason}); expected one of train.py's") from None
+        raise ValueError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """Load a checkpoint of `save_checkpoint`. A file of another kind is a ValueError."""
+    checkpoint = load_tensors(path, device)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project; expected best_model.pth of a run")
     if checkpoint["format"] != FORMAT:
         raise ValueError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; train it anew")
+    if tuple(checkpoint["classes"]) != CLASSES:
+        raise ValueError(f"{path} knows the classes {checkpoint['classes']}; expected {list(CLASSES)}")
     return checkpoint
 
 
@@ -292,7 +299,7 @@ def plot_lr(path, *, steps_per_epoch, **schedule):
     _save(figure, path)
 
 
-def plot_history(path, history, best_epoch):
+def plot_history(path, history, best_epoch, title):
     """Loss and slice accuracy of training and validation over the epochs; dotted, the epoch that was kept."""
     figure, ((loss, accuracy),) = _figure(2)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -304,6 +311,7 @@ def plot_history(path, history, best_epoch):
     loss.axhline(math.log(2), color="grey", linewidth=0.8)
     loss.annotate("ln 2: knows nothing", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")
     accuracy.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9, wrap=True)
     _save(figure, path)
 
 
@@ -315,7 +323,7 @@ def plot_confusion(path, tables, title):
             table.label, table.prediction, labels=CLASSES, cmap="Blues", colorbar=False, ax=axes
         )
         axes.set_title(f"by {unit} (n = {len(table):,})", fontsize=10)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=9, wrap=True)
     _save(figure, path)
 
 
@@ -327,8 +335,8 @@ def plot_roc(path, tables, title):
         false_positive, sensitivity, _ = sk.roc_curve(y, table.p_AD)
         axes.plot(false_positive, sensitivity, label=f"{unit}: AUROC {sk.roc_auc_score(y, table.p_AD):.3f}")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", title=title, aspect="equal")
-    axes.title.set_fontsize(10)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", aspect="equal")
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.legend(fontsize=8)
     _save(figure, path)
 
@@ -341,7 +349,7 @@ def plot_calibration(path, tables, title):
         points = table.assign(ad=table.label == "AD").groupby(bins).agg(p=("p_AD", "mean"), ad=("ad", "mean"))
         axes.plot(points.p, points.ad, marker="o", markersize=4, label=unit)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    axes.set(xlabel="predicted probability of AD", ylabel="share that is AD", title=title, aspect="equal")
-    axes.title.set_fontsize(10)
+    axes.set(xlabel="predicted probability of AD", ylabel="share that is AD", aspect="equal")
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.legend(fontsize=8)
     _save(figure, path)

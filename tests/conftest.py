@@ -1,0 +1,73 @@
+"""Small sets in the AD_NC layout, and one run trained on one of them, for all tests."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# scan -> (split, class, subject)
+SCANS = {
+    **{f"{100 + i}": ("train", "AD", f"a{i}") for i in range(6)},
+    **{f"{200 + i}": ("train", "NC", f"n{i}") for i in range(6)},
+    **{f"{300 + i}": ("test", "AD", f"ta{i}") for i in range(3)},
+    **{f"{400 + i}": ("test", "NC", f"tn{i}") for i in range(3)},
+}
+
+
+def write_slice(path, bright, seed, size=(48, 40)):
+    """A dark JPEG with a blob: bright for AD, dim for NC. A classifier can get everything right within a minute."""
+    x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
+    noise = np.random.default_rng(seed).normal(0, 6, x.shape)
+    pixels = (220 if bright else 90) * np.exp(-3 * (x**2 + y**2)) + noise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def write_set(root, scans=SCANS, slices=range(70, 75), subjects=True):
+    """Write AD_NC with a subjects.csv beside it; returns the path of AD_NC."""
+    root = Path(root)
+    for scan, (split, label, _) in scans.items():
+        for number in slices:
+            path = root / "AD_NC" / split / label / f"{scan}_{number}.jpeg"
+            write_slice(path, label == "AD", int(scan) * 1000 + number)
+    if subjects:
+        rows = [f"{scan},{subject}" for scan, (_, _, subject) in scans.items() if subject]
+        (root / "subjects.csv").write_text("\n".join(["scan,subject", *rows]) + "\n")
+    return root / "AD_NC"
+
+
+@pytest.fixture(scope="session")
+def ad_nc(tmp_path_factory):
+    """A set that nobody changes: 12 training and 6 test scans, a subject each, five slices a scan."""
+    return write_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="session")
+def oasis():
+    """The real OASIS-1 slices, where they are at hand."""
+    root = Path(os.environ.get("OASIS_ROOT", Path(__file__).parents[1] / ".." / "shared" / "oasis"))
+    if not (root / "AD_NC").is_dir():
+        pytest.skip(f"no OASIS slices at {root}; name their folder with OASIS_ROOT")
+    return root / "AD_NC"
+
+
+SMALL = ["--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
+         "--val-fraction", "0.25"]  # fmt: skip
+
+
+def train_small(data, out, *flags):
+    """Train in this process; returns the run folder."""
+    import train
+
+    train.main(train.parse_args(["--data", str(data), "--out", str(out), *SMALL, *flags]))
+    return Path(out)
+
+
+@pytest.fixture(scope="session")
+def run_folder(ad_nc, tmp_path_factory):
+    """A run of six epochs on `ad_nc`, finished."""
+    return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")

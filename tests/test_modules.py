@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from modules import VARIANTS, ConvNeXtBlock, DropPath, convnext, load_weights
+
+
+def fill(model, seed=0):
+    """Weights far from their start, so that LayerScale at 1e-6 does not hide the blocks from a comparison."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=0.0 if p.ndim > 1 else 0.1, std=0.05 if p.ndim > 1 else 0.1)
+    return model.eval()
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_tiny_has_the_parameters_of_the_paper():
+    assert parameters(convnext("tiny", in_chans=3, num_classes=1000)) == 28_589_128
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "base", "large"])
+def test_variant_has_as_many_parameters_as_torchvisions(variant):
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, f"convnext_{variant}")()
+        assert parameters(convnext(variant, in_chans=3, num_classes=1000)) == parameters(theirs)
+
+
+def test_outputs_equal_torchvisions_with_its_weights():
+    theirs = fill(torchvision.models.convnext_tiny())
+    ours = convnext("tiny", in_chans=3, num_classes=1000).eval()
+    loaded, left = load_weights(ours, theirs.state_dict())
+    assert len(loaded) == len(ours.state_dict()) and left == []
+    x = torch.randn(2, 3, 96, 64)
+    with torch.inference_mode():
+        expected = theirs(x)
+        assert expected.std() > 0.1
+        assert (ours(x) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["atto", "femto", "pico", "nano", "tiny"])
+def test_outputs_equal_timms_with_its_weights(variant):
+    timm = pytest.importorskip("timm", reason="timm is in requirements-dev.txt")
+    theirs = fill(timm.create_model(f"convnext_{variant}", num_classes=10))
+    ours = convnext(variant, in_chans=3, num_classes=10).eval()
+    assert load_weights(ours, theirs.state_dict())[1] == []
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert (ours(x) - theirs(x)).abs().max() < 1e-5
+
+
+def test_drop_path_rates_equal_torchvisions():
+    theirs = torchvision.models.convnext_tiny(stochastic_depth_prob=0.3)
+    expected = [m.p for m in theirs.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+    ours = [m.p for m in convnext("tiny", drop_path_rate=0.3).modules() if isinstance(m, DropPath)]
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+    assert ours[0] == 0 and ours[-1] == pytest.approx(0.3)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    y = drop(torch.ones(20_000, 2, 1, 1))
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y[:, 0] == y[:, 1]).all()
+    assert y.mean() == pytest.approx(1, abs=0.02)  # 5 standard errors of 20,000 draws
+    x = torch.randn(3, 2, 1, 1)
+    assert drop.eval()(x) is x
+
+
+def test_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    model = convnext("atto")
+    loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1]))
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert without == []
+
+
+def test_a_block_starts_as_the_identity_and_keeps_the_shape():
+    x = torch.randn(2, 40, 9, 7)
+    assert (ConvNeXtBlock(40)(x) - x).abs().max() < 1e-4
+
+
+def test_memory_format_does_not_change_the_outputs():
+    model = fill(convnext("atto"))
+    x = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+        model = model.to(memory_format=torch.channels_last)
+        assert (model(x.contiguous(memory_format=torch.channels_last)) - expected).abs().max() < 1e-5
+
+
+def test_names_are_those_of_the_papers_code():
+    names = set(convnext("atto").state_dict())
+    assert {"downsample_layers.0.0.weight", "downsample_layers.3.1.bias", "stages.2.5.dwconv.weight",
+            "stages.0.0.norm.weight", "stages.0.1.pwconv1.weight", "stages.0.1.pwconv2.bias", "stages.3.1.gamma",
+            "norm.weight", "head.bias"} <= names  # fmt: skip
+
+
+def test_a_summed_stem_sees_a_grey_image_as_three_equal_channels():
+    theirs = fill(convnext("atto", in_chans=3))
+    ours = convnext("atto", in_chans=1).eval()
+    assert load_weights(ours, theirs.state_dict())[1] == []
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        assert (ours(grey) - theirs(grey.expand(-1, 3, -1, -1))).abs().max() < 1e-5
+
+
+def test_a_head_of_other_classes_is_left_and_named():
+    model = convnext("tiny")
+    before = model.head.weight.clone()
+    loaded, left = load_weights(model, torchvision.models.convnext_tiny().state_dict())
+    assert left == ["head.weight", "head.bias"]
+    assert len(loaded) == len(model.state_dict()) - 2
+    assert torch.equal(model.head.weight, before)
+
+
+def test_weights_of_another_network_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="no block of the model could be filled"):
+        load_weights(convnext("atto"), torchvision.models.resnet18().state_dict())
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="atto, femto, pico, nano, tiny, small, base, large"):
+        convnext("huge")
+
+
+def test_a_too_small_input_says_which_size_it_needs():
+    with pytest.raises(AssertionError, match="at least 32"):
+        convnext("atto")(torch.zeros(1, 1, 31, 64))
+
+
+def test_all_variants_can_be_built():
+    with torch.device("meta"):
+        sizes = [parameters(convnext(variant)) for variant in VARIANTS]
+    assert sizes == sorted(sizes)
