@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -214,8 +215,9 @@ def audit(index):
     yield "slices a scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
     with ThreadPoolExecutor() as pool:
-        kinds = pd.Series(pool.map(_describe, index.path)).value_counts()
-    yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds.items())
+        headers = Counter(pool.map(_header, index.path))
+    kinds = ((f"{h[0]} wide x {h[1]} high, mode {h[2]}" if h else "UNREADABLE", n) for h, n in headers.most_common())
+    yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds)
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
     yield (
@@ -241,12 +243,13 @@ def audit(index):
         yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
 
 
-def _describe(path):
+def _header(path):
+    """(width, height, mode) of an image file, or None if it is none. Reads only the header."""
     try:
         with Image.open(path) as image:
-            return f"{image.width} wide x {image.height} high, mode {image.mode}"
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return "unreadable"
+            return image.width, image.height, image.mode
+    except Exception:  # PIL raises nearly anything on a damaged file; decoding it says what
+        return None
 
 
 # ---------------------------------------------------------------- split
@@ -337,17 +340,12 @@ def decode(path, size=None):
 
 
 def common_size(paths):
-    """The most frequent size (H, W) among the image files."""
-
-    def size(path):
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except Exception as problem:
-            raise ValueError(f"{path} cannot be read as an image ({problem}); replace or remove it") from None
-
+    """The most frequent size (H, W) among the image files; ValueError if none of them can be read."""
     with ThreadPoolExecutor() as pool:
-        width, height = pd.Series(list(pool.map(size, paths))).mode()[0]
+        headers = pd.Series([header for header in pool.map(_header, paths) if header])
+    if headers.empty:
+        raise ValueError(f"none of the {len(paths)} files can be read as an image, first {list(paths)[0]}")
+    width, height, _ = headers.mode()[0]
     return height, width
 
 

@@ -185,7 +185,8 @@ class Anatomy:
         rng = np.random.default_rng([seed, 2, int(subject[:3]), int(subject[6:])])
         own = rng.standard_normal(4)     # each effect of atrophy has a spread of its own
         # plain floats: a NumPy float64 would turn every float32 array that it meets into float64
-        self.ventricle = float(np.exp(0.05 + 0.30 * atrophy + 0.11 * own[0]))
+        # steep where the classes meet, with a limit to what fits into a head
+        self.ventricle = float(np.exp(0.05 + 0.9 * np.tanh(0.45 * atrophy) + 0.11 * own[0]))
         self.sulcus = float(np.exp(0.20 * atrophy + 0.10 * own[1]))
         self.hippocampus = float(np.exp(-0.09 * atrophy + 0.05 * own[2]))
         self.temporal = float(np.exp(-0.025 * atrophy + 0.02 * own[3]))
@@ -400,7 +401,7 @@ def draw(out, subjects=60, seed=0, workers=None, progress=True):
             (draft / "AD_NC" / folder).mkdir(parents=True)
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             jobs = pool.map(lambda scan: _write(scan, seed, draft / "AD_NC"), scans)
-            for _ in tqdm(jobs, "phantom", len(scans), unit="scan", disable=not progress):
+            for _ in tqdm(jobs, "phantom", len(scans), unit=" scans", disable=None if progress else True):
                 pass
         (draft / "meta.json").write_text(json.dumps(metadata(scans, seed), indent=1))
         os.replace(draft / "meta.json", out / "meta_data_with_label.json")

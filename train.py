@@ -19,8 +19,8 @@ from pathlib import Path
 from dataset import Parser, run
 
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
-DEMO = dict(model="atto", image_size=64, epochs=14, batch_size=32, lr=2e-3, drop_path=0.0)
-DEMO_SUBJECTS = 60
+DEMO = dict(model="atto", image_size=64, epochs=12, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
+DEMO_SUBJECTS = 70
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard"}
 
@@ -285,17 +285,6 @@ def open_run(args):
     return out
 
 
-def make_log(path):
-    """A function that prints a line past the bars and appends it to the file."""
-
-    def log(line=""):
-        tqdm.write(line)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    return log
-
-
 HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC    img/s"
 
 
@@ -324,7 +313,7 @@ def main(args):
     root = find_data(args)
     index, images = load_data(args, root)
     out = open_run(args)
-    log = make_log(out / "training_log.txt")
+    log = utils.make_log(out / "training_log.txt")
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
     utils.seed_everything(args.seed)
@@ -350,7 +339,7 @@ def main(args):
         last = utils.load_checkpoint(out / "last.pth", device)
         if last["split_hash"] != facts["split_hash"]:
             raise ValueError(f"the files under {root} are not those that {out} was trained on; expected the same ones")
-        restore(state, last)
+        utils.restore_state(state, last)
         history = last["history"]
         log(f"resumed after epoch {len(history)}")
         if last["flags"]["epochs"] != args.epochs:
@@ -373,23 +362,6 @@ def write_config(out, args, device, amp):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     used = {"device": name, "amp": str(amp or torch.float32).removeprefix("torch.")}
     utils.write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
-
-
-def save_state(state, path, **content):
-    model, ema, optimizer, scaler = state
-    utils.save_checkpoint(
-        path, weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-        ema=ema.state_dict() if ema is not None else None, **content,
-    )
-
-
-def restore(state, last):
-    model, ema, optimizer, scaler = state
-    model.load_state_dict(last["weights"])
-    optimizer.load_state_dict(last["optimizer"])
-    scaler.load_state_dict(last["scaler"])
-    if ema is not None:
-        ema.load_state_dict(last["ema"])
 
 
 def is_better(row, best):
@@ -432,7 +404,7 @@ def fit(state, index, images, args, *, out, log, device, amp, facts, history):
             best = row
             utils.save_checkpoint(out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row,
                                   flags=vars(args), **facts)
-        save_state(state, out / "last.pth", epoch=epoch, history=history, flags=vars(args), **facts)
+        utils.save_state(state, out / "last.pth", epoch=epoch, history=history, flags=vars(args), **facts)
         utils.write_csv(out / "training_history.csv", pd.DataFrame(history))
         log(format_epoch(row, best is row, remark))
         if writer is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn import metrics as sk
+from tqdm import tqdm
 
 from dataset import CLASSES, MEAN, STD, eval_transform, make_loader
 from modules import convnext
@@ -84,8 +85,6 @@ def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, am
     Returns the table with p_AD, the softmax probability of AD in [0, 1], and prediction ("AD" from 0.5, else "NC").
     `bar` is the label of a progress bar, or None for no bar.
     """
-    from tqdm import tqdm
-
     model.eval()
     logits = []
     batches = make_loader(images, np.zeros(len(images)), batch_size, pin_memory=device.type == "cuda")
@@ -268,6 +267,36 @@ def build_model(checkpoint):
     model = convnext(arguments.pop("variant"), **arguments)
     model.load_state_dict(checkpoint["weights"])
     return model
+
+
+def save_state(state, path, **content):
+    """Save all that a run needs to go on: `state` is (model, ema or None, optimizer, scaler)."""
+    model, ema, optimizer, scaler = state
+    save_checkpoint(
+        path, weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        ema=ema.state_dict() if ema is not None else None, **content,
+    )
+
+
+def restore_state(state, last):
+    """Put a checkpoint of `save_state` back into `state`."""
+    model, ema, optimizer, scaler = state
+    model.load_state_dict(last["weights"])
+    optimizer.load_state_dict(last["optimizer"])
+    scaler.load_state_dict(last["scaler"])
+    if ema is not None:
+        ema.load_state_dict(last["ema"])
+
+
+def make_log(path):
+    """A function that prints a line past the bars and appends it to the file."""
+
+    def log(line=""):
+        tqdm.write(line)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return log
 
 
 # ---------------------------------------------------------------- pictures

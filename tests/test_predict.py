@@ -1,0 +1,151 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_slice
+from PIL import Image
+
+import predict
+import utils
+
+
+def run_predict(run_folder, out, *inputs, checkpoint=None):
+    """Predict in this process; returns predictions.csv."""
+    words = [*map(str, inputs), "--checkpoint", str(checkpoint or run_folder / "best_model.pth"), "--out", str(out)]
+    predict.main(predict.parse_args(words))
+    return pd.read_csv(out / "predictions.csv", dtype={"scan": str})
+
+
+def test_a_labelled_folder_repeats_the_runs_own_test(run_folder, ad_nc, tmp_path):
+    run_predict(run_folder, tmp_path, ad_nc / "test")
+    ours, theirs = (pd.read_csv(folder / "predictions.csv") for folder in (tmp_path, run_folder / "test"))
+    assert list(ours.columns) == ["path", "scan", "slice", "subject", "p_AD", "prediction", "label"]
+    key = ["scan", "slice"]
+    ours, theirs = ours.sort_values(key, ignore_index=True), theirs.sort_values(key, ignore_index=True)
+    pd.testing.assert_frame_equal(ours.drop(columns="path"), theirs.drop(columns="path"), atol=1e-6)
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
+    assert [a[unit] for unit in utils.UNITS] == [b[unit] for unit in utils.UNITS]
+
+
+def test_metrics_json_has_each_unit_with_figures_and_intervals(run_folder, ad_nc, tmp_path):
+    run_predict(run_folder, tmp_path, ad_nc / "test")
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    names = {"accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc"}
+    for unit in ("slice", "scan", "subject"):
+        assert set(figures[unit]) == names | {"n", "ci95"} and set(figures[unit]["ci95"]) == names
+    assert "LEAKY" not in figures["title"]
+
+
+def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (ad_nc / "test").rglob("*.jpeg"):
+        shutil.copy(path, flat)
+    (flat / "notes.txt").write_text("not a slice")
+    table = run_predict(run_folder, tmp_path / "a", flat)
+    assert len(table) == 30 and "label" not in table and table.subject.isna().all()
+    assert not (tmp_path / "a" / "metrics.json").exists()
+    one = run_predict(run_folder, tmp_path / "b", flat / "301_72.jpeg")
+    assert len(one) == 1
+    row = table[(table.scan == "301") & (table.slice == 72)].iloc[0]
+    assert one.p_AD[0] == pytest.approx(row.p_AD, abs=0.01)  # bf16 rounds a batch of one otherwise than one of 30
+
+
+def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path):
+    table = run_predict(run_folder, tmp_path, ad_nc / "test")
+    scans = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str}).set_index("scan")
+    subjects = pd.read_csv(tmp_path / "subjects.csv").set_index("subject")
+    np.testing.assert_allclose(scans.p_AD, table.groupby("scan").p_AD.mean())
+    assert (scans.n_slices == 5).all() and list(scans.columns) == ["subject", "p_AD", "n_slices", "prediction", "label"]
+    assert subjects.p_AD["ta1"] == pytest.approx(scans.p_AD["301"])
+
+
+def test_a_file_that_cannot_be_read_gets_a_row_with_the_reason(run_folder, ad_nc, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", flat)
+    (flat / "300_71.jpeg").write_bytes(b"no image")
+    table = run_predict(run_folder, tmp_path / "out", flat)
+    assert list(table.columns)[-1] == "error"
+    bad = table[table.slice == 71].iloc[0]
+    assert "cannot be read as an image" in bad.error and np.isnan(bad.p_AD)
+    assert pd.read_csv(tmp_path / "out" / "scans.csv").n_slices.tolist() == [1]
+    assert "1 of 2 files could not be read" in capsys.readouterr().err
+
+
+def test_nothing_readable_is_an_error_but_the_reasons_are_written(run_folder, tmp_path):
+    (tmp_path / "1_1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 1 files could be read"):
+        run_predict(run_folder, tmp_path / "out", tmp_path / "1_1.png")
+    assert pd.read_csv(tmp_path / "out" / "predictions.csv").error.notna().all()
+
+
+def test_any_name_and_size_can_be_predicted(run_folder, tmp_path):
+    write_slice(tmp_path / "my brain.png", True, 0, size=(300, 200))
+    Image.new("RGB", (48, 40), "grey").save(tmp_path / "colour.jpg")
+    table = run_predict(run_folder, tmp_path / "out", tmp_path).set_index("scan")
+    assert set(table.index) == {"my brain", "colour"} and table.slice.isna().all()
+    assert table.prediction["my brain"] == "AD"
+
+
+def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, tmp_path):
+    """A checkpoint of another size and width predicts by itself; and its normalisation is used, not the default."""
+    from modules import convnext
+
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    torch.manual_seed(0)
+    checkpoint["model"] |= {"variant": "femto"}
+    checkpoint["weights"] = convnext("femto").state_dict()
+    checkpoint |= {"image_size": 64}
+    checkpoint.pop("format")
+    tables = {}
+    for mean in (0.5, 0.1):
+        utils.save_checkpoint(tmp_path / "other.pth", **checkpoint | {"mean": mean})
+        tables[mean] = run_predict(None, tmp_path / str(mean), ad_nc / "test", checkpoint=tmp_path / "other.pth")
+    assert not np.allclose(tables[0.5].p_AD, tables[0.1].p_AD, atol=1e-6)
+
+
+def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path):
+    run_predict(run_folder, tmp_path, ad_nc / "train")
+    title = json.loads((tmp_path / "metrics.json").read_text())["title"]
+    assert "LEAKY: 12 of 12 scans are of subjects seen in training" in title
+
+
+def test_a_checkpoint_names_no_subject(run_folder):
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    assert len(checkpoint["seen"]["subjects"]) == 12 and "a1" not in checkpoint["seen"]["subjects"]
+
+
+def test_a_folder_with_one_class_gives_the_figures_that_exist(run_folder, ad_nc, tmp_path):
+    shutil.copytree(ad_nc / "test" / "AD", tmp_path / "in" / "AD")
+    run_predict(run_folder, tmp_path / "out", tmp_path / "in")
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert figures["scan"]["auroc"] is None and figures["scan"]["sensitivity"] is not None
+    assert not (tmp_path / "out" / "roc_curve.png").exists()
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ("nowhere", "nowhere does not exist"), ("empty", "empty holds no images"), ("x.nii", "x.nii is not an image"),
+])  # fmt: skip
+def test_an_input_of_another_kind_is_refused_in_a_sentence(tmp_path, given, sentence):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.nii").write_bytes(b"")
+    with pytest.raises(ValueError, match=sentence):
+        predict.read_inputs([tmp_path / given])
+
+
+def test_the_root_of_a_set_is_refused_with_a_hint(ad_nc):
+    with pytest.raises(ValueError, match="did you mean .*AD_NC/test"):
+        predict.read_inputs([ad_nc])
+
+
+def test_the_newest_run_is_the_default(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no runs/.*/best_model.pth"):
+        predict.newest_checkpoint()
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    shutil.copy(run_folder / "best_model.pth", tmp_path / "runs" / "a")
+    assert str(predict.newest_checkpoint()) == "runs/a/best_model.pth"

@@ -1,0 +1,251 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from conftest import SCANS, SMALL, train_small, write_set
+
+import train
+import utils
+from modules import convnext
+
+
+def history(run):
+    return pd.read_csv(run / "training_history.csv")
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_learns_and_holds_all_its_files(run_folder):
+    assert {p.name for p in run_folder.iterdir()} == {
+        "best_model.pth", "last.pth", "config.json", "split.csv", "training_log.txt", "training_history.csv",
+        "lr_schedule.png", "training_curves.png", "val", "test",
+    }  # fmt: skip
+    assert {p.name for p in (run_folder / "test").iterdir()} == {
+        "predictions.csv", "scans.csv", "subjects.csv", "metrics.json", "confusion_matrix.png", "roc_curve.png",
+        "calibration.png",
+    }  # fmt: skip
+    figures = json.loads((run_folder / "test" / "metrics.json").read_text())
+    assert figures["slice"]["n"] == 30 and figures["scan"]["n"] == figures["subject"]["n"] == 6
+    assert figures["scan"]["accuracy"] == 1.0
+    assert history(run_folder).train_loss.iloc[-1] < 0.5 < history(run_folder).train_loss.iloc[0]
+
+
+def test_config_records_every_flag_and_split_csv_every_slice(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert set(config["flags"]) == set(vars(train.parse_args([])))
+    assert config["flags"]["label_smoothing"] == 0.1 and config["versions"]["torch"] == torch.__version__
+    split = pd.read_csv(run_folder / "split.csv", dtype=str)
+    assert len(split) == 90 and set(split.split) == {"train", "val", "test"}
+    assert split.path.str.match(r"(train|test)/(AD|NC)/\d+_\d+\.jpeg").all()
+    subjects = split.groupby("split").subject.agg(set)
+    assert not subjects["train"] & subjects["val"] and not subjects["train"] & subjects["test"]
+
+
+def test_the_log_has_a_line_an_epoch_and_the_best_is_the_best(run_folder):
+    log = (run_folder / "training_log.txt").read_text()
+    lines = re.findall(r"^ +\d+  \S+e-\d\d .*$", log, re.MULTILINE)
+    assert len(lines) == 6
+    best = utils.load_checkpoint(run_folder / "best_model.pth")
+    table = history(run_folder)
+    assert best["val"]["val_accuracy"] == table.val_accuracy.max()
+    assert lines[best["epoch"] - 1].endswith("best")
+
+
+def test_the_recorded_learning_rate_is_lr_at(run_folder):
+    slices = (pd.read_csv(run_folder / "split.csv").split == "train").sum()
+    steps = -(-slices // 16)  # the batch size, rounded up
+    schedule = dict(steps_per_epoch=steps, epochs=6, warmup_epochs=1, lr=2e-3)
+    expected = [utils.lr_at(epoch * steps + steps - 1, **schedule) for epoch in range(6)]
+    np.testing.assert_allclose(history(run_folder).lr, expected)
+
+
+def test_the_documented_recipe_is_the_default():
+    args = train.parse_args([])
+    recipe = dict(model="tiny", image_size=224, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, warmup_epochs=1,
+                  clip_grad=1.0, val_fraction=0.1, split_by="subject", amp="auto", mixup=0, cutmix=0, ema=0)
+    assert {name: getattr(args, name) for name in recipe} == recipe
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def stop_after(epoch, monkeypatch):
+    """End the next run as a killed process ends, in the epoch after `epoch`."""
+    genuine = train.train_epoch
+
+    def killed(*args, **kwargs):
+        if kwargs["epoch"] > epoch:
+            raise KeyboardInterrupt
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_epoch", killed)
+
+
+@pytest.mark.parametrize("stopped_after", [0, 2])
+def test_a_resumed_run_ends_bit_identical(ad_nc, tmp_path, monkeypatch, stopped_after):
+    flags = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
+    whole = train_small(ad_nc, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_after(stopped_after, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train_small(ad_nc, tmp_path / "broken", *flags)
+    train.main(train.parse_args(["--out", str(tmp_path / "broken"), "--resume"]))
+    for name in ("last.pth", "best_model.pth"):
+        a, b = (utils.load_checkpoint(tmp_path / run / name) for run in ("whole", "broken"))
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+    timeless = history(whole).drop(columns="images_per_s")
+    assert timeless.equals(history(tmp_path / "broken").drop(columns="images_per_s"))
+    assert (whole / "test/predictions.csv").read_text() == (tmp_path / "broken/test/predictions.csv").read_text()
+
+
+def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, capsys):
+    args = train.parse_args(["--out", str(run_folder), "--resume"])
+    assert args.lr == 2e-3 and args.model == "atto"
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--out", str(run_folder), "--resume", "--lr", "1", "--seed", "7"])
+    assert stop.value.code == 2
+    assert "--lr was 0.002, --seed was 0" in capsys.readouterr().err
+
+
+def test_two_runs_never_overwrite_each_other(ad_nc, run_folder):
+    before = (run_folder / "training_log.txt").read_text()
+    with pytest.raises(ValueError, match="is not empty, and a run never overwrites another"):
+        train_small(ad_nc, run_folder, "--epochs", "1")
+    assert (run_folder / "training_log.txt").read_text() == before
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(ad_nc, tmp_path):
+    runs = [train_small(ad_nc, tmp_path / str(i), "--epochs", "1", "--seed", seed) for i, seed in enumerate("778")]
+    a, b, c = (utils.load_checkpoint(run / "last.pth")["weights"]["head.weight"] for run in runs)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_ema_mixup_cutmix_and_tensorboard_run_together(ad_nc, tmp_path):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "2", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1",
+                      "--tensorboard", "--no-flip")  # fmt: skip
+    last, best = (utils.load_checkpoint(run / name) for name in ("last.pth", "best_model.pth"))
+    assert not torch.equal(last["weights"]["head.weight"], last["ema"]["module.head.weight"])
+    if best["epoch"] == 2:
+        assert torch.equal(best["weights"]["head.weight"], last["ema"]["module.head.weight"])
+    assert list(run.glob("events.out.tfevents*"))
+
+
+def test_weight_decay_is_kept_off_one_dimensional_parameters():
+    model = convnext("atto")
+    decayed, others = train.make_optimizer(model, 1e-4, 0.05).param_groups
+    assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
+    assert min(p.ndim for p in decayed["params"]) == 2 and decayed["weight_decay"] == 0.05
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_init_starts_from_torchvision_and_says_what_it_left(ad_nc, tmp_path):
+    torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "tv.pth")
+    run = train_small(ad_nc, tmp_path / "run", "--model", "tiny", "--epochs", "1", "--init", str(tmp_path / "tv.pth"))
+    log = (run / "training_log.txt").read_text()
+    assert "180 of 182 tensors loaded, left: head.weight, head.bias" in log
+
+
+def test_a_split_by_slice_is_marked_as_leaky_everywhere(ad_nc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(train.parse_args(["--data", str(ad_nc), *SMALL, "--epochs", "1", "--split-by", "slice"]))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("LEAKY")
+    assert "LEAKY SPLIT: train and val share scans" in (run / "training_log.txt").read_text()
+    for part in ("val", "test"):
+        assert "LEAKY" in json.loads((run / part / "metrics.json").read_text())["title"]
+    assert utils.load_checkpoint(run / "best_model.pth")["split_by"] == "slice"
+
+
+def test_a_fold_is_held_out_of_train_and_the_official_test_set_is_not_read(ad_nc, tmp_path):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--fold", "1", "--folds", "3")
+    predictions = pd.read_csv(run / "test" / "predictions.csv", dtype=str)
+    assert set(predictions.scan) < {scan for scan, (split, *_) in SCANS.items() if split == "train"}
+    assert "fold 1 of 3" in json.loads((run / "test" / "metrics.json").read_text())["title"]
+
+
+def test_shared_subjects_are_reported_apart(tmp_path):
+    scans = SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")}
+    run = train_small(write_set(tmp_path, scans), tmp_path / "run", "--epochs", "1")
+    figures = json.loads((run / "test" / "metrics.json").read_text())
+    assert "LEAKY: 2 of 6 scans are of subjects seen in training" in figures["title"]
+    assert figures["scan"]["n"] == 6 and figures["unseen_subjects"]["scan"]["n"] == 4
+    assert "LEAK IN THE DATA: 2 test subjects" in (run / "training_log.txt").read_text()
+
+
+def test_a_model_that_predicts_one_class_is_called_out_in_the_log(ad_nc, tmp_path):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--lr", "1e-9")
+    assert re.search(r"predicts (AD|NC) for every slice: not learning yet", (run / "training_log.txt").read_text())
+
+
+def test_training_stops_early_when_validation_no_longer_improves(ad_nc, tmp_path):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "30", "--lr", "1e-9", "--patience", "2")
+    assert len(history(run)) < 30 and "stopped early" in (run / "training_log.txt").read_text()
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+def test_files_that_cannot_be_read_are_listed_before_the_first_step(tmp_path):
+    root = write_set(tmp_path)
+    (root / "train" / "AD" / "100_70.jpeg").write_bytes(b"")
+    (root / "test" / "NC" / "400_71.jpeg").write_bytes(b"text")
+    with pytest.raises(ValueError, match="2 files cannot be used.*400_71.jpeg cannot.*100_70.jpeg cannot"):
+        train_small(root, tmp_path / "run", "--epochs", "1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_cannot_be_split_is_refused(tmp_path):
+    scans = {scan: value for scan, value in SCANS.items() if scan[0] != "1" or scan == "100"}
+    with pytest.raises(ValueError, match="no AD is left for val"):
+        train_small(write_set(tmp_path, scans), tmp_path / "run", "--epochs", "1")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--epochs", "0"], "--epochs is 0; expected a number more than 0"),
+    (["--lr", "fast"], "invalid float value"),
+    (["--drop-path", "1"], "--drop-path is 1.0; expected a number from 0"),
+    (["--fold", "1"], "--fold and --folds go together"),
+    (["--resume"], "--resume needs --out RUN"),
+    (["--model", "huge", "--data", "x"], "there is no ConvNeXt variant 'huge'"),
+    (["--data", "nowhere"], "nowhere/train/AD is not a folder"),
+    ([], "no data: there is no ./AD_NC here"),
+])  # fmt: skip
+def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence):
+    script = os.path.abspath("train.py")
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and sentence in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
+    """`python train.py --demo` as a newcomer runs it, and then the command that it prints."""
+    here = os.getcwd()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": here}
+    common = dict(capture_output=True, text=True, cwd=tmp_path, env=environment)
+    demo = subprocess.run([sys.executable, f"{here}/train.py", "--demo"], **common)
+    assert demo.returncode == 0, demo.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    figures = json.loads((run / "test" / "metrics.json").read_text())
+    assert figures["scan"]["accuracy"] >= 0.8
+    assert figures["subject"]["accuracy"] < 1  # the phantom's classes overlap
+
+    (command,) = re.findall(r"^  (python predict\.py .*)$", demo.stdout, re.MULTILINE)
+    words = shlex.split(command)
+    predict = subprocess.run([sys.executable, f"{here}/{words[1]}", *words[2:], "--out", "again"], **common)
+    assert predict.returncode == 0, predict.stderr
+    assert (tmp_path / "again" / "scans.csv").read_text() == (run / "test" / "scans.csv").read_text()
