@@ -9,7 +9,6 @@ the probability of AD), and where the labels are known metrics.json, confusion_m
 calibration.png. A file that cannot be read gets a row with the reason; the exit status is 2 if none could be.
 """
 
-import hashlib
 import os
 import sys
 from datetime import datetime
@@ -95,11 +94,6 @@ def _set_root(given):
 # ---------------------------------------------------------------- from a checkpoint and a table to results
 
 
-def fingerprint(name):
-    """A scan or subject id as a checkpoint keeps it: recognisable, not readable (SHA-256, 12 hex digits)."""
-    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
 def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None):
     """Predict a table of slices with a checkpoint. Returns it with p_AD and prediction; if a file could not be read,
     also with a column error, and no p_AD in that row. `images` (N, H, W) spares the decoding."""
@@ -128,8 +122,8 @@ def mark_seen(predictions, seen):
     """
     subjects, scans = set(seen["subjects"]), set(seen["scans"])
     known = predictions.subject.notna()
-    same = predictions.subject.map(fingerprint, na_action="ignore").isin(subjects) & known
-    same |= predictions.scan.map(fingerprint).isin(scans)
+    same = predictions.subject.map(utils.fingerprint, na_action="ignore").isin(subjects) & known
+    same |= predictions.scan.map(utils.fingerprint).isin(scans)
     return same.to_numpy(bool), (~same & (~known | bool(seen["unknown"]))).to_numpy(bool)
 
 

@@ -11,10 +11,14 @@ once, at the end. `--out RUN --resume` goes on with a run that was stopped.
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset import Parser, run
 
@@ -109,6 +113,7 @@ def _check(parser, args):
 # Read before torch is imported, so that --help and a mistyped flag answer at once.
 ARGS = parse_args() if __name__ == "__main__" else None
 
+import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -119,7 +124,7 @@ from tqdm import tqdm  # noqa: E402
 import dataset  # noqa: E402
 import utils  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from predict import fingerprint, predict_table, write_results  # noqa: E402
+from predict import predict_table, write_results  # noqa: E402
 
 # ---------------------------------------------------------------- data
 
@@ -145,10 +150,15 @@ def demo_data():
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-ad-nc"
     version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:8]
-    folder = cache / f"phantom-{version}"
-    if not (folder / "AD_NC").is_dir():
-        print(f"drawing a phantom set into {folder}, once")
-        phantom.draw(folder, subjects=DEMO_SUBJECTS, seed=0)
+    folder = cache / f"phantom-{DEMO_SUBJECTS}-{version}"
+    if not folder.is_dir():
+        print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be drawing the same set
+        phantom.draw(draft, subjects=DEMO_SUBJECTS, seed=0)
+        if folder.is_dir():
+            shutil.rmtree(draft)
+        else:
+            os.replace(draft, folder)
     return folder / "AD_NC"
 
 
@@ -205,12 +215,13 @@ def make_mix(args):
     return v2.RandomChoice(mixes) if mixes else None
 
 
-def train_epoch(state, batches, args, *, epoch, amp, device, mix):
+def train_epoch(state, batches, args, job, *, epoch, mix):
     """One pass over the training slices. Returns its mean loss and accuracy by slice, and slices a second.
 
     Sums stay on the device; the bar alone asks for one now and then.
     """
     model, ema, optimizer, scaler = state
+    device = job.device
     model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
@@ -225,7 +236,7 @@ def train_epoch(state, batches, args, *, epoch, amp, device, mix):
         x = dataset.warp(x, theta, args.image_size)
         if mix is not None:
             x, y = mix(x, y)  # y becomes (N, 2), a share of each class
-        with utils.autocast(device, amp):
+        with utils.autocast(device, job.amp):
             logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = criterion(logits, y)
         optimizer.zero_grad(set_to_none=True)
@@ -251,16 +262,17 @@ def schedule(args):
     return dict(epochs=args.epochs, warmup_epochs=args.warmup_epochs, lr=args.lr)
 
 
-def val_epoch(model, images, table, args, *, amp, device):
+def val_epoch(model, images, table, args, job):
     """Validation through `evaluate`. Returns (figures by slice, scan AUROC and the loss, and a remark or "")."""
     predictions = utils.evaluate(
-        model, images, table, image_size=args.image_size, device=device, amp=amp, batch_size=args.batch_size, bar="val"
+        model, images, table, image_size=args.image_size, device=job.device, amp=job.amp, batch_size=args.batch_size,
+        bar="validation",
     )
     p = predictions.p_AD.where(predictions.label == "AD", 1 - predictions.p_AD)  # of the right class
     by_slice = utils.point_figures((predictions.label == "AD").to_numpy(), predictions.p_AD.to_numpy())
     scans = utils.aggregate(predictions, "scan")
     figures = {
-        "val_loss": float(-torch.tensor(p.to_numpy()).clamp_min(1e-12).log().mean()),
+        "val_loss": float(-np.log(p.clip(lower=1e-12)).mean()),
         "val_accuracy": by_slice["accuracy"],
         "val_balanced_accuracy": by_slice["balanced_accuracy"],
         "val_scan_auroc": utils.point_figures((scans.label == "AD").to_numpy(), scans.p_AD.to_numpy())["auroc"],
@@ -271,6 +283,19 @@ def val_epoch(model, images, table, args, *, amp, device):
 
 
 # ---------------------------------------------------------------- the run
+
+
+class Job(NamedTuple):
+    """Where a run happens: its folder, its log, the device, and the dtype of autocast (None: float32)."""
+
+    out: Path
+    log: Callable
+    device: torch.device
+    amp: torch.dtype | None
+
+    @property
+    def precision(self):
+        return str(self.amp or torch.float32).removeprefix("torch.")
 
 
 def open_run(args):
@@ -295,14 +320,25 @@ def format_epoch(row, best, remark):
             f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
 
 
-def make_model(args, log):
+def make_model(args, job, resumed):
+    """The model with fresh weights, or those of --init, on the device."""
     model = convnext(args.model, drop_path_rate=args.drop_path)
-    if args.init:
+    if args.init and not resumed:
         weights = utils.load_tensors(args.init)
         loaded, left = load_weights(model, weights.get("weights", weights))
-        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
-            f"left: {', '.join(left) or 'nothing'}")
-    return model
+        job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
+                f"left: {', '.join(left) or 'nothing'}")
+    return model.to(job.device, memory_format=torch.channels_last)
+
+
+def write_start(args, job, index, root):
+    """config.json with every flag, and split.csv with who is where."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
+    used = {"data": str(root), "device": name, "amp": job.precision}
+    utils.write_json(job.out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
+    paths = [os.path.relpath(path, index.attrs.get("root", root)) for path in index.path]
+    utils.write_csv(job.out / "split.csv", index.assign(path=paths))
 
 
 def main(args):
@@ -313,55 +349,38 @@ def main(args):
     root = find_data(args)
     index, images = load_data(args, root)
     out = open_run(args)
-    log = utils.make_log(out / "training_log.txt")
+    job = Job(out, utils.make_log(out / "training_log.txt"), device, amp)
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
+    resumed = args.resume and (out / "last.pth").exists()
     utils.seed_everything(args.seed)
-    model = make_model(args, log).to(device, memory_format=torch.channels_last)
+    model = make_model(args, job, resumed)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    state = model, ema, optimizer, scaler
+    state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
+    facts = utils.describe_model(args, index, images)
+    history = restore(state, args, job, facts, root) if resumed else []
+    write_start(args, job, index, root)
+    job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
+            f"{device}, {job.precision}; run folder {out}")
+    for line in describe_split(index, args.split_by):
+        job.log(line)
 
-    split = index[["path", "label", "scan", "slice", "subject", "split"]]
-    split = split.assign(path=[os.path.relpath(path, index.attrs.get("root", root)) for path in index.path])
-    known = index[index.split != "test"]
-    facts = {
-        "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
-        "classes": list(dataset.CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
-        "mean": dataset.MEAN, "std": dataset.STD, "split_by": args.split_by, "split_hash": dataset.split_hash(index),
-        # who was trained and chosen on, so that predict.py can tell a test from a memory; fingerprints, no names
-        "seen": {"subjects": sorted(map(fingerprint, known.subject.dropna().unique())),
-                 "scans": sorted(map(fingerprint, known.scan.unique())), "unknown": bool(known.subject.isna().any())},
-    }
-    history, last = [], None
-    if args.resume and (out / "last.pth").exists():
-        last = utils.load_checkpoint(out / "last.pth", device)
-        if last["split_hash"] != facts["split_hash"]:
-            raise ValueError(f"the files under {root} are not those that {out} was trained on; expected the same ones")
-        utils.restore_state(state, last)
-        history = last["history"]
-        log(f"resumed after epoch {len(history)}")
-        if last["flags"]["epochs"] != args.epochs:
-            log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
+    fit(state, index, images, args, job, facts, history)
+    finish(index, images, args, job, root)
+
+
+def restore(state, args, job, facts, root):
+    """Put last.pth back into `state`; returns the history up to it. Another set of slices is a ValueError."""
+    last = utils.load_checkpoint(job.out / "last.pth", job.device)
+    if last["split_hash"] != facts["split_hash"]:
+        raise ValueError(f"the files under {root} are not those that {job.out} was trained on; expected the same ones")
+    utils.restore_state(state, last)
+    job.log(f"resumed after epoch {last['epoch']}")
+    if last["flags"]["epochs"] != args.epochs:
+        job.log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
                 "learning rate jumps here, and the run is not the one that started with this length")
-    write_config(out, args, device, amp)
-    if not args.resume:
-        utils.write_csv(out / "split.csv", split)
-        log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
-            f"{device}, {str(amp or 'float32').removeprefix('torch.')}; run folder {out}")
-        for line in describe_split(index, args.split_by):
-            log(line)
-
-    fit(state, index, images, args, out=out, log=log, device=device, amp=amp, facts=facts, history=history)
-    finish(index, images, args, root=root, out=out, log=log, device=device, amp=amp)
-
-
-def write_config(out, args, device, amp):
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    used = {"device": name, "amp": str(amp or torch.float32).removeprefix("torch.")}
-    utils.write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
+    return last["history"]
 
 
 def is_better(row, best):
@@ -369,82 +388,69 @@ def is_better(row, best):
     return best is None or (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
 
 
-def fit(state, index, images, args, *, out, log, device, amp, facts, history):
+def fit(state, index, images, args, job, facts, history):
     """Train up to args.epochs, keep the best epoch by validation accuracy, stop early. Everything random in an epoch
     comes from (seed, epoch), so that a resumed run repeats what an unbroken one does."""
-    parts = {split: (index.split == split).to_numpy() for split in ("train", "val")}
-    order = torch.Generator()
-    batches = dataset.make_loader(
-        images[parts["train"]], (index.label[parts["train"]] == "AD").to_numpy(), args.batch_size, order,
-        pin_memory=device.type == "cuda",
-    )
-    val_images, val_index = images[parts["val"]], index[parts["val"]]
     model, ema = state[:2]
     kept = ema.module if ema is not None else model
+    train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
+    val_images, val_index = images[val], index[val]
+    order = torch.Generator()
+    batches = dataset.make_loader(images[train], index.label[train] == "AD", args.batch_size, order,
+                                  pin_memory=job.device.type == "cuda")
     mix, best = make_mix(args), None
     for row in history:
         best = row if is_better(row, best) else best
-    writer = open_tensorboard(out) if args.tensorboard else None
-    utils.plot_lr(out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
-    log(HEADER)
+    write_events = utils.open_tensorboard(job.out) if args.tensorboard else lambda row: None
+    utils.plot_lr(job.out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
+    job.log(HEADER)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if best is not None and 0 < args.patience <= len(history) - best["epoch"]:
-            log(f"stopped early: no better validation in {args.patience} epochs")
+            job.log(f"stopped early: no better validation in {args.patience} epochs")
             break
         utils.seed_everything(args.seed, epoch)
         order.manual_seed(torch.initial_seed())
-        row = {"epoch": epoch} | train_epoch(state, batches, args, epoch=epoch, amp=amp, device=device, mix=mix)
-        figures, remark = val_epoch(kept, val_images, val_index, args, amp=amp, device=device)
-        row |= figures
-        if not torch.isfinite(torch.tensor(row["train_loss"])):
+        row = {"epoch": epoch} | train_epoch(state, batches, args, job, epoch=epoch, mix=mix)
+        if not np.isfinite(row["train_loss"]):
             raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off. "
-                             f"{out / 'best_model.pth'} holds the best epoch before")
+                             f"{job.out} keeps what was good")
+        figures, remark = val_epoch(kept, val_images, val_index, args, job)
+        row |= figures
         history.append(row)
         if is_better(row, best):
             best = row
-            utils.save_checkpoint(out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row,
-                                  flags=vars(args), **facts)
-        utils.save_state(state, out / "last.pth", epoch=epoch, history=history, flags=vars(args), **facts)
-        utils.write_csv(out / "training_history.csv", pd.DataFrame(history))
-        log(format_epoch(row, best is row, remark))
-        if writer is not None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, epoch)
-            writer.flush()
+            utils.save_checkpoint(job.out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row, **facts)
+        utils.save_state(state, job.out / "last.pth", epoch=epoch, history=history, **facts)
+        utils.write_csv(job.out / "training_history.csv", pd.DataFrame(history))
+        write_events(row)
+        job.log(format_epoch(row, best is row, remark))
     leaky = ", LEAKY split by slice" if args.split_by == "slice" else ""
-    utils.plot_history(out / "training_curves.png", pd.DataFrame(history), best["epoch"], f"{args.model}{leaky}")
+    utils.plot_history(job.out / "training_curves.png", pd.DataFrame(history), best["epoch"], f"{args.model}{leaky}")
 
 
-def open_tensorboard(out):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(out)
-
-
-def finish(index, images, args, *, root, out, log, device, amp):
+def finish(index, images, args, job, root):
     """Evaluate the best model on val and, once, on test, by the road that predict.py takes."""
+    out, log = job.out, job.log
     checkpoint = utils.load_checkpoint(out / "best_model.pth")
     log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
     titles = {"val": "validation (the epoch was chosen on it)", "test": "test"}
-    if args.split_by == "slice":
-        titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
-        titles["test"] = "test (of a LEAKY run: the epoch was chosen on scans that were trained on)"
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
-        if args.split_by == "slice":
-            titles["test"] = "LEAKY " + titles["test"] + " by slice"
+    if args.split_by == "slice":
+        titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
+        titles["test"] += " (of a LEAKY run: split by slice)"
     for split, title in titles.items():
         rows = (index.split == split).to_numpy()
-        table = index[rows].drop(columns="split")[["path", "scan", "slice", "subject", "label"]].reset_index(drop=True)
-        predictions = predict_table(checkpoint, table, device=device, amp=amp, images=images[rows])
+        table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].reset_index(drop=True)
+        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[rows])
         seen = checkpoint["seen"] if split == "test" else None
         for line in write_results(predictions, out / split, title=title, seen=seen):
             log(line)
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
-        log("predict again with:")
-        log(f"  python predict.py {Path(root) / 'test'} --checkpoint {out / 'best_model.pth'}")
+        predict, test = Path(__file__).with_name("predict.py"), Path(root) / "test"
+        words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", out / "best_model.pth"]
+        log("predict again with:\n  " + shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Not run by itself. `evaluate` is the one road from a model to predictions, `scor
 both train.py and predict.py take them.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 from sklearn import metrics as sk
 from tqdm import tqdm
 
-from dataset import CLASSES, MEAN, STD, eval_transform, make_loader
+from dataset import CLASSES, MEAN, STD, eval_transform, make_loader, split_hash
 from modules import convnext
 
 FORMAT = 1  # of a checkpoint; raise it when an older one can no longer be read
@@ -269,6 +270,25 @@ def build_model(checkpoint):
     return model
 
 
+def fingerprint(name):
+    """A scan or subject id as a checkpoint keeps it: recognisable, not readable (SHA-256, 12 hex digits)."""
+    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def describe_model(args, index, images):
+    """What a checkpoint says of its model beside the weights: all that predict.py needs."""
+    known = index[index.split != "test"]
+    return {
+        "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
+        "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
+        "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": split_hash(index),
+        # who was trained and chosen on, so that predict.py can tell a test from a memory; fingerprints, no names
+        "seen": {"subjects": sorted(map(fingerprint, known.subject.dropna().unique())),
+                 "scans": sorted(map(fingerprint, known.scan.unique())), "unknown": bool(known.subject.isna().any())},
+        "flags": vars(args),
+    }
+
+
 def save_state(state, path, **content):
     """Save all that a run needs to go on: `state` is (model, ema or None, optimizer, scaler)."""
     model, ema, optimizer, scaler = state
@@ -297,6 +317,27 @@ def make_log(path):
             file.write(line + "\n")
 
     return log
+
+
+def open_tensorboard(out):
+    """A function that writes a row of the history as TensorBoard events into the run folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out)
+
+    def write_events(row):
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
+
+    return write_events
+
+
+def near(path):
+    """The path as a person would type it here: relative if it lies below the working directory."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith("..") else relative
 
 
 # ---------------------------------------------------------------- pictures
