@@ -80,7 +80,8 @@ def read_subjects(root):
     read: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the entry), else
     subjects.csv (columns scan and subject), else None and empty dicts.
     """
-    folders = (Path(root), Path(os.path.abspath(root)).parent)
+    root = Path(root)
+    folders = (root, root.parent if root.name not in ("", "..") else root.resolve().parent)
     for path in (folder / "meta_data_with_label.json" for folder in folders):
         if path.is_file():
             return *_subjects_from_json(path), path
