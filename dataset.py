@@ -412,6 +412,14 @@ def eval_transform(images, image_size, mean=MEAN, std=STD):
     return (TF.center_crop(x, [image_size, image_size]) - mean) / std
 
 
+def train_transform(images, image_size, *, augment=True, flip=True):
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
+    evaluation. The random numbers come from PyTorch's CPU generator, whatever the device of the images."""
+    if not augment:
+        return eval_transform(images, image_size)
+    return warp(images, sample_affine(len(images), *images.shape[2:], flip=flip), image_size)
+
+
 def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
     """Random resized crop, horizontal flip and rotation as one affine map an image.
 

@@ -59,6 +59,7 @@ def make_parser():
     add("--ema", type=float, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-flip", action="store_true", help="no horizontal flip (on AD_NC it swaps front and back)")
+    add("--no-augment", action="store_true", help="train on the view of the evaluation; learns by heart soonest")
     add("--mixup", type=float, default=0.0, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2 (0: off)")
     add("--cutmix", type=float, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
     add = parser.add_argument_group("machine").add_argument
@@ -231,9 +232,8 @@ def train_epoch(state, batches, args, job, *, epoch, mix):
         lr = utils.lr_at((epoch - 1) * len(batches) + i, steps_per_epoch=len(batches), **schedule(args))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        theta = dataset.sample_affine(len(x), *x.shape[2:], flip=not args.no_flip)
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        x = dataset.warp(x, theta, args.image_size)
+        x = dataset.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip)
         if mix is not None:
             x, y = mix(x, y)  # y becomes (N, 2), a share of each class
         with utils.autocast(device, job.amp):

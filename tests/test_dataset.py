@@ -347,6 +347,12 @@ def test_augmentation_keeps_the_label_with_its_image():
     assert torch.allclose(centre, images[:, 0, 0, 0] / 127.5 - 1, atol=1e-5)
 
 
+def test_training_without_augmentation_sees_what_evaluation_sees():
+    images = torch.randint(0, 256, (4, 1, 60, 64), dtype=torch.uint8)
+    assert torch.equal(dataset.train_transform(images, 48, augment=False), dataset.eval_transform(images, 48))
+    assert not torch.equal(dataset.train_transform(images, 48), dataset.train_transform(images, 48))
+
+
 def test_crops_have_the_area_and_aspect_of_the_recipe():
     theta = dataset.sample_affine(4000, 240, 256, flip=False, degrees=0, generator=torch.Generator().manual_seed(0))
     w, h = theta[:, 0, 0] * 256, theta[:, 1, 1] * 240
