@@ -334,6 +334,8 @@ def decode(path, size=None):
     """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
     about its centre. Raises OSError or ValueError if the file is not an image."""
     with Image.open(path) as image:
+        if image.mode[0] in "IF":  # convert("L") would clip it at 255
+            raise ValueError(f"the pixels have mode {image.mode}; expected 8 bits, scale it to 0..255 first")
         image = image.convert("L")
         if size is not None and image.size != (size[1], size[0]):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)

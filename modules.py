@@ -184,7 +184,10 @@ def load_weights(model, state_dict):
     Returns (loaded, left), two lists of names as this module has them: the parameters that were filled, and the names
     on either side that found no partner. Raises ValueError if no block of the model was filled.
     """
-    state_dict = state_dict.get("model", state_dict)  # the paper's checkpoints hold {"model": ...}
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"the weights are a {type(state_dict).__name__}; expected a state dict of names and tensors")
+    # our checkpoints hold them under "weights", those of the paper's code under "model"
+    state_dict = state_dict.get("weights", state_dict.get("model", state_dict))
     ours, loaded, left = model.state_dict(), [], []
     for theirs, tensor in state_dict.items():
         name = _our_name(theirs)

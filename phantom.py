@@ -1,6 +1,6 @@
 """Draw a synthetic imitation of the ADNI `AD_NC` set, for whoever has no access to ADNI.
 
-    python phantom.py ADNI                                        60 subjects, about 135 scans, 2,700 slices
+    python phantom.py ADNI                                        60 subjects, 140 scans, 2,800 slices
     python phantom.py ADNI --subjects 680 --seed 1                the size of the real set
     python phantom.py --sheet figures/phantom.png                 a contact sheet only; no set is drawn
 

@@ -41,23 +41,28 @@ import utils  # noqa: E402
 
 
 def read_inputs(inputs):
-    """Files and folders -> a table with a row a slice: path, scan, slice, subject, and label where all are known.
+    """Files and folders -> a table with a row a slice: path, scan, slice, subject, and label where one is known.
 
-    A file that is not named <scan>_<slice> counts as a scan of its own, with no slice number. Raises ValueError for an
-    input that is not there or holds no images.
+    A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
+    Raises ValueError for an input that is not there or holds no images, and for a scan under both AD/ and NC/.
     """
     rows = []
     for given in map(Path, inputs):
         for path, label in _list_input(given):
-            scan, number = parse_name(path) or (Path(path).stem, None)
+            scan, number = parse_name(path) or (str(Path(path).with_suffix("")), None)
             rows.append((path, scan, number, label))
-    table = pd.DataFrame(rows, columns=["path", "scan", "slice", "label"]).drop_duplicates("path")
+    table = pd.DataFrame(rows, columns=["path", "scan", "slice", "label"])
+    table = table.sort_values("label", na_position="last", kind="stable").drop_duplicates("path")
+    both = table.groupby("scan").label.nunique()
+    if (both > 1).any():
+        paths = table[table.scan == both.index[both > 1][0]].drop_duplicates("label").path
+        raise ValueError(f"the same scan stands under both classes: {' and '.join(paths)}; predict one of them")
     subjects = {}
     for root in {_set_root(given) for given in inputs}:
         subjects |= read_subjects(root)[0]
     table["slice"] = table.slice.astype("Int64")
     table.insert(3, "subject", table.scan.map(subjects).astype("string"))
-    if table.label.isna().any():
+    if table.label.isna().all():
         table = table.drop(columns="label")
     return table.sort_values(["scan", "slice", "path"], ignore_index=True)
 
@@ -127,26 +132,30 @@ def mark_seen(predictions, seen):
     return same.to_numpy(bool), (~same & (~known | bool(seen["unknown"]))).to_numpy(bool)
 
 
-def write_results(predictions, out, *, title, seen=None):
-    """Write the tables, and where labels are known figures and pictures, of predictions into folder `out`.
+def write_results(predictions, out, *, title, checkpoint=None):
+    """Write the tables, and where all labels are known figures and pictures, of predictions into folder `out`.
 
-    Returns the lines to print. With `seen` of a checkpoint, each figure is given twice where they differ: for all
-    subjects, and for those not seen in training.
+    Returns the lines to print. With the checkpoint, its leaks go into the title, and each figure is given twice where
+    they differ: for all subjects, and for those not seen in training.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "confusion_matrix.png", "roc_curve.png", "calibration.png"):
+        (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
     utils.write_csv(out / "predictions.csv", predictions)
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: utils.aggregate(predictions, unit) for unit in utils.UNITS}
     columns = ["p_AD", "n_slices", "prediction"] + ["label"] * ("label" in predictions)
     utils.write_csv(out / "scans.csv", tables["scan"][["scan", "subject", *columns]])
     utils.write_csv(out / "subjects.csv", tables["subject"][["subject", *columns]])
-    if "label" not in predictions or predictions.empty:
+    if predictions.empty or "label" not in predictions or predictions.label.isna().any():
         return []
 
     figures, lines = {}, []
-    if seen is not None:
-        same, unsure = mark_seen(predictions, seen)
+    if checkpoint is not None:
+        if checkpoint["split_by"] == "slice":
+            title += " (of a LEAKY run: split by slice)"
+        same, unsure = mark_seen(predictions, checkpoint["seen"])
         shared = predictions.scan[same].nunique()
         if shared:
             title += f"; LEAKY: {shared} of {predictions.scan.nunique()} scans are of subjects seen in training"
@@ -182,14 +191,17 @@ def main(args):
     device = utils.pick_device(args.device)
     amp = utils.pick_amp(args.amp, device)
     table = read_inputs(args.inputs)
-    out = Path(args.out or f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
+    out = Path(args.out) if args.out else utils.new_folder(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     model = checkpoint["model"]
     print(f"{path}: ConvNeXt {model['variant']}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "
           f"{len(table):,} slices on {device}, {str(amp or 'float32').removeprefix('torch.')}")
 
     predictions = predict_table(checkpoint, table, device=device, amp=amp, batch_size=args.batch_size)
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
-    lines = write_results(predictions, out, title=title, seen=checkpoint["seen"])
+    unlabelled = table.label.isna().sum() if "label" in table else 0
+    if unlabelled:
+        print(f"warning: {unlabelled} of {len(table)} slices have no label: no figures are computed", file=sys.stderr)
+    lines = write_results(predictions, out, title=title, checkpoint=checkpoint)
     if "error" in predictions:
         bad = predictions[predictions.error.notna()]
         for row in bad.head(10).itertuples():

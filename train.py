@@ -83,13 +83,13 @@ def parse_args(argv=None):
         except (OSError, ValueError, KeyError) as problem:
             parser.error(f"{args.out} holds no run to go on with ({problem})")
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume:
         changed = [name for name, value in saved.items()
                    if name not in FREE_ON_RESUME and getattr(args, name, value) != value]
         if changed:
             words = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}" for name in changed)
             parser.error(f"a resumed run keeps its flags ({words}); leave them out, or start a new run")
-    args = parser.parse_args(argv)
     _check(parser, args)
     return args
 
@@ -166,9 +166,11 @@ def demo_data():
 def load_data(args, root):
     """Index, split and decode; returns (index, images), a row of images uint8 (N, H, W) for each row of the index."""
     index = dataset.read_index(root)
+    root = index.attrs["root"]
     if args.folds is not None:
         index = dataset.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
     index = dataset.split_index(index, args.val_fraction, args.split_by, args.seed)
+    index.attrs["root"] = root
     for split in ("train", "val"):
         missing = set(dataset.CLASSES) - set(index.label[index.split == split])
         if missing:
@@ -304,6 +306,8 @@ def open_run(args):
         return Path(args.out)
     leaky = "-LEAKY" if args.split_by == "slice" else ""
     out = Path(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
+    if args.out is None:
+        return utils.new_folder(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
     out.mkdir(parents=True, exist_ok=True)
@@ -325,19 +329,19 @@ def make_model(args, job, resumed):
     model = convnext(args.model, drop_path_rate=args.drop_path)
     if args.init and not resumed:
         weights = utils.load_tensors(args.init)
-        loaded, left = load_weights(model, weights.get("weights", weights))
+        loaded, left = load_weights(model, weights)
         job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
                 f"left: {', '.join(left) or 'nothing'}")
     return model.to(job.device, memory_format=torch.channels_last)
 
 
-def write_start(args, job, index, root):
+def write_start(args, job, index):
     """config.json with every flag, and split.csv with who is where."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
-    used = {"data": str(root), "device": name, "amp": job.precision}
+    used = {"data": index.attrs["root"], "device": name, "amp": job.precision}
     utils.write_json(job.out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
-    paths = [os.path.relpath(path, index.attrs.get("root", root)) for path in index.path]
+    paths = [os.path.relpath(path, index.attrs["root"]) for path in index.path]
     utils.write_csv(job.out / "split.csv", index.assign(path=paths))
 
 
@@ -358,28 +362,30 @@ def main(args):
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
-    facts = utils.describe_model(args, index, images)
-    history = restore(state, args, job, facts, root) if resumed else []
-    write_start(args, job, index, root)
+    facts = utils.describe_model(args, index, images, job.precision)
+    history = restore(state, args, job, facts) if resumed else []
+    write_start(args, job, index)
     job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
             f"{device}, {job.precision}; run folder {out}")
     for line in describe_split(index, args.split_by):
         job.log(line)
 
     fit(state, index, images, args, job, facts, history)
-    finish(index, images, args, job, root)
+    finish(index, images, args, job)
 
 
-def restore(state, args, job, facts, root):
+def restore(state, args, job, facts):
     """Put last.pth back into `state`; returns the history up to it. Another set of slices is a ValueError."""
-    last = utils.load_checkpoint(job.out / "last.pth", job.device)
+    last = utils.load_checkpoint(job.out / "last.pth")
     if last["split_hash"] != facts["split_hash"]:
-        raise ValueError(f"the files under {root} are not those that {job.out} was trained on; expected the same ones")
+        raise ValueError(f"these slices are not those that {job.out} was trained on; expected the same files and split")
     utils.restore_state(state, last)
     job.log(f"resumed after epoch {last['epoch']}")
     if last["flags"]["epochs"] != args.epochs:
         job.log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
                 "learning rate jumps here, and the run is not the one that started with this length")
+    if last["precision"] != job.precision:
+        job.log(f"the run so far was in {last['precision']}, it goes on in {job.precision}")
     return last["history"]
 
 
@@ -412,8 +418,8 @@ def fit(state, index, images, args, job, facts, history):
         order.manual_seed(torch.initial_seed())
         row = {"epoch": epoch} | train_epoch(state, batches, args, job, epoch=epoch, mix=mix)
         if not np.isfinite(row["train_loss"]):
-            raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off. "
-                             f"{job.out} keeps what was good")
+            raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off" +
+                             (f". {job.out} keeps the epochs before" if history else ""))
         figures, remark = val_epoch(kept, val_images, val_index, args, job)
         row |= figures
         history.append(row)
@@ -428,7 +434,7 @@ def fit(state, index, images, args, job, facts, history):
     utils.plot_history(job.out / "training_curves.png", pd.DataFrame(history), best["epoch"], f"{args.model}{leaky}")
 
 
-def finish(index, images, args, job, root):
+def finish(index, images, args, job):
     """Evaluate the best model on val and, once, on test, by the road that predict.py takes."""
     out, log = job.out, job.log
     checkpoint = utils.load_checkpoint(out / "best_model.pth")
@@ -438,17 +444,16 @@ def finish(index, images, args, job, root):
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
     if args.split_by == "slice":
         titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
-        titles["test"] += " (of a LEAKY run: split by slice)"
     for split, title in titles.items():
         rows = (index.split == split).to_numpy()
         table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].reset_index(drop=True)
         predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[rows])
-        seen = checkpoint["seen"] if split == "test" else None
-        for line in write_results(predictions, out / split, title=title, seen=seen):
+        trained = checkpoint if split == "test" else None
+        for line in write_results(predictions, out / split, title=title, checkpoint=trained):
             log(line)
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
-        predict, test = Path(__file__).with_name("predict.py"), Path(root) / "test"
+        predict, test = Path(__file__).with_name("predict.py"), Path(index.attrs["root"]) / "test"
         words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", out / "best_model.pth"]
         log("predict again with:\n  " + shlex.join(map(str, words)))
 

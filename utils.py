@@ -5,9 +5,11 @@ both train.py and predict.py take them.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import platform
 import random
 from pathlib import Path
 
@@ -61,11 +63,17 @@ def pick_device(name="auto"):
     return device
 
 
+def has_native_bf16():
+    """Whether this CPU computes in bf16. oneDNN also takes bf16 on an AVX-512 CPU without it, and is slow there."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
+
+
 def pick_amp(mode, device):
     """The dtype to autocast to, or None for float32; "auto": fp16 on CUDA, bf16 on a CPU that has it natively."""
     if mode == "auto":
-        native_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        mode = "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and native_bf16 else "off"
+        mode = "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and has_native_bf16() else "off"
     if mode == "fp16" and device.type != "cuda":
         raise ValueError(f"--amp fp16 needs a CUDA GPU, this is {device.type}; choose bf16, off or auto")
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
@@ -84,6 +92,7 @@ def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, am
     """Predict every slice: uint8 images (N, H, W) with a table of N rows (an index, or part of it).
 
     Returns the table with p_AD, the softmax probability of AD in [0, 1], and prediction ("AD" from 0.5, else "NC").
+    Raises ValueError if an output is not finite, as happens when fp16 overflows.
     `bar` is the label of a progress bar, or None for no bar.
     """
     model.eval()
@@ -93,7 +102,11 @@ def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, am
         x = eval_transform(x.to(device, non_blocking=True), image_size, mean, std)
         with autocast(device, amp):
             logits.append(model(x.contiguous(memory_format=torch.channels_last)).float())
-    p_ad = torch.cat(logits).double().softmax(1)[:, CLASSES.index("AD")].cpu().numpy() if logits else []
+    p_ad = torch.cat(logits).double().softmax(1)[:, CLASSES.index("AD")].cpu().numpy() if logits else np.zeros(0)
+    lost = int(np.isnan(p_ad).sum())
+    if lost:
+        kind = str(amp or torch.float32).removeprefix("torch.")
+        raise ValueError(f"the model gives no finite output for {lost} of {len(p_ad)} slices in {kind}; try --amp off")
     return with_predictions(table.assign(p_AD=p_ad))
 
 
@@ -239,10 +252,10 @@ def save_checkpoint(path, **content):
     write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
 
 
-def load_tensors(path, device="cpu"):
-    """What torch.save wrote, loaded as data, never as code. ValueError if it is not there or is something else."""
+def load_tensors(path):
+    """What torch.save wrote, on the CPU, as data and never as code. ValueError if it is not there or something else."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
     except Exception as problem:  # torch.load raises nearly anything on a foreign file
@@ -250,9 +263,9 @@ def load_tensors(path, device="cpu"):
         raise ValueError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Load a checkpoint of `save_checkpoint`. A file of another kind is a ValueError."""
-    checkpoint = load_tensors(path, device)
+    checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project; expected best_model.pth of a run")
     if checkpoint["format"] != FORMAT:
@@ -271,11 +284,12 @@ def build_model(checkpoint):
 
 
 def fingerprint(name):
-    """A scan or subject id as a checkpoint keeps it: recognisable, not readable (SHA-256, 12 hex digits)."""
+    """A scan or subject id as a checkpoint keeps it (SHA-256, 12 hex digits): spares the reader the names, but does not
+    hide them from somebody who tries all ids."""
     return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def describe_model(args, index, images):
+def describe_model(args, index, images, precision):
     """What a checkpoint says of its model beside the weights: all that predict.py needs."""
     known = index[index.split != "test"]
     return {
@@ -285,7 +299,7 @@ def describe_model(args, index, images):
         # who was trained and chosen on, so that predict.py can tell a test from a memory; fingerprints, no names
         "seen": {"subjects": sorted(map(fingerprint, known.subject.dropna().unique())),
                  "scans": sorted(map(fingerprint, known.scan.unique())), "unknown": bool(known.subject.isna().any())},
-        "flags": vars(args),
+        "flags": vars(args), "precision": precision,
     }
 
 
@@ -303,7 +317,8 @@ def restore_state(state, last):
     model, ema, optimizer, scaler = state
     model.load_state_dict(last["weights"])
     optimizer.load_state_dict(last["optimizer"])
-    scaler.load_state_dict(last["scaler"])
+    if last["scaler"]:  # empty where the run had no scaler, on a CPU
+        scaler.load_state_dict(last["scaler"])
     if ema is not None:
         ema.load_state_dict(last["ema"])
 
@@ -332,6 +347,17 @@ def open_tensorboard(out):
         writer.flush()
 
     return write_events
+
+
+def new_folder(path):
+    """Make `path`, or path-2, path-3, ... where it is taken; returns what was made."""
+    for number in itertools.count(1):
+        folder = Path(path if number == 1 else f"{path}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def near(path):
@@ -402,6 +428,8 @@ def plot_roc(path, tables, title):
     figure, ((axes,),) = _figure(height=4.2)
     for unit, table in tables.items():
         y = table.label == "AD"
+        if y.all() or not y.any():  # one class has no curve
+            continue
         false_positive, sensitivity, _ = sk.roc_curve(y, table.p_AD)
         axes.plot(false_positive, sensitivity, label=f"{unit}: AUROC {sk.roc_auc_score(y, table.p_AD):.3f}")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
 
 # scan -> (split, class, subject)
 SCANS = {

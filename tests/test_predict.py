@@ -87,8 +87,8 @@ def test_any_name_and_size_can_be_predicted(run_folder, tmp_path):
     write_slice(tmp_path / "my brain.png", True, 0, size=(300, 200))
     Image.new("RGB", (48, 40), "grey").save(tmp_path / "colour.jpg")
     table = run_predict(run_folder, tmp_path / "out", tmp_path).set_index("scan")
-    assert set(table.index) == {"my brain", "colour"} and table.slice.isna().all()
-    assert table.prediction["my brain"] == "AD"
+    assert set(table.index) == {f"{tmp_path}/my brain", f"{tmp_path}/colour"} and table.slice.isna().all()
+    assert table.prediction[f"{tmp_path}/my brain"] == "AD"
 
 
 def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, tmp_path):
@@ -149,3 +149,49 @@ def test_the_newest_run_is_the_default(run_folder, tmp_path, monkeypatch):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     shutil.copy(run_folder / "best_model.pth", tmp_path / "runs" / "a")
     assert str(predict.newest_checkpoint()) == "runs/a/best_model.pth"
+
+
+def test_files_of_one_name_in_two_folders_are_two_scans(run_folder, tmp_path):
+    for label in ("AD", "NC"):
+        write_slice(tmp_path / "in" / label / "0001.png", label == "AD", 0)
+    run_predict(run_folder, tmp_path / "out", tmp_path / "in")
+    assert pd.read_csv(tmp_path / "out" / "scans.csv").label.tolist() == ["AD", "NC"]
+
+
+def test_a_scan_under_both_classes_is_refused(tmp_path):
+    for label in ("AD", "NC"):
+        write_slice(tmp_path / label / "7_1.png", label == "AD", 0)
+    with pytest.raises(ValueError, match="the same scan stands under both classes"):
+        predict.read_inputs([tmp_path])
+
+
+def test_some_unlabelled_slices_are_said_and_cost_the_figures(run_folder, ad_nc, tmp_path, capsys):
+    write_slice(tmp_path / "900_1.png", True, 0)
+    table = run_predict(run_folder, tmp_path / "out", tmp_path / "900_1.png", ad_nc / "test" / "AD" / "300_70.jpeg",
+                        ad_nc / "test")  # fmt: skip
+    assert len(table) == 31 and table.label.isna().sum() == 1
+    assert "1 of 31 slices have no label" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_results_of_an_earlier_prediction_do_not_stay_beside_new_ones(run_folder, ad_nc, tmp_path):
+    run_predict(run_folder, tmp_path, ad_nc / "test")
+    assert (tmp_path / "metrics.json").exists()
+    run_predict(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg")
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.csv", "scans.csv", "subjects.csv"}
+
+
+def test_sixteen_bits_are_not_clipped_to_white(run_folder, tmp_path):
+    Image.fromarray(np.full((40, 48), 3000, np.uint16)).save(tmp_path / "1_1.png")
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        run_predict(run_folder, tmp_path / "out", tmp_path / "1_1.png")
+    assert "expected 8 bits" in pd.read_csv(tmp_path / "out" / "predictions.csv").error[0]
+
+
+def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc, tmp_path):
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    checkpoint["weights"]["head.weight"] *= float("inf")
+    checkpoint.pop("format")
+    utils.save_checkpoint(tmp_path / "m.pth", **checkpoint)
+    with pytest.raises(ValueError, match="no finite output for 30 of 30 slices"):
+        run_predict(None, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "m.pth")

@@ -116,6 +116,11 @@ def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, c
     assert "--lr was 0.002, --seed was 0" in capsys.readouterr().err
 
 
+def test_two_runs_of_the_same_second_get_two_folders(tmp_path):
+    folders = [utils.new_folder(tmp_path / "runs" / "now") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["now", "now-2", "now-3"]
+
+
 def test_two_runs_never_overwrite_each_other(ad_nc, run_folder):
     before = (run_folder / "training_log.txt").read_text()
     with pytest.raises(ValueError, match="is not empty, and a run never overwrites another"):
@@ -135,11 +140,16 @@ def test_same_seed_same_bits_and_another_seed_other_bits(ad_nc, tmp_path):
 def test_ema_mixup_cutmix_and_tensorboard_run_together(ad_nc, tmp_path):
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "2", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1",
                       "--tensorboard", "--no-flip")  # fmt: skip
-    last, best = (utils.load_checkpoint(run / name) for name in ("last.pth", "best_model.pth"))
+    last = utils.load_checkpoint(run / "last.pth")
     assert not torch.equal(last["weights"]["head.weight"], last["ema"]["module.head.weight"])
-    if best["epoch"] == 2:
-        assert torch.equal(best["weights"]["head.weight"], last["ema"]["module.head.weight"])
     assert list(run.glob("events.out.tfevents*"))
+
+
+def test_with_ema_the_averaged_weights_are_validated_and_kept(ad_nc, tmp_path):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--ema", "0.5")
+    last, best = (utils.load_checkpoint(run / name) for name in ("last.pth", "best_model.pth"))
+    assert all(torch.equal(best["weights"][name], last["ema"][f"module.{name}"]) for name in best["weights"])
+    assert not torch.equal(best["weights"]["head.weight"], last["weights"]["head.weight"])
 
 
 def test_weight_decay_is_kept_off_one_dimensional_parameters():
@@ -226,6 +236,7 @@ def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence)
     script = os.path.abspath("train.py")
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and sentence in done.stderr
+    assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ import torch
 from sklearn import metrics as sk
 
 import utils
-from modules import convnext
+from modules import ConvNeXtBlock, convnext
 
 RECIPE = dict(steps_per_epoch=10, epochs=5, warmup_epochs=1, lr=1e-3)
 
@@ -48,9 +48,15 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence():
 
 
 def test_layer_scale_gives_no_gradient_in_fp16_without_the_scaler():
-    """Why the scaler is not optional: at 1e-6 the gradient of a block's MLP is below fp16's smallest number."""
-    gradient = torch.tensor(1e-6 * 1e-3)
-    assert gradient.half() == 0 and (gradient * 2.0**16).half() > 0  # GradScaler starts at 2**16
+    """Why the scaler is not optional: at 1e-6 the gradients of a block's MLP are below fp16's smallest number."""
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(8).half(), torch.randn(2, 8, 7, 7).half()
+    largest = {}
+    for scale in (1.0, 2.0**16):  # GradScaler starts at 2**16
+        block.zero_grad()
+        (block(x).float().square().mean() * scale).backward()
+        largest[scale] = block.pwconv1.weight.grad.abs().max()
+    assert largest[1.0] == 0 < largest[2.0**16]
 
 
 # ---------------------------------------------------------------- figures
