@@ -23,7 +23,7 @@ from typing import NamedTuple
 from dataset import Parser, run
 
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
-DEMO = dict(model="atto", image_size=64, epochs=12, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
+DEMO = dict(model="atto", image_size=64, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
 DEMO_SUBJECTS = 70
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard"}

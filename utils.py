@@ -399,7 +399,7 @@ def plot_history(path, history, best_epoch, title):
     """Loss and slice accuracy of training and validation over the epochs; dotted, the epoch that was kept."""
     figure, ((loss, accuracy),) = _figure(2)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        axes.plot(history.epoch, history[f"train_{name}"], label="training (augmented, smoothed labels)")
+        axes.plot(history.epoch, history[f"train_{name}"], label="training (with smoothed labels)")
         axes.plot(history.epoch, history[f"val_{name}"], label="validation")
         axes.axvline(best_epoch, color="grey", linestyle=":", label=f"kept: epoch {best_epoch}")
         axes.set(xlabel="epoch", ylabel=f"{name} (by slice)")
