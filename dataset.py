@@ -114,7 +114,7 @@ def _subjects_from_json(path):
         if found:
             subjects[scan] = found.pop()
         if "label" in entry:
-            labels[scan] = {0: "NC", 1: "neither", 2: "AD"}.get(entry["label"], f"label {entry['label']}")
+            labels[scan] = {"0": "NC", "1": "neither", "2": "AD"}.get(str(entry["label"]), f"label {entry['label']}")
     return subjects, labels
 
 

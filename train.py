@@ -446,8 +446,9 @@ def finish(index, images, args, job):
         titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
     for split, title in titles.items():
         rows = (index.split == split).to_numpy()
-        table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].reset_index(drop=True)
-        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[rows])
+        # in the order of predict.py, so that its batches, and with them the last digits, are the same
+        table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].sort_values(["scan", "slice"])
+        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[table.index])
         trained = checkpoint if split == "test" else None
         for line in write_results(predictions, out / split, title=title, checkpoint=trained):
             log(line)

@@ -244,7 +244,8 @@ def write_json(path, value):
 
 def write_csv(path, table):
     # names of files may hold bytes that are no UTF-8; they are written back as they came
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, errors="surrogateescape"))
+    form = dict(index=False, float_format="%.7g", errors="surrogateescape")
+    write_atomically(path, lambda temporary: table.to_csv(temporary, **form))
 
 
 def save_checkpoint(path, **content):
