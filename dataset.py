@@ -48,6 +48,9 @@ def run(main, args):
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------- index
@@ -60,7 +63,7 @@ def is_junk(name):
 
 def parse_name(path):
     """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being all before the last underscore; None for another form."""
-    match = re.fullmatch(r"(.+)_(\d+)", Path(path).stem, re.DOTALL)
+    match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id, no slice number
     return (match[1], int(match[2])) if match else None
 
 
@@ -87,7 +90,11 @@ def read_subjects(root):
             return *_subjects_from_json(path), path
     for path in (folder / "subjects.csv" for folder in folders):
         if path.is_file():
-            table = pd.read_csv(path, dtype=str)
+            try:
+                table = pd.read_csv(path, dtype=str)
+            except ValueError as problem:
+                reason = str(problem).strip()
+                raise ValueError(f"{path} cannot be read ({reason}); expected the columns scan and subject") from None
             if not {"scan", "subject"} <= set(table.columns):
                 raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected scan and subject")
             known = table.dropna(subset=["scan", "subject"]).drop_duplicates(["scan", "subject"])

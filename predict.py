@@ -14,7 +14,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from dataset import EXTENSIONS, Parser, list_images, load_slices, parse_name, read_subjects, run
+from dataset import EXTENSIONS, Parser, is_junk, list_images, load_slices, parse_name, read_subjects, run
 
 
 def parse_args(argv=None):
@@ -26,7 +26,10 @@ def parse_args(argv=None):
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 1 <= args.batch_size <= 1e6:
+        parser.error(f"--batch-size is {args.batch_size}; expected a number from 1 to 1e+06")
+    return args
 
 
 # Read before torch is imported, so that --help and a mistyped flag answer at once.
@@ -44,19 +47,22 @@ def read_inputs(inputs):
     """Files and folders -> a table with a row a slice: path, scan, slice, subject, and label where one is known.
 
     A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
-    Raises ValueError for an input that is not there or holds no images, and for a scan under both AD/ and NC/.
+    What else lies in the folders is passed over and named in `table.attrs["passed_over"]`. Raises ValueError for an
+    input that is not there or holds no images, for a scan under both AD/ and NC/ and for two files of one slice.
     """
-    rows = []
+    rows, passed_over = [], []
     for given in map(Path, inputs):
-        for path, label in _list_input(given):
-            scan, number = parse_name(path) or (str(Path(path).with_suffix("")), None)
-            rows.append((path, scan, number, label))
-    table = pd.DataFrame(rows, columns=["path", "scan", "slice", "label"])
-    table = table.sort_values("label", na_position="last", kind="stable").drop_duplicates("path")
+        for path, label in _list_input(given, passed_over):
+            rows.append((path, *(parse_name(path) or (path, None)), label, os.path.realpath(path)))
+    table = pd.DataFrame(rows, columns=["path", "scan", "slice", "label", "file"])
+    table = table.sort_values("label", na_position="last", kind="stable").drop_duplicates("file").drop(columns="file")
     both = table.groupby("scan").label.nunique()
     if (both > 1).any():
         paths = table[table.scan == both.index[both > 1][0]].drop_duplicates("label").path
         raise ValueError(f"the same scan stands under both classes: {' and '.join(paths)}; predict one of them")
+    twice = table[table.slice.notna() & table.duplicated(["scan", "slice"], keep=False)].sort_values(["scan", "slice"])
+    if len(twice):
+        raise ValueError(f"two files are the same slice of a scan: {' and '.join(twice.path[:2])}; predict one of them")
     subjects = {}
     for root in {_set_root(given) for given in inputs}:
         subjects |= read_subjects(root)[0]
@@ -64,11 +70,13 @@ def read_inputs(inputs):
     table.insert(3, "subject", table.scan.map(subjects).astype("string"))
     if table.label.isna().all():
         table = table.drop(columns="label")
-    return table.sort_values(["scan", "slice", "path"], ignore_index=True)
+    table = table.sort_values(["scan", "slice", "path"], ignore_index=True)
+    table.attrs["passed_over"] = passed_over
+    return table
 
 
-def _list_input(given):
-    """The (path, label or None) of each image of one INPUT."""
+def _list_input(given, passed_over):
+    """The (path, label or None) of each image of one INPUT; appends to `passed_over` what it leaves."""
     if not given.exists():
         raise ValueError(f"{given} does not exist; expected an image or a folder of images")
     if given.is_file():
@@ -80,8 +88,12 @@ def _list_input(given):
         found = [(path, label) for label in labelled for path in list_images(given / label)]
     else:
         found = [(path, None) for path in list_images(given)]
+    for folder in [given, *(given / label for label in labelled)]:
+        entries = {entry.path for entry in os.scandir(folder) if not is_junk(entry.name)}
+        passed_over += sorted(entries - {path for path, _ in found} - {str(given / label) for label in labelled})
     if not found:
-        hint = f"; did you mean {given / 'test'}?" if (given / "test").is_dir() else ""
+        hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
+        hint = f"; did you mean {hints[0]}?" if hints else ""
         raise ValueError(f"{given} holds no images (.jpeg, .jpg, .png), nor do AD/ and NC/ in it{hint}")
     return found
 
@@ -188,9 +200,15 @@ def newest_checkpoint():
 def main(args):
     path = args.checkpoint or newest_checkpoint()
     checkpoint = utils.load_checkpoint(path)
+    if "optimizer" in checkpoint:
+        raise ValueError(f"{path} is there to resume a training; predict with best_model.pth beside it")
     device = utils.pick_device(args.device)
     amp = utils.pick_amp(args.amp, device)
     table = read_inputs(args.inputs)
+    passed_over = table.attrs["passed_over"]
+    if passed_over:
+        print(f"warning: passed over {len(passed_over)} files and folders that are no slices, first {passed_over[0]}",
+              file=sys.stderr)
     out = Path(args.out) if args.out else utils.new_folder(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     model = checkpoint["model"]
     print(f"{path}: ConvNeXt {model['variant']}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +80,10 @@ def parse_args(argv=None):
         if not args.out:
             parser.error("--resume needs --out RUN, the folder of the run to go on with")
         try:
-            saved = json.loads((Path(args.out) / "config.json").read_text())["flags"]
+            config = json.loads((Path(args.out) / "config.json").read_text())
+            saved = config["flags"]
+            if not saved["demo"]:
+                saved["data"] = config["used"]["data"]  # absolute, so that a run goes on from anywhere
         except (OSError, ValueError, KeyError) as problem:
             parser.error(f"{args.out} holds no run to go on with ({problem})")
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})
@@ -97,13 +101,14 @@ def parse_args(argv=None):
 def _check(parser, args):
     positive = ("epochs", "batch_size", "lr", "clip_grad")
     at_least_0 = ("weight_decay", "warmup_epochs", "patience", "mixup", "cutmix", "seed")
-    ranges = {name: (0, float("inf")) for name in at_least_0}
+    limit = 1e6  # beyond it, and at inf, is a slip of the finger
+    ranges = {name: (0, limit) for name in at_least_0}
     ranges |= {name: (0, 0.999999) for name in ("val_fraction", "drop_path", "label_smoothing", "ema")}
     ranges["image_size"] = (32, 4096)
     for name in (*positive, *ranges):
-        value, (low, high) = getattr(args, name), ranges.get(name, (0, float("inf")))
+        value, (low, high) = getattr(args, name), ranges.get(name, (0, limit))
         if not low <= value <= high or (name in positive and value == 0):
-            expected = "more than 0" if name in positive else f"from {low} to {high}"
+            expected = f"more than 0, up to {high:g}" if name in positive else f"from {low} to {high:g}"
             parser.error(f"--{name.replace('_', '-')} is {value}; expected a number {expected}")
     if args.demo and args.data:
         parser.error("--demo draws its own data; leave out --data, or --demo")
@@ -337,9 +342,11 @@ def make_model(args, job, resumed):
 
 def write_start(args, job, index):
     """config.json with every flag, and split.csv with who is where."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    packages = ("torch", "torchvision", "numpy", "pandas", "pillow", "scikit-learn")
+    versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in packages}}
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
-    used = {"data": index.attrs["root"], "device": name, "amp": job.precision}
+    used = {"data": os.path.abspath(index.attrs["root"]), "device": name, "amp": job.precision,
+            "threads": torch.get_num_threads()}
     utils.write_json(job.out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
     paths = [os.path.relpath(path, index.attrs["root"]) for path in index.path]
     utils.write_csv(job.out / "split.csv", index.assign(path=paths))

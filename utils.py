@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
@@ -260,7 +263,8 @@ def load_tensors(path):
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
     except Exception as problem:  # torch.load raises nearly anything on a foreign file
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # torch colours its advice
+        reason = re.split(r"[.:]\s|\n", text)[0] or type(problem).__name__
         raise ValueError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save") from None
 
 
@@ -388,7 +392,8 @@ def _save(figure, path):
 
 def plot_lr(path, *, steps_per_epoch, **schedule):
     """The learning rate over the epochs, from `lr_at` itself."""
-    steps = np.arange(schedule["epochs"] * steps_per_epoch)
+    total = schedule["epochs"] * steps_per_epoch
+    steps = np.unique(np.linspace(0, total - 1, 2000).astype(int))
     figure, ((axes,),) = _figure()
     axes.plot(steps / steps_per_epoch, [lr_at(s, steps_per_epoch=steps_per_epoch, **schedule) for s in steps])
     axes.set(xlabel="epoch", ylabel="learning rate", title="warm-up, then cosine, by step")

@@ -47,7 +47,7 @@ def test_junk_is_passed_over_and_extensions_may_be_of_any_case(tmp_path):
     assert (index.scan == "x_y").sum() == 3  # the scan is all before the last underscore
 
 
-@pytest.mark.parametrize("name", ["holiday.jpeg", "100_.png", "_70.jpeg", "100_7a.jpg"])
+@pytest.mark.parametrize("name", ["holiday.jpeg", "100_.png", "_70.jpeg", "100_7a.jpg", "1_99999999999999999999.png"])
 def test_an_image_of_another_name_is_an_error_that_names_it(tmp_path, name):
     root = write_set(tmp_path)
     write_slice(root / "test" / "NC" / name, False, 0)
@@ -108,7 +108,7 @@ def test_subjects_come_from_the_metadata_beside_the_folder(tmp_path):
 
 def test_metadata_that_disagrees_with_the_folder_is_an_error(tmp_path):
     root = write_set(tmp_path, subjects=False)
-    write_metadata(root, **{"100": {"label": 0}})
+    write_metadata(root, **{"100": {"label": 0}, "101": {"label": "2"}})
     with pytest.raises(ValueError, match="100_70.jpeg is in folder AD, but .*json says NC"):
         read_index(root)
 
@@ -127,6 +127,9 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
     (tmp_path / "meta_data_with_label.json").unlink()
     (tmp_path / "subjects.csv").write_text("image,patient\n1,2\n")
     with pytest.raises(ValueError, match="has the columns image, patient; expected scan and subject"):
+        read_index(root)
+    (tmp_path / "subjects.csv").write_text("")
+    with pytest.raises(ValueError, match="subjects.csv cannot be read .No columns"):
         read_index(root)
 
 

@@ -85,8 +85,8 @@ def test_any_name_and_size_can_be_predicted(run_folder, tmp_path):
     write_slice(tmp_path / "my brain.png", True, 0, size=(300, 200))
     Image.new("RGB", (48, 40), "grey").save(tmp_path / "colour.jpg")
     table = run_predict(run_folder, tmp_path / "out", tmp_path).set_index("scan")
-    assert set(table.index) == {f"{tmp_path}/my brain", f"{tmp_path}/colour"} and table.slice.isna().all()
-    assert table.prediction[f"{tmp_path}/my brain"] == "AD"
+    assert set(table.index) == {f"{tmp_path}/my brain.png", f"{tmp_path}/colour.jpg"} and table.slice.isna().all()
+    assert table.prediction[f"{tmp_path}/my brain.png"] == "AD"
 
 
 def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, tmp_path):
@@ -154,6 +154,28 @@ def test_files_of_one_name_in_two_folders_are_two_scans(run_folder, tmp_path):
         write_slice(tmp_path / "in" / label / "0001.png", label == "AD", 0)
     run_predict(run_folder, tmp_path / "out", tmp_path / "in")
     assert pd.read_csv(tmp_path / "out" / "scans.csv").label.tolist() == ["AD", "NC"]
+
+
+def test_two_files_of_one_slice_are_refused_and_one_file_named_twice_counts_once(ad_nc, tmp_path, monkeypatch):
+    write_slice(tmp_path / "300_70.png", True, 0)
+    given = ad_nc / "test" / "AD" / "300_70.jpeg"
+    with pytest.raises(ValueError, match="two files are the same slice of a scan"):
+        predict.read_inputs([given, tmp_path])
+    monkeypatch.chdir(given.parent)
+    assert len(predict.read_inputs([given, given.name])) == 1
+
+
+def test_what_is_passed_over_is_named(run_folder, tmp_path, capsys):
+    write_slice(tmp_path / "in" / "1_1.png", True, 0)
+    write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
+    (tmp_path / "in" / "3_3.tif").write_bytes(b"")
+    assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
+    assert "passed over 2 files and folders that are no slices, first " in capsys.readouterr().err
+
+
+def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
+    with pytest.raises(ValueError, match="last.pth is there to resume a training; predict with best_model.pth"):
+        run_predict(run_folder, tmp_path, ad_nc / "test", checkpoint=run_folder / "last.pth")
 
 
 def test_a_scan_under_both_classes_is_refused(tmp_path):

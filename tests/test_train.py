@@ -98,6 +98,7 @@ def test_a_resumed_run_ends_bit_identical(ad_nc, tmp_path, monkeypatch, stopped_
         stop_after(stopped_after, patch)
         with pytest.raises(KeyboardInterrupt):
             train_small(ad_nc, tmp_path / "broken", *flags)
+    monkeypatch.chdir(tmp_path)  # wherever it goes on
     train.main(train.parse_args(["--out", str(tmp_path / "broken"), "--resume"]))
     for name in ("last.pth", "best_model.pth"):
         a, b = (utils.load_checkpoint(tmp_path / run / name) for run in ("whole", "broken"))
@@ -224,6 +225,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--epochs", "0"], "--epochs is 0; expected a number more than 0"),
+    (["--lr", "inf"], "--lr is inf; expected a number more than 0, up to 1e+06"),
     (["--lr", "fast"], "invalid float value"),
     (["--drop-path", "1"], "--drop-path is 1.0; expected a number from 0"),
     (["--fold", "1"], "--fold and --folds go together"),
