@@ -342,8 +342,9 @@ def make_model(args, job, resumed):
 
 def write_start(args, job, index):
     """config.json with every flag, and split.csv with who is where."""
-    packages = ("torch", "torchvision", "numpy", "pandas", "pillow", "scikit-learn")
-    versions = {"python": sys.version.split()[0], **{name: metadata.version(name) for name in packages}}
+    packages = ("torchvision", "numpy", "pandas", "pillow", "scikit-learn")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions |= {name: metadata.version(name) for name in packages}
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
     used = {"data": os.path.abspath(index.attrs["root"]), "device": name, "amp": job.precision,
             "threads": torch.get_num_threads()}
