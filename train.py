@@ -100,15 +100,15 @@ def parse_args(argv=None):
 
 def _check(parser, args):
     positive = ("epochs", "batch_size", "lr", "clip_grad")
-    at_least_0 = ("weight_decay", "warmup_epochs", "patience", "mixup", "cutmix", "seed")
+    at_least_0 = ("weight_decay", "warmup_epochs", "patience", "mixup", "cutmix")
     limit = 1e6  # beyond it, and at inf, is a slip of the finger
     ranges = {name: (0, limit) for name in at_least_0}
     ranges |= {name: (0, 0.999999) for name in ("val_fraction", "drop_path", "label_smoothing", "ema")}
-    ranges["image_size"] = (32, 4096)
+    ranges |= {"image_size": (32, 4096), "seed": (0, 2**32 - 1)}
     for name in (*positive, *ranges):
         value, (low, high) = getattr(args, name), ranges.get(name, (0, limit))
         if not low <= value <= high or (name in positive and value == 0):
-            expected = f"more than 0, up to {high:g}" if name in positive else f"from {low} to {high:g}"
+            expected = f"more than 0, up to {high:.7g}" if name in positive else f"from {low} to {high:.10g}"
             parser.error(f"--{name.replace('_', '-')} is {value}; expected a number {expected}")
     if args.demo and args.data:
         parser.error("--demo draws its own data; leave out --data, or --demo")

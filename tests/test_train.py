@@ -225,7 +225,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--epochs", "0"], "--epochs is 0; expected a number more than 0"),
-    (["--lr", "inf"], "--lr is inf; expected a number more than 0, up to 1e+06"),
+    (["--lr", "inf"], "--lr is inf; expected a number more than 0, up to 1000000"),
     (["--lr", "fast"], "invalid float value"),
     (["--drop-path", "1"], "--drop-path is 1.0; expected a number from 0"),
     (["--fold", "1"], "--fold and --folds go together"),

@@ -187,7 +187,7 @@ def test_a_checkpoint_is_data_and_foreign_files_get_a_sentence(tmp_path):
     file = tmp_path / "m.pth"
     with pytest.raises(ValueError, match="there is no file"):
         utils.load_checkpoint(file)
-    file.write_bytes(pickle.dumps(Bomb()))
+    file.write_bytes(pickle.dumps(Bomb(), protocol=2))
     with pytest.raises(ValueError, match="cannot be read as tensors"):
         utils.load_checkpoint(file)
     torch.save({"weights": Bomb(), "format": 1}, file)
