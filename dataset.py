@@ -284,9 +284,9 @@ def split_index(index, val_fraction=0.1, by="subject", seed=0):
     index = index.copy()
     train = index[index.split == "train"]
     groups = _groups(train, by)
-    sizes = pd.DataFrame({"group": groups, "label": train.label}).groupby("group").label.agg(["first", "size"])
+    sizes = pd.DataFrame({"group": groups, "label": train.label}).groupby("group").label.agg(["min", "size"])
     generator = np.random.default_rng(seed)
-    for _, part in sizes.groupby("first"):
+    for _, part in sizes.groupby("min"):
         if len(part) < 2 or val_fraction == 0:
             continue
         part = part.iloc[generator.permutation(len(part))]

@@ -37,6 +37,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 
 import utils  # noqa: E402
 
@@ -119,7 +120,7 @@ def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None)
         images, errors = load_slices(table.path.tolist(), checkpoint["slice_size"], bar="decoding")
     errors = pd.Series(errors, index=table.index, dtype=object)
     good = errors.isna()
-    model = utils.build_model(checkpoint).to(device, memory_format=utils.torch.channels_last)
+    model = utils.build_model(checkpoint).to(device, memory_format=torch.channels_last)
     recipe = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
     predicted = utils.evaluate(
         model, images[good.to_numpy()], table[good], **recipe, device=device, amp=amp, batch_size=batch_size,
@@ -212,7 +213,7 @@ def main(args):
     out = Path(args.out) if args.out else utils.new_folder(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     model = checkpoint["model"]
     print(f"{path}: ConvNeXt {model['variant']}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "
-          f"{len(table):,} slices on {device}, {str(amp or 'float32').removeprefix('torch.')}")
+          f"{len(table):,} slices on {device}, {utils.precision_name(amp)}")
 
     predictions = predict_table(checkpoint, table, device=device, amp=amp, batch_size=args.batch_size)
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"

@@ -257,7 +257,7 @@ def train_epoch(state, batches, args, job, *, epoch, mix):
         right = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
         sums += torch.stack((loss.detach().float() * len(x), right.sum()))
         seen += len(x)
-        if i % 10 == 0 or i == len(batches) - 1:
+        if not bar.disable and (i % 10 == 0 or i == len(batches) - 1):  # .item() waits for the device
             rate = seen / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
     loss, right = (sums / seen).tolist()
@@ -302,17 +302,17 @@ class Job(NamedTuple):
 
     @property
     def precision(self):
-        return str(self.amp or torch.float32).removeprefix("torch.")
+        return utils.precision_name(self.amp)
 
 
 def open_run(args):
     """The run's folder: made new, or on --resume the one that is there."""
     if args.resume:
         return Path(args.out)
-    leaky = "-LEAKY" if args.split_by == "slice" else ""
-    out = Path(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
     if args.out is None:
-        return utils.new_folder(out)
+        leaky = "-LEAKY" if args.split_by == "slice" else ""
+        return utils.new_folder(f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
+    out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
     out.mkdir(parents=True, exist_ok=True)
@@ -333,8 +333,7 @@ def make_model(args, job, resumed):
     """The model with fresh weights, or those of --init, on the device."""
     model = convnext(args.model, drop_path_rate=args.drop_path)
     if args.init and not resumed:
-        weights = utils.load_tensors(args.init)
-        loaded, left = load_weights(model, weights)
+        loaded, left = load_weights(model, utils.load_tensors(args.init))
         job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
                 f"left: {', '.join(left) or 'nothing'}")
     return model.to(job.device, memory_format=torch.channels_last)

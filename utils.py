@@ -82,6 +82,10 @@ def pick_amp(mode, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
 
 
+def precision_name(dtype):
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def autocast(device, dtype):
     """A context that casts to `dtype`; for None it does nothing."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -108,8 +112,8 @@ def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, am
     p_ad = torch.cat(logits).double().softmax(1)[:, CLASSES.index("AD")].cpu().numpy() if logits else np.zeros(0)
     lost = int(np.isnan(p_ad).sum())
     if lost:
-        kind = str(amp or torch.float32).removeprefix("torch.")
-        raise ValueError(f"the model gives no finite output for {lost} of {len(p_ad)} slices in {kind}; try --amp off")
+        raise ValueError(f"the model gives no finite output for {lost} of {len(p_ad)} slices in {precision_name(amp)}; "
+                         "try --amp off, or a lower --lr if it is being trained")
     return with_predictions(table.assign(p_AD=p_ad))
 
 
@@ -208,9 +212,9 @@ def bootstrap(y, p, group, resamples=2000, seed=0):
 
 def format_score(figures, title):
     """`score`'s dict as lines of a table for people."""
-    names = {"accuracy": "accuracy", "balanced_accuracy": "balanced acc.", "sensitivity": "sensitivity"}
-    names |= {"specificity": "specificity", "auroc": "AUROC"}
-    lines = [f"{title}", f"{'':<9}{'n':>6}  " + "".join(f"{name:<22}" for name in names.values())]
+    names = dict(accuracy="accuracy", balanced_accuracy="balanced acc.", sensitivity="sensitivity",
+                 specificity="specificity", auroc="AUROC")
+    lines = [title, f"{'':<9}{'n':>6}  " + "".join(f"{name:<22}" for name in names.values())]
     for unit in UNITS:
         if figures[unit] is None:
             lines.append(f"{unit:<9}{0:>6}  subjects unknown")
@@ -237,12 +241,9 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_csv(path, table):
@@ -331,7 +332,7 @@ def restore_state(state, last):
 def make_log(path):
     """A function that prints a line past the bars and appends it to the file."""
 
-    def log(line=""):
+    def log(line):
         tqdm.write(line)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
