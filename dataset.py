@@ -1,4 +1,4 @@
-"""The data: an index of slices, their subjects, the audit, the split, decoding, augmentation and batches.
+"""The data: an index of slices, their subjects, the audit, the split, and who was seen in training.
 
     python dataset.py AD_NC            # the audit: what the folder holds, and where its subjects leak
 
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+
+from slices import fingerprint_file, header
 
 CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
 EXTENSIONS = (".jpeg", ".jpg", ".png")
-MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 
 
 # ---------------------------------------------------------------- the command line of every script
@@ -200,6 +200,22 @@ def window_vote(index):
     return float((test.window.map(vote).fillna(majority) == test.label).mean())
 
 
+def describe_copies(index):
+    """Lines on slices that are equal, pixel for pixel, in two scans (column pixels): one brain under two names."""
+    found = index.drop_duplicates(["scan", "pixels"])
+    found = found[found.duplicated("pixels", keep=False)]
+    if found.empty:
+        return
+    across = found.groupby("pixels").split.agg(lambda splits: "test" in set(splits) and len(set(splits)) > 1)
+    leak = found[found.pixels.isin(across.index[across])]
+    part = leak if len(leak) else found
+    one, other = part[part.pixels == part.pixels.iloc[0]].path.iloc[:2]
+    where = "LEAK: slices of test are copies, pixel for pixel, of slices in train" if len(leak) else (
+        "slices stand in two scans, pixel for pixel")
+    yield (f"{where}: {part.pixels.nunique()} slices of {part.scan.nunique()} scans, first {one} and {other}; "
+           "these scans are kept on one side of a split, and in test they count as seen in training")
+
+
 def shared_subjects(index):
     """The subjects that stand in both train (or val) and test, sorted."""
     known = index.dropna(subset="subject")
@@ -208,7 +224,7 @@ def shared_subjects(index):
 
 
 def audit(index):
-    """What the index holds and where it leaks, as lines of text for people. Opens each file's header for its size."""
+    """What the index holds and where it leaks, as lines of text for people. Decodes each file once."""
     yield f"{index.attrs.get('root', 'index')}: {len(index):,} slices of {index.scan.nunique():,} scans"
     source = index.attrs.get("subjects_from")
     unmapped = index.scan[index.subject.isna()].nunique()
@@ -223,7 +239,8 @@ def audit(index):
     yield "slices a scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
     with ThreadPoolExecutor() as pool:
-        headers = Counter(pool.map(_header, index.path))
+        headers = Counter(pool.map(header, index.path))
+        index = index.assign(pixels=list(pool.map(fingerprint_file, index.path)))
     kinds = ((f"{h[0]} wide x {h[1]} high, mode {h[2]}" if h else "UNREADABLE", n) for h, n in headers.most_common())
     yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds)
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
@@ -246,30 +263,49 @@ def audit(index):
         )
     elif test_subjects:
         yield f"none of the {test_subjects} known test subjects stands in train"
+    yield from describe_copies(index)
     both = index.dropna(subset="subject").groupby("subject").label.nunique()
     if (both > 1).any():
         yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
-
-
-def _header(path):
-    """(width, height, mode) of an image file, or None if it is none. Reads only the header."""
-    try:
-        with Image.open(path) as image:
-            return image.width, image.height, image.mode
-    except Exception:  # PIL raises nearly anything on a damaged file; decoding it says what
-        return None
 
 
 # ---------------------------------------------------------------- split
 
 
 def _groups(index, by):
-    """What a split keeps together: the subject (the scan where the subject is unknown), or each slice by itself."""
+    """What a split keeps together: the subject (the scan where the subject is unknown), or each slice by itself.
+
+    Where the index has fingerprints of its slices (column pixels), groups that hold the same slice become one.
+    """
     if by == "slice":
         return index.path
     if by != "subject":
         raise ValueError(f"a split by {by!r} is not known; choose subject or slice")
-    return index.subject.fillna("scan " + index.scan).astype(str)
+    groups = index.subject.fillna("scan " + index.scan).astype(str)
+    if "pixels" not in index or not index.pixels[index.pixels != ""].duplicated().any():
+        return groups
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # a graph of groups and pictures; what hangs together is one group, under the name of its first
+    names, group = np.unique(groups, return_inverse=True)
+    pictures, picture = np.unique(index.pixels.where(index.pixels != "", index.path), return_inverse=True)
+    n = len(names) + len(pictures)
+    graph = coo_array((np.ones(len(index)), (group, len(names) + picture)), shape=(n, n))
+    part = connected_components(graph, directed=False)[1][: len(names)]
+    _, first = np.unique(part, return_index=True)
+    return pd.Series(names[first[part[group]]], index=index.index)
+
+
+def drop_test_subjects(index):
+    """Leave out of split "train" who also stands in "test" (or whose slices do). Returns (index, number of scans left
+    out). Where no subject is known, ValueError."""
+    if index.subject.isna().all():
+        raise ValueError("which subjects stand in train and test is unknown: there is no meta_data_with_label.json or "
+                         "subjects.csv; without one, test subjects cannot be dropped from training")
+    groups = _groups(index, "subject")
+    out = (index.split == "train") & groups.isin(groups[index.split == "test"])
+    return index[~out], index.scan[out].nunique()
 
 
 def split_index(index, val_fraction=0.1, by="subject", seed=0):
@@ -308,24 +344,26 @@ def fold_index(index, fold, folds, by="subject", seed=0):
 
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"fold {fold} of {folds} does not exist; folds count from 0, and there are at least 2")
-    index = index[index.split == "train"].reset_index(drop=True)
+    index = index[index.split == "train"].copy()
     groups = _groups(index, by)
     fewest = pd.DataFrame({"group": groups, "label": index.label}).groupby("label").group.nunique().min()
     if fewest < folds:
         raise ValueError(f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}")
     kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     held_out = list(kfold.split(index, index.label, groups))[fold][1]
-    index.loc[held_out, "split"] = "test"
+    index.loc[index.index[held_out], "split"] = "test"
     return index
 
 
 def check_disjoint(index):
-    """Raise RuntimeError if train and val share a subject, or a scan."""
-    for unit in ("subject", "scan"):
-        known = index.dropna(subset=unit)
+    """Raise RuntimeError if train and val share a subject, a scan, or a slice under two names."""
+    for unit, name in (("subject", "subjects"), ("scan", "scans"), ("pixels", "slices")):
+        if unit not in index:
+            continue
+        known = index[index[unit].notna() & (index[unit] != "")]
         shared = set(known[unit][known.split == "train"]) & set(known[unit][known.split == "val"])
         if shared:
-            raise RuntimeError(f"train and val share {len(shared)} {unit}s, first {min(shared)}; the split leaks")
+            raise RuntimeError(f"train and val share {len(shared)} {name}, first {min(shared)}; the split leaks")
 
 
 def split_hash(index):
@@ -334,151 +372,69 @@ def split_hash(index):
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- decoding and batches
+# ---------------------------------------------------------------- who was seen in training
 
 
-def decode(path, size=None):
-    """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
-    about its centre. Raises OSError or ValueError if the file is not an image."""
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":  # convert("L") would clip it at 255
-            raise ValueError(f"the pixels have mode {image.mode}; expected 8 bits, scale it to 0..255 first")
-        image = image.convert("L")
-        if size is not None and image.size != (size[1], size[0]):
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+def fingerprint(name):
+    """A scan or subject id as a checkpoint keeps it (SHA-256, 12 hex digits): spares the reader the names, but does not
+    hide them from somebody who tries all ids."""
+    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def common_size(paths):
-    """The most frequent size (H, W) among the image files; ValueError if none of them can be read."""
-    with ThreadPoolExecutor() as pool:
-        headers = pd.Series([header for header in pool.map(_header, paths) if header])
-    if headers.empty:
-        raise ValueError(f"none of the {len(paths)} files can be read as an image, first {list(paths)[0]}")
-    width, height, _ = headers.mode()[0]
-    return height, width
+def remember(index):
+    """Who stands in an index (with pixels), as a checkpoint keeps it, so that predict.py can tell a test from a memory:
+    fingerprints of subjects, scans and slices, no names, and whether a subject is unknown."""
+    return {
+        "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
+        "scans": sorted(map(fingerprint, index.scan.unique())),
+        "slices": sorted(set(index.pixels) - {""}), "unknown": bool(index.subject.isna().any()),
+    }  # fmt: skip
 
 
-def load_slices(paths, size, bar="decoding"):
-    """Decode files in parallel into uint8 (N, H, W) with size = (H, W).
+def mark_seen(table, seen):
+    """What the model's training already knew: "yes", "no" or "unknown" for each row of a table (with pixels).
 
-    Returns (images, errors): errors[i] is None, or the reason why file i could not be read and images[i] is black.
+    `seen` of a checkpoint holds fingerprints of the subjects, scans and slices of train and val. A row is seen if its
+    subject, its scan, or any slice of its scan is among them; unknown if its own subject, or that of any training scan,
+    is not known.
     """
-    from tqdm import tqdm
-
-    images = np.zeros((len(paths), *size), np.uint8)
-
-    def load(i):
-        try:
-            images[i] = decode(paths[i], size)
-        except Exception as problem:  # PIL raises nearly anything on a damaged file
-            return f"cannot be read as an image: {problem}"
-
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        work = pool.map(load, range(len(paths)))
-        errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
-    return images, errors
+    known = table.subject.notna()
+    same = table.subject.map(fingerprint, na_action="ignore").isin(seen["subjects"]) & known
+    same |= table.scan.map(fingerprint).isin(seen["scans"]) | table.pixels.isin(seen.get("slices", []))
+    same = table.scan.isin(table.scan[same])
+    same |= table.subject.isin(table.subject[same & known]) & known
+    return np.select([same.to_numpy(bool), (~known | bool(seen["unknown"])).to_numpy(bool)], ["yes", "unknown"], "no")
 
 
-def make_loader(images, labels, batch_size, generator=None, pin_memory=False):
-    """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
-
-    `images` is uint8 (N, H, W), `labels` int (N,). With a generator the order is a random permutation drawn from it,
-    without one it is the given order. The last batch may be smaller.
-    """
-    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-
-    slices = _Slices(images, labels)
-    order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
-    # batch_size=None: the sampler hands over a whole batch of rows, which one NumPy index fetches
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(slices, batch_size=None, sampler=batches, pin_memory=pin_memory)
-
-
-class _Slices:
-    def __init__(self, images, labels):
-        self.images, self.labels = images, np.asarray(labels, np.int64)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, rows):
-        import torch
-
-        return torch.from_numpy(self.images[rows][:, None]), torch.from_numpy(self.labels[rows])
+def describe_split(index, by):
+    """Lines that say who is where, and what could not be known."""
+    parts = [f"{split} {len(part):,} slices of {part.scan.nunique()} scans, {part.subject.nunique()} known subjects"
+             for split, part in index.groupby("split", sort=False)]
+    lines = ["; ".join(parts)]
+    unknown = index.scan[index.subject.isna()].nunique()
+    if by == "slice":
+        lines.append("LEAKY SPLIT: train and val share scans (--split-by slice); val figures are not to be believed")
+    elif unknown:
+        lines.append(f"{unknown} scans have no known subject: they are split by scan, and subjects may be shared")
+    shared = len(shared_subjects(index))
+    if shared:
+        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; unseen ones are reported apart "
+                     "(--drop-test-subjects trains without them)")
+    if index.attrs["dropped"] is not None:
+        lines.append(f"left out of train: {index.attrs['dropped']} scans of subjects who also stand in test")
+    return lines + list(describe_copies(index))
 
 
-# ---------------------------------------------------------------- transforms, on whole batches and on any device
-
-
-def eval_transform(images, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
-    import torch
-    from torchvision.transforms.v2 import functional as TF
-
-    x = TF.to_dtype(images, torch.float32, scale=True)
-    x = TF.resize(x, [image_size], antialias=True)
-    return (TF.center_crop(x, [image_size, image_size]) - mean) / std
-
-
-def train_transform(images, image_size, *, augment=True, flip=True):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
-    evaluation. The random numbers come from PyTorch's CPU generator, whatever the device of the images."""
-    if not augment:
-        return eval_transform(images, image_size)
-    return warp(images, sample_affine(len(images), *images.shape[2:], flip=flip), image_size)
-
-
-def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
-    """Random resized crop, horizontal flip and rotation as one affine map an image.
-
-    The crop is drawn as torchvision's RandomResizedCrop draws it (area uniform in [min_area, 1], aspect log-uniform in
-    [3/4, 4/3], the first of ten that fits). Returns float32 (n, 2, 3): output to input, in grid_sample's coordinates.
-    """
-    import torch
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    area = height * width * uniform(min_area, 1.0, n, 10)
-    aspect = torch.exp(uniform(np.log(3 / 4), np.log(4 / 3), n, 10))
-    widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
-    fits = ((widths <= width) & (heights <= height)).float()
-    first = fits.argmax(1, keepdim=True)  # a later try only where the earlier ones do not fit
-    none = fits.sum(1) == 0
-    w = widths.gather(1, first)[:, 0].masked_fill(none, width)
-    h = heights.gather(1, first)[:, 0].masked_fill(none, height)
-    x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
-    mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
-    angle = torch.deg2rad(uniform(-degrees, degrees, n))
-    return affine(x0, y0, w, h, height, width, mirror, angle)
-
-
-def affine(x0, y0, w, h, height, width, mirror, angle):
-    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels, then mirror (-1 or 1), then a turn by `angle` radians
-    (counter-clockwise), all as tensors (n,). Read backwards, from output to input, as grid_sample wants it: turn in
-    the square output, mirror, then into the crop."""
-    import torch
-
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    sx, sy = w / width, h / height
-    row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
-    row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)
-    return torch.stack((row_x, row_y), 1)
-
-
-def warp(images, theta, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
-
-    Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    k = max(1, round(min(images.shape[2:]) / image_size))
-    x = images.to(torch.float32) / 255
-    grid = F.affine_grid(theta.to(x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
-    return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
+def describe_transfer(index, init_seen):
+    """A line for each part of the data whose subjects the weights of --init were trained on."""
+    lines = []
+    for split in ("val", "test") if init_seen else ():
+        part = index[index.split == split]
+        shared = part.scan[mark_seen(part, init_seen) == "yes"].nunique()
+        if shared:
+            lines.append(f"LEAK BY TRANSFER: --init was trained on subjects of {shared} of the "
+                         f"{part.scan.nunique()} scans of {split}")
+    return lines
 
 
 def main(args):

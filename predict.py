@@ -2,11 +2,13 @@
 
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
+    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
 
 INPUT is a slice, a folder of slices, or a folder with AD/ and NC/. The checkpoint alone decides the architecture, the
 image size and the classes. Written to --out: predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD,
-the probability of AD), and where the labels are known metrics.json, confusion_matrix.png, roc_curve.png and
-calibration.png. A file that cannot be read gets a row with the reason; the exit status is 2 if none could be.
+the probability of AD, calibrated on the run's validation), and where the labels are known metrics.json, baselines.csv
+and pictures. --coverage 0.9 adds prediction sets, that hold the truth for at least 90 % of scans like those of
+validation. A file that cannot be read gets a row with the reason; the exit status is 2 if none could be.
 """
 
 import os
@@ -14,7 +16,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from dataset import EXTENSIONS, Parser, is_junk, list_images, load_slices, parse_name, read_subjects, run
+from dataset import EXTENSIONS, Parser, is_junk, list_images, mark_seen, parse_name, read_subjects, run
 
 
 def parse_args(argv=None):
@@ -22,6 +24,8 @@ def parse_args(argv=None):
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, or a folder of slices (or of AD/ and NC/)")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
+    parser.add_argument("--coverage", type=float, metavar="C",
+                        help="prediction sets by scan that hold the truth with this probability, e.g. 0.9")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="slices at once (default: 64)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
@@ -29,6 +33,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 1 <= args.batch_size <= 1e6:
         parser.error(f"--batch-size is {args.batch_size}; expected a number from 1 to 1e+06")
+    if args.coverage is not None and not 0 < args.coverage < 1:
+        parser.error(f"--coverage is {args.coverage}; expected more than 0 and less than 1, such as 0.9")
     return args
 
 
@@ -40,6 +46,10 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 import utils  # noqa: E402
+from baselines import predict_baselines  # noqa: E402
+from evaluate import format_assessment, write_results  # noqa: E402
+from metrics import THRESHOLD, aggregate, conformal_quantile, expit, prediction_sets, with_predictions  # noqa: E402
+from slices import fingerprint_slices, load_slices  # noqa: E402
 
 # ---------------------------------------------------------------- input
 
@@ -112,83 +122,59 @@ def _set_root(given):
 # ---------------------------------------------------------------- from a checkpoint and a table to results
 
 
-def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None):
-    """Predict a table of slices with a checkpoint. Returns it with p_AD and prediction; if a file could not be read,
-    also with a column error, and no p_AD in that row. `images` (N, H, W) spares the decoding."""
+def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None, seen=None):
+    """Run a checkpoint's model, and its baselines, on a table of slices.
+
+    Returns the table with logit and p_AD as the model gives them (see `calibrated`), p_AD of each baseline, and seen
+    (see `mark_seen`; of the checkpoint's training, or of the `seen` given). If a file could not be read there is also
+    a column error, and the row has no p_AD. `images` (N, H, W) spares the decoding.
+    """
     errors = np.full(len(table), None)
     if images is None:
         images, errors = load_slices(table.path.tolist(), checkpoint["slice_size"], bar="decoding")
     errors = pd.Series(errors, index=table.index, dtype=object)
     good = errors.isna()
+    rows, images = table[good], images[good.to_numpy()]
     model = utils.build_model(checkpoint).to(device, memory_format=torch.channels_last)
     recipe = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
     predicted = utils.evaluate(
-        model, images[good.to_numpy()], table[good], **recipe, device=device, amp=amp, batch_size=batch_size,
-        bar="predicting",
-    )
-    table = table.join(predicted[["p_AD", "prediction"]])
-    order = [column for column in table if column != "label"] + ["label"] * ("label" in table)
-    table = table[order]
+        model, images, rows, **recipe, device=device, amp=amp, batch_size=batch_size, bar="predicting"
+    )[["logit", "p_AD"]]
+    if checkpoint.get("baselines"):
+        predicted = predicted.join(predict_baselines(checkpoint["baselines"], images, rows))
+    seen = checkpoint["seen"] if seen is None else seen
+    predicted["seen"] = mark_seen(rows.assign(pixels=fingerprint_slices(images)), seen)
+    table = table.join(predicted)
     return table if good.all() else table.assign(error=errors)
 
 
-def mark_seen(predictions, seen):
-    """What the model's training already knew: (seen, unsure), boolean arrays by row.
-
-    `seen` of a checkpoint holds fingerprints of the subjects and scans of train and val. A row is seen if its subject
-    or scan is among them; unsure if its own subject, or that of any training scan, is not known.
-    """
-    subjects, scans = set(seen["subjects"]), set(seen["scans"])
-    known = predictions.subject.notna()
-    same = predictions.subject.map(utils.fingerprint, na_action="ignore").isin(subjects) & known
-    same |= predictions.scan.map(utils.fingerprint).isin(scans)
-    return same.to_numpy(bool), (~same & (~known | bool(seen["unknown"]))).to_numpy(bool)
-
-
-def write_results(predictions, out, *, title, checkpoint=None):
-    """Write the tables, and where all labels are known figures and pictures, of predictions into folder `out`.
-
-    Returns the lines to print. With the checkpoint, its leaks go into the title, and each figure is given twice where
-    they differ: for all subjects, and for those not seen in training.
-    """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "confusion_matrix.png", "roc_curve.png", "calibration.png"):
-        (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
-    utils.write_csv(out / "predictions.csv", predictions)
-    predictions = predictions[predictions.p_AD.notna()]
-    tables = {unit: utils.aggregate(predictions, unit) for unit in utils.UNITS}
-    columns = ["p_AD", "n_slices", "prediction"] + ["label"] * ("label" in predictions)
-    utils.write_csv(out / "scans.csv", tables["scan"][["scan", "subject", *columns]])
-    utils.write_csv(out / "subjects.csv", tables["subject"][["subject", *columns]])
-    if predictions.empty or "label" not in predictions or predictions.label.isna().any():
-        return []
-
-    figures, lines = {}, []
-    if checkpoint is not None:
-        if checkpoint["split_by"] == "slice":
-            title += " (of a LEAKY run: split by slice)"
-        same, unsure = mark_seen(predictions, checkpoint["seen"])
-        shared = predictions.scan[same].nunique()
-        if shared:
-            title += f"; LEAKY: {shared} of {predictions.scan.nunique()} scans are of subjects seen in training"
-        if unsure.any():
-            title += f"; whether training saw the subjects of {predictions.scan[unsure].nunique()} scans is unknown"
-        if shared and not (same | unsure).all():
-            unseen_title = "only subjects not seen in training"
-            figures["unseen_subjects"] = {"title": unseen_title, **utils.score(predictions[~same & ~unsure])}
-            lines = [utils.format_score(figures["unseen_subjects"], unseen_title)]
-    figures = {"title": title, **utils.score(predictions), **figures}
-    utils.write_json(out / "metrics.json", figures)
-    tables = {unit: table for unit, table in tables.items() if len(table)}
-    utils.plot_confusion(out / "confusion_matrix.png", tables, title)
-    utils.plot_calibration(out / "calibration.png", tables, title)
-    if predictions.label.nunique() == 2:
-        utils.plot_roc(out / "roc_curve.png", tables, title)
-    return [utils.format_score(figures, title), *lines]
+def calibrated(predictions, checkpoint, coverage=None):
+    """Predictions as the checkpoint's calibration has them: p_AD at its temperature, prediction at its threshold, and
+    where a coverage is asked for prediction_set, "AD", "NC" or "AD|NC", that of the whole scan."""
+    calibration = checkpoint.get("calibration")
+    if calibration is None:
+        if coverage is not None:
+            raise ValueError("the checkpoint was not calibrated, for its run did not finish; finish it with --resume, "
+                             "or leave out --coverage")
+        calibration = {"temperature": 1.0, "threshold": THRESHOLD}
+    table = predictions.assign(p_AD=expit(predictions.logit / calibration["temperature"]),
+                               threshold=calibration["threshold"])
+    table = with_predictions(table)
+    table["prediction"] = table.prediction.where(table.p_AD.notna())
+    if coverage is not None:
+        quantile = conformal_quantile(calibration, coverage)
+        scans = aggregate(table[table.p_AD.notna()], "scan")
+        sets = prediction_sets(scans.p_AD.to_numpy(float), scans.prediction.to_numpy(), quantile)
+        table["prediction_set"] = table.scan.map(dict(zip(scans.scan, sets)))
+    return table
 
 
 # ---------------------------------------------------------------- the command
+
+
+def run_leaks(checkpoint):
+    """Sentences on how the run itself was split, for the titles of all that it predicts."""
+    return ["of a run split by slice"] if checkpoint["split_by"] == "slice" else []
 
 
 def newest_checkpoint():
@@ -215,12 +201,21 @@ def main(args):
     print(f"{path}: ConvNeXt {model['variant']}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "
           f"{len(table):,} slices on {device}, {utils.precision_name(amp)}")
 
+    calibration = checkpoint.get("calibration")
+    if calibration is None:
+        print("warning: the run did not finish: its p_AD are not calibrated", file=sys.stderr)
     predictions = predict_table(checkpoint, table, device=device, amp=amp, batch_size=args.batch_size)
+    predictions = calibrated(predictions, checkpoint, args.coverage)
+    if args.coverage is not None and not np.isfinite(conformal_quantile(calibration, args.coverage)):
+        k = calibration["subjects"]
+        print(f"warning: {k} validation subjects can promise a coverage of at most {k / (k + 1):.3f}: every set is "
+              "AD|NC", file=sys.stderr)
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
     unlabelled = table.label.isna().sum() if "label" in table else 0
     if unlabelled:
         print(f"warning: {unlabelled} of {len(table)} slices have no label: no figures are computed", file=sys.stderr)
-    lines = write_results(predictions, out, title=title, checkpoint=checkpoint)
+    figures = write_results(predictions, out, title=title, leaks=run_leaks(checkpoint), coverage=args.coverage,
+                            calibration=calibration)
     if "error" in predictions:
         bad = predictions[predictions.error.notna()]
         for row in bad.head(10).itertuples():
@@ -228,12 +223,14 @@ def main(args):
         print(f"warning: {len(bad)} of {len(predictions)} files could not be read", file=sys.stderr)
         if len(bad) == len(predictions):
             raise ValueError(f"none of the {len(bad)} files could be read; {out / 'predictions.csv'} says why")
-    scans = utils.aggregate(predictions.dropna(subset="p_AD"), "scan")
+    scans = aggregate(predictions.dropna(subset="p_AD"), "scan")
     for row in scans.head(10).itertuples():
-        print(f"scan {row.scan}: {row.prediction}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices)")
+        verdict = row.prediction if args.coverage is None else row.prediction_set
+        print(f"scan {row.scan}: {verdict}{' (uncertain)' if verdict == 'AD|NC' else ''}, p_AD {row.p_AD:.3f} "
+              f"(mean of {row.n_slices} slices)")
     if len(scans) > 10:
         print(f"... and {len(scans) - 10} more scans")
-    print(*lines, f"results in {out}", sep="\n")
+    print(*(format_assessment(figures) if figures else []), f"results in {out}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from dataset import Parser, run
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
 DEMO = dict(model="atto", image_size=64, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
 DEMO_SUBJECTS = 70
+COVERAGE = 0.9  # that the prediction sets of a run's own evaluation promise
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard"}
 
@@ -43,6 +44,7 @@ def make_parser():
     add("--split-by", choices=("subject", "slice"), default="subject", help="slice LEAKS, to show what it does")
     add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
+    add("--drop-test-subjects", action="store_true", help="leave out of train/ who also stands in test/")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", metavar="V", help="atto, femto, pico, nano, tiny, small, base or large (tiny)")
     add("--image-size", type=int, default=224, metavar="PX", help="side of the model's square input (224)")
@@ -57,6 +59,7 @@ def make_parser():
     add("--clip-grad", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up before the cosine (1)")
     add("--patience", type=int, default=20, metavar="N", help="stop after N epochs without a better val (20; 0: never)")
+    add("--threshold", choices=("0.5", "youden"), default="0.5", help="p_AD of an AD; youden: from validation (0.5)")
     add("--ema", type=float, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-flip", action="store_true", help="no horizontal flip (on AD_NC it swaps front and back)")
@@ -128,9 +131,13 @@ from torchvision.transforms import v2  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import dataset  # noqa: E402
+import slices  # noqa: E402
 import utils  # noqa: E402
+from baselines import fit_baselines  # noqa: E402
+from evaluate import cell, format_assessment, write_results  # noqa: E402
+from metrics import arrays, calibrate, point_figures, with_predictions  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from predict import predict_table, write_results  # noqa: E402
+from predict import calibrated, predict_table, run_leaks  # noqa: E402
 
 # ---------------------------------------------------------------- data
 
@@ -169,40 +176,34 @@ def demo_data():
 
 
 def load_data(args, root):
-    """Index, split and decode; returns (index, images), a row of images uint8 (N, H, W) for each row of the index."""
+    """Index, decode and split; returns (index, images), a row of images uint8 (N, H, W) for each row of the index.
+
+    The index gets a column pixels, the fingerprint of each slice, and attrs["dropped"], the number of scans that
+    --drop-test-subjects left out.
+    """
     index = dataset.read_index(root)
     root = index.attrs["root"]
+    if args.folds is not None:  # the official test set is not even read
+        index = index[index.split == "train"].reset_index(drop=True)
+    size = slices.common_size(index.path[index.split == "train"])
+    images, errors = slices.load_slices(index.path.tolist(), size, bar="decoding")
+    bad = [f"{path} {error}" for path, error in zip(index.path, errors) if error]
+    if bad:
+        raise ValueError(f"{len(bad)} files cannot be used; mend or remove them: " + "; ".join(bad[:10]))
+    index["pixels"], dropped = slices.fingerprint_slices(images), None
+    if args.drop_test_subjects:
+        index, dropped = dataset.drop_test_subjects(index)
+        images, index = images[index.index], index.reset_index(drop=True)
     if args.folds is not None:
         index = dataset.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
     index = dataset.split_index(index, args.val_fraction, args.split_by, args.seed)
-    index.attrs["root"] = root
+    index.attrs |= {"root": root, "dropped": dropped}
     for split in ("train", "val"):
         missing = set(dataset.CLASSES) - set(index.label[index.split == split])
         if missing:
             raise ValueError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects "
                              f"or more of each class in train/ and a --val-fraction over 0 (it is {args.val_fraction})")
-    size = dataset.common_size(index.path[index.split == "train"])
-    images, errors = dataset.load_slices(index.path.tolist(), size, bar="decoding")
-    bad = [f"{path} {error}" for path, error in zip(index.path, errors) if error]
-    if bad:
-        raise ValueError(f"{len(bad)} files cannot be used; mend or remove them: " + "; ".join(bad[:10]))
     return index, images
-
-
-def describe_split(index, by):
-    """Lines that say who is where, and what could not be known."""
-    parts = [f"{split} {len(part):,} slices of {part.scan.nunique()} scans, {part.subject.nunique()} known subjects"
-             for split, part in index.groupby("split", sort=False)]
-    lines = ["; ".join(parts)]
-    unknown = index.scan[index.subject.isna()].nunique()
-    if by == "slice":
-        lines.append("LEAKY SPLIT: train and val share scans (--split-by slice); val figures are not to be believed")
-    elif unknown:
-        lines.append(f"{unknown} scans have no known subject: they are split by scan, and subjects may be shared")
-    shared = len(dataset.shared_subjects(index))
-    if shared:
-        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; unseen ones are reported apart")
-    return lines
 
 
 # ---------------------------------------------------------------- optimisation
@@ -240,7 +241,7 @@ def train_epoch(state, batches, args, job, *, epoch, mix):
         for group in optimizer.param_groups:
             group["lr"] = lr
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        x = dataset.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip)
+        x = slices.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip)
         if mix is not None:
             x, y = mix(x, y)  # y becomes (N, 2), a share of each class
         with utils.autocast(device, job.amp):
@@ -271,18 +272,17 @@ def schedule(args):
 
 def val_epoch(model, images, table, args, job):
     """Validation through `evaluate`. Returns (figures by slice, scan AUROC and the loss, and a remark or "")."""
-    predictions = utils.evaluate(
+    predictions = with_predictions(utils.evaluate(
         model, images, table, image_size=args.image_size, device=job.device, amp=job.amp, batch_size=args.batch_size,
         bar="validation",
-    )
+    ))
     p = predictions.p_AD.where(predictions.label == "AD", 1 - predictions.p_AD)  # of the right class
-    by_slice = utils.point_figures((predictions.label == "AD").to_numpy(), predictions.p_AD.to_numpy())
-    scans = utils.aggregate(predictions, "scan")
+    by_slice, by_scan = (point_figures(*arrays(predictions, unit)[:3]) for unit in ("slice", "scan"))
     figures = {
         "val_loss": float(-np.log(p.clip(lower=1e-12)).mean()),
         "val_accuracy": by_slice["accuracy"],
         "val_balanced_accuracy": by_slice["balanced_accuracy"],
-        "val_scan_auroc": utils.point_figures((scans.label == "AD").to_numpy(), scans.p_AD.to_numpy())["auroc"],
+        "val_scan_auroc": by_scan["auroc"],
     }
     if predictions.prediction.nunique() == 1:
         return figures, f"predicts {predictions.prediction.iloc[0]} for every slice: not learning yet"
@@ -330,13 +330,18 @@ def format_epoch(row, best, remark):
 
 
 def make_model(args, job, resumed):
-    """The model with fresh weights, or those of --init, on the device."""
-    model = convnext(args.model, drop_path_rate=args.drop_path)
+    """The model with fresh weights, or those of --init, on the device; and whom the latter were trained on, as
+    `dataset.remember` has it, or None where the file does not say."""
+    model, seen = convnext(args.model, drop_path_rate=args.drop_path), None
     if args.init and not resumed:
-        loaded, left = load_weights(model, utils.load_tensors(args.init))
+        state = utils.load_tensors(args.init)
+        loaded, left = load_weights(model, state)
+        seen = state.get("seen")
         job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
                 f"left: {', '.join(left) or 'nothing'}")
-    return model.to(job.device, memory_format=torch.channels_last)
+        if seen is None:
+            job.log("--init does not say on whom it was trained; if on subjects of val or test, their figures LEAK")
+    return model.to(job.device, memory_format=torch.channels_last), seen
 
 
 def write_start(args, job, index):
@@ -349,7 +354,7 @@ def write_start(args, job, index):
             "threads": torch.get_num_threads()}
     utils.write_json(job.out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
     paths = [os.path.relpath(path, index.attrs["root"]) for path in index.path]
-    utils.write_csv(job.out / "split.csv", index.assign(path=paths))
+    utils.write_csv(job.out / "split.csv", index.drop(columns="pixels").assign(path=paths))
 
 
 def main(args):
@@ -365,16 +370,18 @@ def main(args):
 
     resumed = args.resume and (out / "last.pth").exists()
     utils.seed_everything(args.seed)
-    model = make_model(args, job, resumed)
+    model, init_seen = make_model(args, job, resumed)
+    if resumed:
+        init_seen = utils.load_checkpoint(out / "last.pth").get("init_seen")
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
-    facts = utils.describe_model(args, index, images, job.precision)
+    facts = utils.describe_model(args, index, images, job.precision, init_seen)
     history = restore(state, args, job, facts) if resumed else []
     write_start(args, job, index)
     job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
             f"{device}, {job.precision}; run folder {out}")
-    for line in describe_split(index, args.split_by):
+    for line in dataset.describe_split(index, args.split_by) + dataset.describe_transfer(index, init_seen):
         job.log(line)
 
     fit(state, index, images, args, job, facts, history)
@@ -409,7 +416,7 @@ def fit(state, index, images, args, job, facts, history):
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
     val_images, val_index = images[val], index[val]
     order = torch.Generator()
-    batches = dataset.make_loader(images[train], index.label[train] == "AD", args.batch_size, order,
+    batches = slices.make_loader(images[train], index.label[train] == "AD", args.batch_size, order,
                                   pin_memory=job.device.type == "cuda")
     mix, best = make_mix(args), None
     for row in history:
@@ -442,27 +449,46 @@ def fit(state, index, images, args, job, facts, history):
 
 
 def finish(index, images, args, job):
-    """Evaluate the best model on val and, once, on test, by the road that predict.py takes."""
+    """Calibrate the best model on val, then evaluate it on val and, once, on test, by the road that predict.py takes.
+
+    What is learned here, from train and val alone, goes into best_model.pth: the baselines and the calibration.
+    """
     out, log = job.out, job.log
     checkpoint = utils.load_checkpoint(out / "best_model.pth")
     log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
+    checkpoint["baselines"] = fit_baselines(index, images)
     titles = {"val": "validation (the epoch was chosen on it)", "test": "test"}
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
-    if args.split_by == "slice":
-        titles["val"] = "LEAKY validation (split by slice: its scans were trained on)"
     for split, title in titles.items():
         rows = (index.split == split).to_numpy()
         # in the order of predict.py, so that its batches, and with them the last digits, are the same
         table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].sort_values(["scan", "slice"])
-        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[table.index])
-        trained = checkpoint if split == "test" else None
-        for line in write_results(predictions, out / split, title=title, checkpoint=trained):
+        # val was chosen on, and is in checkpoint["seen"]; what is asked of it is whether --init was trained on it
+        seen = checkpoint["seen"] if split == "test" else checkpoint.get("init_seen") or dataset.remember(index[:0])
+        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[table.index],
+                                    seen=seen)
+        if split == "val":
+            checkpoint["calibration"] = calibrate(predictions, args.threshold)
+            utils.save_checkpoint(out / "best_model.pth", **checkpoint)
+            log("calibrated on the {subjects} subjects of validation: temperature {temperature:.3f}, threshold "
+                "{threshold:.3f}".format(**checkpoint["calibration"]))
+        leaks = run_leaks(checkpoint)
+        if leaks and split == "val":
+            leaks = ["split by slice, its scans were trained on"]
+        figures = write_results(calibrated(predictions, checkpoint, COVERAGE), out / split, title=title, leaks=leaks,
+                                coverage=COVERAGE, calibration=checkpoint["calibration"])
+        if split == "val":  # it was chosen on: a line is enough
+            log(f"{figures['title']}: accuracy by slice {cell(figures['slice'], 'accuracy')}, "
+                f"by scan {cell(figures['scan'], 'accuracy')}")
+            continue
+        for line in format_assessment(figures):
             log(line)
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
         predict, test = Path(__file__).with_name("predict.py"), Path(index.attrs["root"]) / "test"
-        words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", out / "best_model.pth"]
+        words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", out / "best_model.pth",
+                 "--coverage", COVERAGE]
         log("predict again with:\n  " + shlex.join(map(str, words)))
 
 

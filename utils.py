@@ -1,10 +1,8 @@
-"""What training and prediction share: the schedule, seeds, precision, evaluation, metrics, checkpoints, pictures.
+"""What training and prediction share: the schedule, seeds, precision, evaluation, checkpoints, files, pictures.
 
-Not run by itself. `evaluate` is the one road from a model to predictions, `score` the one from predictions to figures;
-both train.py and predict.py take them.
+Not run by itself. `evaluate` is the one road from a model to predictions; metrics.py is the one from there to figures.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -12,19 +10,21 @@ import os
 import platform
 import random
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit
 from sklearn import metrics as sk
 from tqdm import tqdm
 
-from dataset import CLASSES, MEAN, STD, eval_transform, make_loader, split_hash
+import metrics
+from dataset import CLASSES, remember, split_hash
 from modules import convnext
+from slices import MEAN, STD, eval_transform, make_loader
 
 FORMAT = 1  # of a checkpoint; raise it when an older one can no longer be read
-UNITS = ("slice", "scan", "subject")
-THRESHOLD = 0.5  # p_AD from which the prediction is AD
 
 
 # ---------------------------------------------------------------- schedule, seeds, devices
@@ -98,9 +98,9 @@ def autocast(device, dtype):
 def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, amp, batch_size=64, bar=None):
     """Predict every slice: uint8 images (N, H, W) with a table of N rows (an index, or part of it).
 
-    Returns the table with p_AD, the softmax probability of AD in [0, 1], and prediction ("AD" from 0.5, else "NC").
-    Raises ValueError if an output is not finite, as happens when fp16 overflows.
-    `bar` is the label of a progress bar, or None for no bar.
+    Returns the table with logit, the model's z_AD - z_NC, and p_AD, its softmax probability of AD in [0, 1]. Raises
+    ValueError if an output is not finite, as happens when fp16 overflows. `bar` is the label of a progress bar, or
+    None for no bar.
     """
     model.eval()
     logits = []
@@ -109,122 +109,13 @@ def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, am
         x = eval_transform(x.to(device, non_blocking=True), image_size, mean, std)
         with autocast(device, amp):
             logits.append(model(x.contiguous(memory_format=torch.channels_last)).float())
-    p_ad = torch.cat(logits).double().softmax(1)[:, CLASSES.index("AD")].cpu().numpy() if logits else np.zeros(0)
-    lost = int(np.isnan(p_ad).sum())
+    z = torch.cat(logits).double().cpu().numpy() if logits else np.zeros((0, len(CLASSES)))
+    z = z[:, CLASSES.index("AD")] - z[:, CLASSES.index("NC")]
+    lost = int((~np.isfinite(z)).sum())
     if lost:
-        raise ValueError(f"the model gives no finite output for {lost} of {len(p_ad)} slices in {precision_name(amp)}; "
+        raise ValueError(f"the model gives no finite output for {lost} of {len(z)} slices in {precision_name(amp)}; "
                          "try --amp off, or a lower --lr if it is being trained")
-    return with_predictions(table.assign(p_AD=p_ad))
-
-
-def with_predictions(table):
-    return table.assign(prediction=np.where(table.p_AD >= THRESHOLD, "AD", "NC"))
-
-
-def aggregate(predictions, unit):
-    """Predictions by slice -> by "slice", "scan" or "subject": the mean p_AD over the unit's slices.
-
-    Slices of unknown subject have no row in the table by subject. Adds n_slices; a label is the first slice's.
-    """
-    if unit == "slice":
-        return predictions.assign(n_slices=1)
-    columns = {"p_AD": ("p_AD", "mean"), "n_slices": ("p_AD", "size")}
-    if unit == "scan":
-        columns["subject"] = ("subject", "first")
-    if "label" in predictions:
-        columns["label"] = ("label", "first")
-    return with_predictions(predictions.groupby(unit).agg(**columns).reset_index())
-
-
-# ---------------------------------------------------------------- from predictions to figures
-
-
-def score(predictions, resamples=2000, seed=0):
-    """Figures of labelled predictions by slice, scan and subject, as a dict that goes into metrics.json.
-
-    Each unit holds n, accuracy, balanced_accuracy, sensitivity, specificity, auroc and ci95 with a pair for each: the
-    2.5th and 97.5th percentile of a bootstrap over subjects (Efron & Tibshirani 1993), since slices of one brain are no
-    independent samples. Scans of unknown subject are resampled as subjects of their own. A figure that is not defined
-    (a class is absent) is None; so is "subject" if no subject is known.
-    """
-    figures = {}
-    for unit in UNITS:
-        table = aggregate(predictions, unit)
-        group = table.subject if unit == "subject" else table.subject.fillna("scan " + table.scan)
-        y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy(float)
-        if len(table) == 0:
-            figures[unit] = None
-            continue
-        ci95 = bootstrap(y, p, group.astype(str), resamples, seed)
-        figures[unit] = {"n": len(table), **point_figures(y, p), "ci95": ci95}
-    return figures
-
-
-def point_figures(y, p):
-    """Figures of p_AD `p` (N,) against y (N,), True for AD, at the threshold of 0.5; None where not defined."""
-    predicted = p >= THRESHOLD
-    figures = {
-        "accuracy": sk.accuracy_score(y, predicted),
-        "balanced_accuracy": None,
-        "sensitivity": sk.recall_score(y, predicted) if y.any() else None,
-        "specificity": sk.recall_score(y, predicted, pos_label=False) if not y.all() else None,
-        "auroc": None,
-    }
-    if y.any() and not y.all():
-        figures["balanced_accuracy"] = sk.balanced_accuracy_score(y, predicted)
-        figures["auroc"] = sk.roc_auc_score(y, p)
-    return {name: None if value is None else float(value) for name, value in figures.items()}
-
-
-def bootstrap(y, p, group, resamples=2000, seed=0):
-    """95 % intervals of `point_figures` when whole groups (subjects) are drawn with replacement.
-
-    Every figure is a ratio of sums over groups, so a resample is a vector of counts by group and all of them are a few
-    matrix products; for the AUROC the sum goes over pairs of groups (Mann-Whitney).
-    """
-    groups, group = np.unique(group, return_inverse=True)
-    n = len(groups)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)  # (B, G)
-    hit = (p >= THRESHOLD) == y
-
-    def total(values):  # of a boolean (N,) in each resample, (B,)
-        return weights @ np.bincount(group, values, n)
-
-    wins = np.zeros((n, n))  # [i, j]: pairs of an AD of group i above an NC of group j, ties count half
-    for i in np.unique(group[y]):
-        above = p[y & (group == i)][:, None] - p[~y]
-        wins[i] = np.bincount(group[~y], (np.sign(above) / 2 + 0.5).sum(0), n)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sensitivity, specificity = total(hit & y) / total(y), total(hit & ~y) / total(~y)
-        drawn = {
-            "accuracy": total(hit) / total(np.ones(len(y))),
-            "balanced_accuracy": (sensitivity + specificity) / 2,
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-            "auroc": ((weights @ wins) * weights).sum(1) / (total(y) * total(~y)),
-        }
-    intervals = {}
-    for name, values in drawn.items():
-        values = values[np.isfinite(values)]  # a resample without one of the classes says nothing of that class
-        intervals[name] = [float(q) for q in np.quantile(values, [0.025, 0.975])] if len(values) else None
-    return intervals
-
-
-def format_score(figures, title):
-    """`score`'s dict as lines of a table for people."""
-    names = dict(accuracy="accuracy", balanced_accuracy="balanced acc.", sensitivity="sensitivity",
-                 specificity="specificity", auroc="AUROC")
-    lines = [title, f"{'':<9}{'n':>6}  " + "".join(f"{name:<22}" for name in names.values())]
-    for unit in UNITS:
-        if figures[unit] is None:
-            lines.append(f"{unit:<9}{0:>6}  subjects unknown")
-            continue
-        cells = []
-        for name in names:
-            value, interval = figures[unit][name], figures[unit]["ci95"][name]
-            cells.append("undefined" if value is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]")
-        lines.append(f"{unit:<9}{figures[unit]['n']:>6}  " + "".join(f"{cell:<22}" for cell in cells).rstrip())
-    return "\n".join(lines)
+    return table.assign(logit=z, p_AD=expit(z))
 
 
 # ---------------------------------------------------------------- files
@@ -289,23 +180,18 @@ def build_model(checkpoint):
     return model
 
 
-def fingerprint(name):
-    """A scan or subject id as a checkpoint keeps it (SHA-256, 12 hex digits): spares the reader the names, but does not
-    hide them from somebody who tries all ids."""
-    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def describe_model(args, index, images, precision):
-    """What a checkpoint says of its model beside the weights: all that predict.py needs."""
-    known = index[index.split != "test"]
+def describe_model(args, index, images, precision, init_seen=None):
+    """What a checkpoint says of its model beside the weights: all that predict.py needs. `init_seen` is whom the
+    weights of --init were trained on; this model has seen them, too."""
+    seen = remember(index[index.split != "test"])  # trained and chosen on
+    if init_seen is not None:
+        seen = {name: value or init_seen[name] if name == "unknown" else sorted({*value, *init_seen.get(name, [])})
+                for name, value in seen.items()}
     return {
         "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": split_hash(index),
-        # who was trained and chosen on, so that predict.py can tell a test from a memory; fingerprints, no names
-        "seen": {"subjects": sorted(map(fingerprint, known.subject.dropna().unique())),
-                 "scans": sorted(map(fingerprint, known.scan.unique())), "unknown": bool(known.subject.isna().any())},
-        "flags": vars(args), "precision": precision,
+        "seen": seen, "init_seen": init_seen, "flags": vars(args), "precision": precision,
     }
 
 
@@ -375,13 +261,28 @@ def near(path):
 # ---------------------------------------------------------------- pictures
 
 
-def _figure(columns=1, height=3.2):
+# one look: black and white first, so that a print shows what the screen shows
+LOOK = {"slice": dict(color="#999999", linestyle="--"), "scan": dict(color="#000000", linestyle="-"),
+        "subject": dict(color="#0072b2", linestyle="-.")}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.3,
+         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def _figure(columns=1, height=3.2, width=4.2, ratios=(1,)):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False)
+    plt.rcParams.update(STYLE)
+    size = width * columns, height
+    return plt.subplots(len(ratios), columns, figsize=size, layout="constrained", squeeze=False, height_ratios=ratios)
+
+
+def _title(figure, text):
+    """A title as wide as the figure; what it says of leaks must not be cut off."""
+    width = int(figure.get_figwidth() * 14)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), fontsize=9)
 
 
 def _save(figure, path):
@@ -398,7 +299,6 @@ def plot_lr(path, *, steps_per_epoch, **schedule):
     figure, ((axes,),) = _figure()
     axes.plot(steps / steps_per_epoch, [lr_at(s, steps_per_epoch=steps_per_epoch, **schedule) for s in steps])
     axes.set(xlabel="epoch", ylabel="learning rate", title="warm-up, then cosine, by step")
-    axes.grid(alpha=0.3)
     _save(figure, path)
 
 
@@ -410,11 +310,10 @@ def plot_history(path, history, best_epoch, title):
         axes.plot(history.epoch, history[f"val_{name}"], label="validation")
         axes.axvline(best_epoch, color="grey", linestyle=":", label=f"kept: epoch {best_epoch}")
         axes.set(xlabel="epoch", ylabel=f"{name} (by slice)")
-        axes.grid(alpha=0.3)
     loss.axhline(math.log(2), color="grey", linewidth=0.8)
     loss.annotate("ln 2: knows nothing", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")
-    accuracy.legend(fontsize=8)
-    figure.suptitle(title, fontsize=9, wrap=True)
+    accuracy.legend()
+    _title(figure, title)
     _save(figure, path)
 
 
@@ -423,38 +322,83 @@ def plot_confusion(path, tables, title):
     figure, (row,) = _figure(len(tables))
     for axes, (unit, table) in zip(row, tables.items()):
         sk.ConfusionMatrixDisplay.from_predictions(
-            table.label, table.prediction, labels=CLASSES, cmap="Blues", colorbar=False, ax=axes
+            table.label, table.prediction, labels=CLASSES, cmap="Greys", colorbar=False, ax=axes
         )
-        axes.set_title(f"by {unit} (n = {len(table):,})", fontsize=10)
-    figure.suptitle(title, fontsize=9, wrap=True)
+        axes.grid(False)
+        axes.set_title(f"by {unit} (n = {len(table):,})")
+    _title(figure, title)
     _save(figure, path)
 
 
 def plot_roc(path, tables, title):
-    """ROC curves, one a unit."""
-    figure, ((axes,),) = _figure(height=4.2)
+    """ROC curves, one a unit; grey, the 95 % band of the curve by scan from a bootstrap over subjects."""
+    figure, ((axes,),) = _figure(height=4.4)
+    grid = np.linspace(0, 1, 101)
     for unit, table in tables.items():
-        y = table.label == "AD"
+        y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy(float)
         if y.all() or not y.any():  # one class has no curve
             continue
-        false_positive, sensitivity, _ = sk.roc_curve(y, table.p_AD)
-        axes.plot(false_positive, sensitivity, label=f"{unit}: AUROC {sk.roc_auc_score(y, table.p_AD):.3f}")
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+        if unit == "scan":
+            axes.fill_between(grid, *metrics.roc_band(y, p, metrics.groups(table), grid), color="0.87",
+                              label="95 % band, by scan")
+        false_positive, sensitivity, _ = sk.roc_curve(y, p)
+        axes.plot(false_positive, sensitivity, label=f"by {unit}: AUROC {sk.roc_auc_score(y, p):.3f}", **LOOK[unit])
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", aspect="equal")
-    axes.set_title(title, fontsize=9, wrap=True)
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower right")
+    _title(figure, title)
     _save(figure, path)
 
 
 def plot_calibration(path, tables, title):
-    """Reliability diagram: the share of AD against the predicted probability, in ten bins of equal width."""
-    figure, ((axes,),) = _figure(height=4.2)
+    """Reliability diagram: the share of AD against the predicted probability in ten bins of equal width; below, how
+    many scans (else slices) fall into each."""
+    figure, ((axes,), (below,)) = _figure(height=5.4, ratios=(4, 1))
     for unit, table in tables.items():
-        bins = np.minimum((table.p_AD * 10).astype(int), 9)
+        bins = metrics.which_bin(table.p_AD.to_numpy(float))
         points = table.assign(ad=table.label == "AD").groupby(bins).agg(p=("p_AD", "mean"), ad=("ad", "mean"))
-        axes.plot(points.p, points.ad, marker="o", markersize=4, label=unit)
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    axes.set(xlabel="predicted probability of AD", ylabel="share that is AD", aspect="equal")
-    axes.set_title(title, fontsize=9, wrap=True)
-    axes.legend(fontsize=8)
+        axes.plot(points.p, points.ad, marker="o", markersize=4, label=f"by {unit}", **LOOK[unit])
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    axes.set(ylabel="share that is AD", aspect="equal", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.legend(loc="upper left")
+    unit = "scan" if "scan" in tables else "slice"
+    below.hist(tables[unit].p_AD, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
+    below.set(xlabel="predicted probability of AD", ylabel=f"{unit}s", xlim=(-0.03, 1.03))
+    _title(figure, title)
+    _save(figure, path)
+
+
+def plot_windows(path, predictions, title):
+    """Accuracy for each slice window, beside that of its larger class: what the window alone could say."""
+    table, unit = metrics.by_window(predictions)
+    figure, ((axes,),) = _figure(height=3.6, width=6)
+    x = np.arange(len(table))
+    axes.bar(x, table.accuracy, color="0.75", label=f"accuracy by {unit}")
+    larger = np.maximum(table.share_AD, 1 - table.share_AD)
+    axes.plot(x, larger, linestyle="", marker="_", markersize=14, color="black", label="share of the larger class")
+    step = max(1, len(table) // 12)
+    for i in x[::step]:
+        axes.annotate(f"{table.n[i]}", (i, 0.02), ha="center", fontsize=7)
+    axes.set_xticks(x[::step], table["at"][::step])
+    name = "slice window (lowest slice number)" if unit == "scan" else "slice number"
+    axes.set(xlabel=f"{name}; in the bars, the number of {unit}s", ylabel="accuracy", ylim=(0, 1.03))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    _title(figure, title)
+    _save(figure, path)
+
+
+def plot_risk(path, tables, title, sets=None):
+    """Risk-coverage curves, one a unit: the error rate among the surest share. `sets` of `score_sets` adds a point."""
+    figure, ((axes,),) = _figure(height=3.6, width=5)
+    for unit, table in tables.items():
+        threshold = table.threshold.iloc[0] if "threshold" in table else metrics.THRESHOLD
+        coverage, risk = metrics.risk_coverage(table.p_AD.to_numpy(float), table.prediction == table.label, threshold)
+        axes.plot(coverage, risk, label=f"by {unit}", **LOOK[unit])
+    if sets is not None and sets["accuracy_if_certain"] is not None:
+        axes.plot(1 - sets["uncertain"], 1 - sets["accuracy_if_certain"], "k*", markersize=9,
+                  label=f"prediction sets for {sets['coverage']:g}, by scan")
+    axes.set(xlabel="share of units that are answered, the surest first", ylabel="error rate among them",
+             xlim=(0, 1.02), ylim=(-0.01, None))
+    axes.legend()
+    _title(figure, title)
     _save(figure, path)

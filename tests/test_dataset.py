@@ -2,19 +2,14 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import SCANS, write_set, write_slice
 from PIL import Image
-from torchvision.transforms import v2
 
 import dataset
+import slices
 from dataset import audit, fold_index, read_index, split_index
-
-TF = v2.functional
-
 
 # ---------------------------------------------------------------- index
 
@@ -148,8 +143,8 @@ def test_audit_counts_and_finds_the_subjects_that_train_and_test_share(tmp_path)
 def test_window_vote_finds_a_shortcut_and_only_a_shortcut(tmp_path):
     tied = {scan: value for scan, value in SCANS.items()}
     root = tmp_path / "tied"
-    for label, slices in (("AD", range(67, 70)), ("NC", range(80, 83))):
-        write_set(root, {k: v for k, v in tied.items() if v[1] == label}, slices)
+    for label, window in (("AD", range(67, 70)), ("NC", range(80, 83))):
+        write_set(root, {k: v for k, v in tied.items() if v[1] == label}, window)
     index = read_index(root / "AD_NC")
     assert dataset.window_vote(index) == 1.0
     assert dataset.window_vote(index.assign(slice=0)) == 0.5
@@ -263,136 +258,6 @@ def test_the_hash_tells_splits_apart(ad_nc):
     assert dataset.split_hash(a) == dataset.split_hash(a.iloc[::-1]) != dataset.split_hash(b)
 
 
-# ---------------------------------------------------------------- decoding and batches
-
-
-def test_decoding_gives_the_files_pixels_and_reports_what_it_cannot_read(ad_nc, tmp_path):
-    paths = read_index(ad_nc).path.tolist()[:4]
-    (tmp_path / "x_1.jpeg").write_bytes(b"not an image")
-    assert dataset.common_size(paths) == (40, 48)
-    images, errors = dataset.load_slices([*paths, str(tmp_path / "x_1.jpeg")], (40, 48), bar=None)
-    assert images.shape == (5, 40, 48) and images.dtype == np.uint8
-    for image, path in zip(images, paths):
-        assert np.array_equal(image, np.asarray(Image.open(path)))
-    assert errors[:4] == [None] * 4 and "cannot be read" in errors[4] and images[4].max() == 0
-
-
-def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(tmp_path):
-    Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (40, 1))).save(tmp_path / "a.png")
-    image = dataset.decode(tmp_path / "a.png", (40, 60))
-    assert image.shape == (40, 60)
-    assert image[0, 0] == 20 and image[0, -1] == 79  # the middle 60 of 100 columns
-
-
-def test_a_loader_visits_every_slice_once_an_epoch():
-    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1)
-    shuffled = list(dataset.make_loader(images, np.arange(10), 4, torch.Generator().manual_seed(0)))
-    assert [len(x) for x, _ in shuffled] == [4, 4, 2] and shuffled[0][0].shape == (4, 1, 1, 1)
-    order = torch.cat([y for _, y in shuffled])
-    assert sorted(order.tolist()) == list(range(10)) != order.tolist()
-    assert torch.equal(torch.cat([x for x, _ in shuffled]).flatten(), order.to(torch.uint8))
-    assert torch.cat([y for _, y in dataset.make_loader(images, np.arange(10), 4)]).tolist() == list(range(10))
-
-
-# ---------------------------------------------------------------- transforms
-
-
-@pytest.fixture
-def smooth():
-    """A smooth random image, uint8 (1, 1, 240, 256)."""
-    noise = torch.rand(1, 1, 240, 256, generator=torch.Generator().manual_seed(0))
-    return (TF.gaussian_blur(noise, [9, 9]) * 255).to(torch.uint8)
-
-
-def warp_one(image, x0=0.0, y0=0.0, w=256.0, h=240.0, mirror=1.0, degrees=0.0, size=224):
-    """`warp` by one map, on the scale [0, 1]."""
-    numbers = [torch.tensor([v]) for v in (x0, y0, w, h)]
-    angle = torch.deg2rad(torch.tensor([degrees]))
-    theta = dataset.affine(*numbers, *image.shape[2:], torch.tensor([mirror]), angle)
-    return dataset.warp(image, theta, size) * dataset.STD + dataset.MEAN
-
-
-def inner(x):
-    return x[..., 1:-1, 1:-1]  # at the very edge torchvision repeats the crop's border, the map looks beyond it
-
-
-def test_a_crop_equals_torchvisions(smooth):
-    expected = TF.resized_crop(smooth / 255, 20, 30, 200, 210, [224, 224], antialias=False)
-    assert (inner(warp_one(smooth, 30, 20, 210, 200)) - inner(expected)).abs().max() < 1e-5
-
-
-def test_a_flip_equals_torchvisions(smooth):
-    expected = TF.horizontal_flip(TF.resized_crop(smooth / 255, 20, 30, 200, 210, [224, 224], antialias=False))
-    assert (inner(warp_one(smooth, 30, 20, 210, 200, mirror=-1.0)) - inner(expected)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("degrees", [-10.0, 3.0, 10.0])
-def test_a_rotation_equals_torchvisions(smooth, degrees):
-    def rotate(x):
-        return TF.rotate(x, degrees, interpolation=v2.InterpolationMode.BILINEAR)
-
-    crop = TF.crop(smooth / 255, 8, 16, 224, 224)
-    inside = rotate(torch.ones_like(crop)) > 1 - 1e-6
-    difference = (warp_one(smooth, 16, 8, 224, 224, degrees=degrees) - rotate(crop)).abs()
-    assert difference[inside].max() < 1e-5
-
-
-def test_augmentation_keeps_range_shape_and_number():
-    images = torch.randint(0, 256, (32, 1, 60, 64), dtype=torch.uint8)
-    x = dataset.warp(images, dataset.sample_affine(32, 60, 64), 48)
-    assert x.shape == (32, 1, 48, 48) and x.dtype == torch.float32
-    assert x.min() >= -1 and x.max() <= 1 and x.std() > 0.1
-
-
-def test_augmentation_keeps_the_label_with_its_image():
-    images = torch.arange(0, 250, 10, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 60, 64)
-    centre = dataset.warp(images, dataset.sample_affine(25, 60, 64), 32)[:, 0, 16, 16]
-    assert torch.allclose(centre, images[:, 0, 0, 0] / 127.5 - 1, atol=1e-5)
-
-
-def test_training_without_augmentation_sees_what_evaluation_sees():
-    images = torch.randint(0, 256, (4, 1, 60, 64), dtype=torch.uint8)
-    assert torch.equal(dataset.train_transform(images, 48, augment=False), dataset.eval_transform(images, 48))
-    assert not torch.equal(dataset.train_transform(images, 48), dataset.train_transform(images, 48))
-
-
-def test_crops_have_the_area_and_aspect_of_the_recipe():
-    theta = dataset.sample_affine(4000, 240, 256, flip=False, degrees=0, generator=torch.Generator().manual_seed(0))
-    w, h = theta[:, 0, 0] * 256, theta[:, 1, 1] * 240
-    area = w * h / (240 * 256)
-    assert area.min() >= 0.8 - 1e-4 and area.max() <= 1 + 1e-4
-    assert 0.85 < area.mean() < 0.95
-    assert (w / h).min() >= 3 / 4 - 1e-4 and (w / h).max() <= 4 / 3 + 1e-4
-    assert (theta[:, 0, 2].abs() + theta[:, 0, 0] <= 1 + 1e-5).all()  # the crop stays inside the image
-    assert (theta[:, 1, 2].abs() + theta[:, 1, 1] <= 1 + 1e-5).all()
-
-
-def test_half_of_the_images_are_flipped_unless_it_is_turned_off():
-    generator = torch.Generator().manual_seed(0)
-    flipped = dataset.sample_affine(4000, 60, 64, generator=generator)[:, 0, 0] < 0
-    assert flipped.float().mean() == pytest.approx(0.5, abs=0.04)  # 5 standard errors
-    assert (dataset.sample_affine(4000, 60, 64, flip=False)[:, 0, 0] > 0).all()
-
-
-def test_augmentation_repeats_with_the_seed():
-    one, two = (dataset.sample_affine(8, 60, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(one, two) and not torch.equal(one, dataset.sample_affine(8, 60, 64))
-
-
-def test_shrinking_averages_instead_of_skipping():
-    stripes = (torch.arange(224) % 2 * 255).to(torch.uint8).expand(1, 1, 224, 224)  # one pixel wide
-    assert warp_one(stripes, w=224.0, h=224.0, size=112).std() < 1e-5
-    assert dataset.eval_transform(stripes, 56).std() < 0.05
-
-
-def test_evaluation_transform_equals_torchvisions_and_is_deterministic(smooth):
-    expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize(224), v2.CenterCrop(224),
-                           v2.Normalize([0.5], [0.5])])(smooth)  # fmt: skip
-    x = dataset.eval_transform(smooth, 224)
-    assert x.shape == (1, 1, 224, 224) and (x - expected).abs().max() < 1e-6
-    assert torch.equal(x, dataset.eval_transform(smooth, 224))
-
-
 # ---------------------------------------------------------------- real slices
 
 
@@ -403,4 +268,4 @@ def test_oasis_is_what_its_readme_says(oasis):
                                        ("train", "NC"): 1408}  # fmt: skip
     assert counts.subjects.tolist() == [20, 14, 58, 44]
     assert dataset.shared_subjects(index) == []
-    assert dataset.common_size(index.path[:10]) == (208, 176)
+    assert slices.common_size(index.path[:10]) == (208, 176)

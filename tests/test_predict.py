@@ -8,6 +8,7 @@ import torch
 from conftest import write_slice
 from PIL import Image
 
+import metrics
 import predict
 import utils
 
@@ -25,16 +26,18 @@ def test_a_labelled_folder_repeats_the_runs_own_test(run_folder, ad_nc, tmp_path
     assert list(ours.columns) == ["path", "scan", "slice", "subject", "p_AD", "prediction", "label"]
     pd.testing.assert_frame_equal(ours.drop(columns="path"), theirs.drop(columns="path"), check_exact=True)
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
-    assert [a[unit] for unit in utils.UNITS] == [b[unit] for unit in utils.UNITS]
+    same = [*metrics.UNITS, "baselines", "minus_baseline", "calibration", "leaks"]
+    assert [a[name] for name in same] == [b[name] for name in same]
 
 
 def test_metrics_json_has_each_unit_with_figures_and_intervals(run_folder, ad_nc, tmp_path):
     run_predict(run_folder, tmp_path, ad_nc / "test")
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    names = {"accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc"}
+    names = set(metrics.METRICS)
     for unit in ("slice", "scan", "subject"):
         assert set(figures[unit]) == names | {"n", "ci95"} and set(figures[unit]["ci95"]) == names
-    assert "LEAKY" not in figures["title"]
+    assert "LEAKY" not in figures["title"] and figures["leaks"] == []
+    assert set(figures["baselines"]) == {"majority_class", "window_vote", "logistic_regression"}
 
 
 def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, tmp_path):
@@ -57,7 +60,8 @@ def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path)
     scans = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str}).set_index("scan")
     subjects = pd.read_csv(tmp_path / "subjects.csv").set_index("subject")
     np.testing.assert_allclose(scans.p_AD, table.groupby("scan").p_AD.mean(), rtol=1e-6)
-    assert (scans.n_slices == 5).all() and list(scans.columns) == ["subject", "p_AD", "n_slices", "prediction", "label"]
+    assert (scans.n_slices == 5).all() and (scans.seen == "no").all()
+    assert list(scans.columns) == ["subject", "p_AD", "n_slices", "prediction", "label", "seen"]
     assert subjects.p_AD["ta1"] == scans.p_AD["301"]
 
 

@@ -30,8 +30,8 @@ def test_a_run_learns_and_holds_all_its_files(run_folder):
         "lr_schedule.png", "training_curves.png", "val", "test",
     }  # fmt: skip
     assert {p.name for p in (run_folder / "test").iterdir()} == {
-        "predictions.csv", "scans.csv", "subjects.csv", "metrics.json", "confusion_matrix.png", "roc_curve.png",
-        "calibration.png",
+        "predictions.csv", "scans.csv", "subjects.csv", "baselines.csv", "metrics.json", "confusion_matrix.png",
+        "roc_curve.png", "calibration.png", "window_accuracy.png", "risk_coverage.png",
     }  # fmt: skip
     figures = json.loads((run_folder / "test" / "metrics.json").read_text())
     assert figures["slice"]["n"] == 30 and figures["scan"]["n"] == figures["subject"]["n"] == 6

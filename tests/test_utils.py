@@ -1,11 +1,9 @@
-import math
 import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn import metrics as sk
 
 import utils
 from modules import ConvNeXtBlock, convnext
@@ -57,100 +55,6 @@ def test_layer_scale_gives_no_gradient_in_fp16_without_the_scaler():
         (block(x).float().square().mean() * scale).backward()
         largest[scale] = block.pwconv1.weight.grad.abs().max()
     assert largest[1.0] == 0 < largest[2.0**16]
-
-
-# ---------------------------------------------------------------- figures
-
-
-def random_predictions(subjects=30, seed=0):
-    """A table of 5 slices a scan and 1 to 3 scans a subject, right more often than not, alike within a subject."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for s in range(subjects):
-        y, shift = s % 2, rng.normal(0, 1)
-        for scan in range(rng.integers(1, 4)):
-            for n in range(5):
-                logit = (2 * y - 1) * 0.8 + shift + rng.normal(0, 0.5)
-                rows.append((f"{s}s{scan}", n, f"p{s}", ("NC", "AD")[y], round(1 / (1 + math.exp(-logit)), 2)))
-    table = pd.DataFrame(rows, columns=["scan", "slice", "subject", "label", "p_AD"]).astype({"subject": "string"})
-    return utils.with_predictions(table)
-
-
-def test_point_figures_are_scikit_learns():
-    table = random_predictions()
-    y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy()
-    figures = utils.point_figures(y, p)
-    tn, fp, fn, tp = sk.confusion_matrix(y, p >= 0.5).ravel()
-    assert figures["sensitivity"] == tp / (tp + fn) and figures["specificity"] == tn / (tn + fp)
-    assert figures["accuracy"] == (tp + tn) / len(y)
-    assert figures["balanced_accuracy"] == pytest.approx((figures["sensitivity"] + figures["specificity"]) / 2)
-    assert figures["auroc"] == sk.roc_auc_score(y, p)
-
-
-def test_bootstrap_equals_drawing_the_subjects_one_by_one():
-    table = random_predictions()
-    y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy()
-    intervals = utils.bootstrap(y, p, table.subject, resamples=200, seed=5)
-
-    names = sorted(table.subject.unique())
-    counts = np.random.default_rng(5).multinomial(30, np.full(30, 1 / 30), 200)
-    drawn = []
-    for row in counts:
-        pick = np.concatenate([np.flatnonzero(table.subject == s).repeat(c) for s, c in zip(names, row)]).astype(int)
-        drawn.append(utils.point_figures(y[pick], p[pick]))
-    for name, interval in intervals.items():
-        expected = np.quantile([figures[name] for figures in drawn], [0.025, 0.975])
-        np.testing.assert_allclose(interval, expected, atol=1e-12, err_msg=name)
-
-
-def test_intervals_hold_their_promise():
-    """Of 200 samples of 40 subjects, about 95 % of the intervals hold the figure of the population."""
-    rng, hits = np.random.default_rng(0), 0
-    for seed in range(200):
-        right = rng.random(40) < 0.7  # a subject is right or wrong with all of its 10 slices
-        y = np.repeat(np.arange(40) % 2 == 1, 10)
-        p = np.where(np.repeat(right, 10) == y, 0.9, 0.1)
-        low, high = utils.bootstrap(y, p, np.repeat(np.arange(40), 10), 400, seed)["accuracy"]
-        hits += low <= 0.7 <= high
-    assert 0.90 <= hits / 200 <= 0.99
-
-
-def test_intervals_over_subjects_are_wider_than_over_slices():
-    table = random_predictions()
-    y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy()
-    by_subject = utils.bootstrap(y, p, table.subject)["accuracy"]
-    by_slice = utils.bootstrap(y, p, np.arange(len(y)))["accuracy"]
-    assert np.ptp(by_subject) > 1.5 * np.ptp(by_slice)
-
-
-def test_score_gives_each_unit_its_own_n_and_survives_unknown_subjects():
-    table = random_predictions()
-    figures = utils.score(table)
-    assert figures["slice"]["n"] == len(table) and figures["scan"]["n"] == table.scan.nunique()
-    assert figures["subject"]["n"] == 30
-    for unit in utils.UNITS:
-        for name, (low, high) in figures[unit]["ci95"].items():
-            assert low <= figures[unit][name] <= high
-    unknown = utils.score(table.assign(subject=pd.array([None] * len(table), "string")))
-    assert unknown["subject"] is None and unknown["scan"]["accuracy"] == figures["scan"]["accuracy"]
-    assert "subjects unknown" in utils.format_score(unknown, "x")
-
-
-def test_score_of_one_class_leaves_undefined_figures_empty():
-    table = random_predictions()
-    figures = utils.score(table[table.label == "AD"])["slice"]
-    assert figures["specificity"] is figures["auroc"] is figures["balanced_accuracy"] is None
-    assert figures["ci95"]["auroc"] is None and figures["accuracy"] == figures["sensitivity"]
-
-
-def test_a_scan_and_a_subject_get_the_mean_over_their_slices():
-    table = random_predictions()
-    scans, subjects = utils.aggregate(table, "scan"), utils.aggregate(table, "subject")
-    one = table[table.scan == "3s0"]
-    row = scans.set_index("scan").loc["3s0"]
-    assert row.p_AD == pytest.approx(one.p_AD.mean()) and row.n_slices == 5 and row.label == "AD"
-    assert row.prediction == ("AD" if one.p_AD.mean() >= 0.5 else "NC")
-    assert subjects.n_slices.sum() == len(table)
 
 
 # ---------------------------------------------------------------- evaluation and checkpoints

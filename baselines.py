@@ -1,0 +1,69 @@
+"""What a ConvNeXt has to beat: predictors that see no anatomy, or only a blur of it.
+
+Not run by itself: train.py fits them on its training slices and puts them into the checkpoint, so that its own test and
+predict.py report them beside the ConvNeXt.
+
+    majority_class        the larger class of the training scans, for everybody
+    window_vote           the larger class of the training scans with the same slice window (its lowest slice number):
+                          what a model can get from the choice of slices alone
+    logistic_regression   on the slice, averaged down to about 16 x 16 pixels; a scan gets the mean over its slices
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
+
+BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
+             "logistic_regression": "logistic regression"}  # fmt: skip
+SIDE = 16  # pixels of the short side after averaging
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation
+
+
+def shrink(images):
+    """uint8 (N, H, W) -> float32 (N, pixels) in [0, 1]: means of square blocks, about SIDE on the short side."""
+    block = max(1, min(images.shape[1:]) // SIDE)
+    height, width = (side // block for side in images.shape[1:])
+    images = images[:, : height * block, : width * block].reshape(len(images), height, block, width, block)
+    return images.mean((2, 4), dtype=np.float32).reshape(len(images), height * width) / 255
+
+
+def fit_baselines(index, images):
+    """Fit all three on split "train" of the index, whose rows have images uint8 (N, H, W). The penalty of the logistic
+    regression is chosen by the log loss of the validation scans. Returns plain values for the checkpoint."""
+    train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
+    scans = index[train].groupby("scan").agg(ad=("label", lambda labels: labels.iloc[0] == "AD"), at=("slice", "min"))
+    windows = scans.groupby("at").ad.agg(["sum", "size"])
+    x, y = shrink(images), (index.label == "AD").to_numpy()
+    scale = StandardScaler().fit(x[train])
+    standard = scale.transform(x)
+    best, best_loss = None, np.inf
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=2000).fit(standard[train], y[train])
+        p = index[val].assign(p=model.predict_proba(standard[val])[:, 1]).groupby("scan").agg(
+            p=("p", "mean"), label=("label", "first"))  # fmt: skip
+        loss = log_loss(p.label == "AD", p.p, labels=[False, True])
+        if loss < best_loss:
+            best, best_loss = model, loss
+    weights = best.coef_[0] / scale.scale_  # on pixels as they are
+    return {
+        "share_AD": float(scans.ad.mean()),
+        # Laplace's rule, so that a window of two scans is not certain; the vote is the same
+        "windows": {int(at): float((row["sum"] + 1) / (row["size"] + 2)) for at, row in windows.iterrows()},
+        "weights": weights.tolist(), "bias": float(best.intercept_[0] - weights @ scale.mean_), "C": float(best.C),
+    }  # fmt: skip
+
+
+def predict_baselines(fitted, images, table):
+    """p_AD of each baseline, a DataFrame with a column each, for the slices of a table (N rows with scan and slice)
+    with images uint8 (N, H, W) of the size that the fit had. A window that training did not have gets the majority."""
+    windows = {int(at): p for at, p in fitted["windows"].items()}
+    at = table.groupby("scan").slice.transform("min")
+    z = shrink(images).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
+    return pd.DataFrame({
+        "majority_class": fitted["share_AD"],
+        "window_vote": at.map(windows).astype(float).fillna(fitted["share_AD"]).to_numpy(),
+        "logistic_regression": expit(z),
+    }, index=table.index)  # fmt: skip

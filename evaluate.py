@@ -1,0 +1,341 @@
+"""Evaluate predictions: a run once more, the folds of a cross-validation pooled, or two models against each other.
+
+    python evaluate.py runs/tiny                                 # the test tables of a run
+    python evaluate.py runs/fold* --out results                  # the out-of-fold predictions of all folds in one table
+    python evaluate.py runs/fold* --against runs/other-fold*     # is the first better, or is it noise?
+
+RUN is a folder of train.py (its test/ is read, or with --part val its val/) or of predict.py on labelled slices.
+Several must not share a scan. Printed are the metrics by slice, scan and subject, the baselines beside them, prediction
+sets and three ways to get from slices to a scan; --out writes what a run's test/ holds. Nothing is chosen here.
+"""
+
+import json
+from pathlib import Path
+
+from dataset import Parser, run
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
+    parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
+    parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
+    parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as the README has them")
+    return parser.parse_args(argv)
+
+
+# Read before torch is imported, so that --help and a mistyped flag answer at once.
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+import metrics  # noqa: E402
+import utils  # noqa: E402
+from baselines import BASELINES  # noqa: E402
+from metrics import LOWER_IS_BETTER, METRICS, UNITS, aggregate, sample, score  # noqa: E402
+
+COLUMNS = ["path", "scan", "slice", "subject", "p_AD", "prediction", "label", "error"]  # of predictions.csv
+COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
+
+# ---------------------------------------------------------------- from predictions to figures
+
+
+def assess(predictions, title, *, leaks=(), coverage=None):
+    """All figures of labelled predictions by slice, a dict as it stands in metrics.json.
+
+    `leaks` are sentences on the run, such as a split by slice; what the column seen ("yes", "no", "unknown") says is
+    added to them, and all go into the title. Where some subjects were seen in training and others not, the figures of
+    the others stand under "unseen_subjects".
+    """
+    leaks, notes, apart = list(leaks), [], None
+    if "seen" in predictions:
+        scans = predictions.drop_duplicates("scan").seen
+        shared, unknown = (scans == "yes").sum(), (scans == "unknown").sum()
+        if shared:
+            leaks.append(f"{shared} of {len(scans)} scans are of subjects seen in training")
+        if unknown:
+            notes.append(f"whether training saw the subjects of {unknown} scans is unknown")
+        if shared and (scans == "no").any():
+            apart = predictions[predictions.seen == "no"]
+    full = "; ".join([title] + (["LEAKY: " + ", ".join(leaks)] if leaks else []) + notes)
+    figures = {"title": full, "leaks": leaks, **_figures(predictions, coverage)}
+    if apart is not None:
+        figures["unseen_subjects"] = {"title": "only subjects not seen in training", **_figures(apart, coverage)}
+    return figures
+
+
+def _figures(predictions, coverage):
+    sampled = sample(predictions)
+    figures = score(sampled)
+    present = [name for name in BASELINES if name in predictions]
+    if present:
+        figures["baselines"], figures["minus_baseline"] = {}, {}
+        for name in present:
+            other = sample(predictions.drop(columns="threshold", errors="ignore").assign(p_AD=predictions[name]))
+            figures["baselines"][name] = score(other)
+            figures["minus_baseline"][name] = metrics.compare(sampled, other)
+    if "prediction_set" in predictions:
+        figures["prediction_sets"] = metrics.score_sets(predictions, coverage)
+    return figures
+
+
+# ---------------------------------------------------------------- figures as text
+
+
+def cell(part, name, digits=3):
+    """`0.735 [0.588, 0.882]` of a dict of figures with ci95."""
+    if part is None or part[name] is None:
+        return "undefined"
+    low, high = part["ci95"][name]
+    return f"{part[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def format_table(rows, markdown=False):
+    """Lines of a table whose first row is the header."""
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return [lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]
+    widths = [max(map(len, column)) + 3 for column in zip(*rows)]
+    return ["".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def format_score(figures, title, markdown=False):
+    """`score`'s dict as lines: a row a metric, a column a unit."""
+    units = [unit for unit in UNITS if figures[unit] is not None]
+    rows = [["", *(f"by {unit} (n = {figures[unit]['n']:,})" for unit in units)]]
+    rows += [[label, *(cell(figures[unit], name) for unit in units)] for name, label in METRICS.items()]
+    lines = [title, "", *format_table(rows, True)] if markdown else [title, *format_table(rows)]
+    return lines + ([] if "subject" in units else ["by subject: subjects unknown"])
+
+
+def format_baselines(figures, markdown=False, unit="scan"):
+    """The ConvNeXt beside the baselines, and whether it is shown to beat them."""
+    header = [f"by {unit} (n = {figures[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
+    rows = [[*header, "accuracy of the ConvNeXt minus it"]]
+    rows.append(["ConvNeXt", *(cell(figures[unit], name) for name in COMPARED), ""])
+    beaten, unbeaten = [], []
+    for name, part in figures["baselines"].items():
+        minus = figures["minus_baseline"][name][unit]
+        difference = minus["accuracy"]
+        low, high = difference["ci95"]
+        text = f"{difference['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append([BASELINES[name], *(cell(part[unit], metric) for metric in COMPARED), text])
+        (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
+    verdict = []
+    if beaten:
+        verdict.append(f"In accuracy by {unit}, the ConvNeXt beats {' and '.join(beaten)}.")
+    if unbeaten:
+        verdict.append(f"The ConvNeXt is NOT shown to beat {' and '.join(unbeaten)} in accuracy by {unit}.")
+    return ["", *format_table(rows, markdown), *([""] if markdown else []), " ".join(verdict)]
+
+
+def format_sets(figures):
+    part = figures["prediction_sets"]
+    return [f"prediction sets for a coverage of {part['coverage']:g}, by scan (n = {part['n']:,}): "
+            f"{cell(part, 'covered')} hold the label, {cell(part, 'uncertain')} are AD|NC; "
+            f"accuracy of the others {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
+
+
+def format_assessment(figures, markdown=False):
+    """`assess`'s dict as lines for people."""
+    lines = []
+    for part in (figures, figures.get("unseen_subjects")):
+        if part is not None:
+            lines += format_score(part, part["title"], markdown)
+            lines += format_baselines(part, markdown) if "baselines" in part else []
+            lines += ([""] if markdown else []) + format_sets(part) if "prediction_sets" in part else []
+            lines.append("")
+    return lines[:-1]
+
+
+# ---------------------------------------------------------------- figures as files
+
+
+def write_results(predictions, out, *, title, leaks=(), coverage=None, calibration=None):
+    """Write the tables, and where all labels are known figures and pictures, of predictions into folder `out`.
+
+    `calibration` is that of the checkpoint, to be told in metrics.json. Returns the dict of `assess`, or None where a
+    label is missing.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = ("confusion_matrix", "roc_curve", "calibration", "window_accuracy", "risk_coverage")
+    for name in ("metrics.json", "baselines.csv", *(f"{name}.png" for name in pictures)):
+        (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
+    utils.write_csv(out / "predictions.csv", predictions[[name for name in COLUMNS if name in predictions]])
+    predictions = predictions[predictions.p_AD.notna()]
+    tables = {unit: aggregate(predictions, unit) for unit in UNITS}
+    columns = ["p_AD", "n_slices", "prediction", "prediction_set", "label", "seen"]
+    for unit, keys in (("scan", ["scan", "subject"]), ("subject", ["subject"])):
+        table = tables[unit]
+        utils.write_csv(out / f"{unit}s.csv", table[keys + [name for name in columns if name in table]])
+    if predictions.empty or "label" not in predictions or predictions.label.isna().any():
+        return None
+
+    figures = assess(predictions, title, leaks=leaks, coverage=coverage)
+    figures["run_leaks"] = list(leaks)
+    if calibration is not None:
+        told = ("temperature", "threshold", "threshold_rule", "subjects")
+        figures["calibration"] = {name: calibration[name] for name in told}
+    utils.write_json(out / "metrics.json", figures)
+    present = [name for name in BASELINES if name in predictions]
+    if present:
+        utils.write_csv(out / "baselines.csv", predictions[["path", "scan", "slice", *present]])
+    title = figures["title"]
+    tables = {unit: table for unit, table in tables.items() if len(table)}
+    utils.plot_confusion(out / "confusion_matrix.png", tables, title)
+    utils.plot_calibration(out / "calibration.png", tables, title)
+    utils.plot_risk(out / "risk_coverage.png", tables, title, figures.get("prediction_sets"))
+    if predictions.slice.notna().any():
+        utils.plot_windows(out / "window_accuracy.png", predictions, title)
+    if predictions.label.nunique() == 2:
+        utils.plot_roc(out / "roc_curve.png", tables, title)
+    return figures
+
+
+# ---------------------------------------------------------------- finished runs
+
+
+def read_run(folder, part="test"):
+    """Predictions by slice of a run's `part`, or of a folder that predict.py wrote.
+
+    Returns (predictions, facts): a table as `write_results` took it, and what metrics.json says. A folder without
+    labels or of another kind is a ValueError.
+    """
+    folder = Path(folder)
+    if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
+        folder = folder / part
+    try:
+        facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        table = pd.read_csv(folder / "predictions.csv", dtype={"scan": str, "subject": "string"})
+        scans = pd.read_csv(folder / "scans.csv", dtype={"scan": str}).set_index("scan")
+        rest = pd.read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else None
+    except FileNotFoundError as problem:
+        raise ValueError(f"{folder} holds no {Path(problem.filename).name}; expected a finished run of train.py, or "
+                         "predict.py on labelled slices") from None
+    except ValueError as problem:
+        raise ValueError(f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote") from None
+    table = table[table.p_AD.notna()].reset_index(drop=True)
+    if rest is not None:
+        table = table.join(rest[[name for name in BASELINES if name in rest]])
+    for name in ("prediction_set", "seen"):
+        if name in scans:
+            table[name] = table.scan.map(scans[name])
+    table["threshold"] = facts.get("calibration", {}).get("threshold", metrics.THRESHOLD)
+    if (metrics.with_predictions(table).prediction != table.prediction).any():
+        raise ValueError(f"{folder}: the predictions do not follow from p_AD at a threshold of {table.threshold[0]:g}; "
+                         "read the runs that it was made of instead")
+    return table, facts
+
+
+def pool(folders, part="test"):
+    """The predictions of several runs in one table; returns (predictions, facts of each)."""
+    tables, facts, owner = [], [], {}
+    for folder in folders:
+        table, fact = read_run(folder, part)
+        for scan in table.scan.unique():
+            if scan in owner:
+                raise ValueError(f"scan {scan} stands in {owner[scan]} and in {folder}; expected the folds of one "
+                                 "cross-validation, which share none")
+            owner[scan] = folder
+        tables.append(table)
+        facts.append(fact)
+    shared = set.intersection(*(set(table.columns) for table in tables))
+    return pd.concat([table[[c for c in table if c in shared]] for table in tables], ignore_index=True), facts
+
+
+def warn_of_folds(folders):
+    """Sentences on what does not fit in the flags of runs that are pooled."""
+    flags = {}
+    for folder in folders:
+        path = Path(folder) / "config.json"
+        if path.exists():
+            flags[folder] = json.loads(path.read_text(encoding="utf-8"))["flags"]
+    if len(flags) < 2:
+        return
+    first, one = next(iter(flags.items()))
+    differ = sorted({name for other in flags.values() for name in one
+                     if name not in ("fold", "out", "data", "resume", "device") and other.get(name) != one[name]})
+    if differ:
+        yield f"warning: the runs differ in --{', --'.join(name.replace('_', '-') for name in differ)}"
+    folds = one.get("folds")
+    missing = sorted(set(range(folds or 0)) - {other.get("fold") for other in flags.values()})
+    if missing:
+        yield f"warning: of {folds} folds, {', '.join(map(str, missing))} are missing: not all subjects are counted"
+
+
+def format_comparison(comparison, markdown=False):
+    """`compare`'s dict as lines: a row a metric, a column a unit."""
+    units = [unit for unit in UNITS if comparison[unit] is not None]
+    rows = [["first minus second", *(f"by {unit}" for unit in units)]]
+    for name, label in METRICS.items():
+        row = [label + (" (lower is better)" if name in LOWER_IS_BETTER else "")]
+        for unit in units:
+            part = comparison[unit][name]
+            if part is None:
+                row.append("undefined")
+                continue
+            low, high = part["ci95"]
+            row.append(f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {part['p']:.3f}")
+        rows.append(row)
+    part = comparison["scan"]["accuracy"]
+    low, high = part["ci95"]
+    verdict = ("the first is better" if low > 0 else "the second is better" if high < 0 else
+               "the difference may be noise: its interval holds 0")
+    return [*format_table(rows, markdown), *([""] if markdown else []), f"Accuracy by scan: {verdict}."]
+
+
+def check_same(a, b):
+    """Two tables are of the same slices with the same labels, else a ValueError."""
+    key = ["scan", "slice"]
+    both = a.merge(b, on=key, how="outer", indicator=True, suffixes=("", "_b"))
+    alone = both[both._merge != "both"]
+    if len(alone):
+        row = alone.iloc[0]
+        where = "the first" if row._merge == "left_only" else "the second"
+        raise ValueError(f"{len(alone)} slices are in one of the two only, first {row.scan}_{row.slice} in {where}; "
+                         "expected predictions of the same slices")
+    if (both.label != both.label_b).any():
+        raise ValueError("the two disagree on the labels; expected predictions of the same slices")
+
+
+def main(args):
+    predictions, facts = pool(args.runs, args.part)
+    leaks = list(dict.fromkeys(leak for fact in facts for leak in fact.get("run_leaks", [])))
+    coverages = {fact.get("prediction_sets", {}).get("coverage") for fact in facts}
+    if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
+        predictions = predictions.drop(columns="prediction_set", errors="ignore")
+    title = f"{args.part} of {args.runs[0]}" if len(args.runs) == 1 else f"{len(args.runs)} runs pooled, {args.part}"
+    extra = dict(title=title, leaks=leaks, coverage=coverages.pop() if len(coverages) == 1 else None)
+    lines = list(warn_of_folds(args.runs))
+    figures = write_results(predictions, args.out, **extra) if args.out else assess(predictions, **extra)
+    lines += format_assessment(figures, args.markdown)
+    lines += ["", *format_aggregations(metrics.aggregations(predictions), args.markdown)]
+    if len(args.runs) > 1:
+        accuracies = [fact["scan"]["accuracy"] for fact in facts]
+        lines.append(f"accuracy by scan of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
+                     f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
+    if args.against:
+        other, _ = pool(args.against, args.part)
+        check_same(predictions, other)
+        comparison = metrics.compare(*(sample(table.sort_values(["scan", "slice"])) for table in (predictions, other)))
+        lines += ["", f"{' '.join(args.runs)} against {' '.join(args.against)}, paired bootstrap over subjects",
+                  *([""] if args.markdown else []), *format_comparison(comparison, args.markdown)]
+        if args.out:
+            utils.write_json(Path(args.out) / "comparison.json", {"against": args.against, **comparison})
+    print(*lines, sep="\n")
+    if args.out:
+        print(f"results in {args.out}")
+
+
+def format_aggregations(ways, markdown=False):
+    names = ("accuracy", "auroc", "brier", "calibration_error")
+    n = next(iter(ways.values()))["n"]
+    rows = [[f"a scan (n = {n:,}) from its slices by", *(METRICS[name] for name in names)]]
+    return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()], markdown)
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

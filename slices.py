@@ -1,0 +1,191 @@
+"""From files to batches: decoding, fingerprints, whole batches, and the transforms that work on them on any device.
+
+Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py says whose they are.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
+
+# ---------------------------------------------------------------- files
+
+
+def header(path):
+    """(width, height, mode) of an image file, or None if it is none. Reads only the header."""
+    try:
+        with Image.open(path) as image:
+            return image.width, image.height, image.mode
+    except Exception:  # PIL raises nearly anything on a damaged file; decoding it says what
+        return None
+
+
+def fingerprint_slice(pixels):
+    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which is nobody's."""
+    if pixels.size == 0 or (pixels == pixels.flat[0]).all():
+        return ""
+    return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:12]
+
+
+def fingerprint_slices(images):
+    """`fingerprint_slice` of each of uint8 (N, H, W), in parallel."""
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        return list(pool.map(fingerprint_slice, images))
+
+
+def fingerprint_file(path):
+    try:
+        return fingerprint_slice(decode(path))
+    except Exception:  # the audit counts it as unreadable
+        return ""
+
+
+# ---------------------------------------------------------------- decoding and batches
+
+
+def decode(path, size=None):
+    """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
+    about its centre. Raises OSError or ValueError if the file is not an image."""
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":  # convert("L") would clip it at 255
+            raise ValueError(f"the pixels have mode {image.mode}; expected 8 bits, scale it to 0..255 first")
+        image = image.convert("L")
+        if size is not None and image.size != (size[1], size[0]):
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+
+def common_size(paths):
+    """The most frequent size (H, W) among the image files; ValueError if none of them can be read."""
+    with ThreadPoolExecutor() as pool:
+        headers = pd.Series([header for header in pool.map(header, paths) if header])
+    if headers.empty:
+        raise ValueError(f"none of the {len(paths)} files can be read as an image, first {list(paths)[0]}")
+    width, height, _ = headers.mode()[0]
+    return height, width
+
+
+def load_slices(paths, size, bar="decoding"):
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W).
+
+    Returns (images, errors): errors[i] is None, or the reason why file i could not be read and images[i] is black.
+    """
+    from tqdm import tqdm
+
+    images = np.zeros((len(paths), *size), np.uint8)
+
+    def load(i):
+        try:
+            images[i] = decode(paths[i], size)
+        except Exception as problem:  # PIL raises nearly anything on a damaged file
+            return f"cannot be read as an image: {problem}"
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+        work = pool.map(load, range(len(paths)))
+        errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
+    return images, errors
+
+
+def make_loader(images, labels, batch_size, generator=None, pin_memory=False):
+    """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
+
+    `images` is uint8 (N, H, W), `labels` int (N,). With a generator the order is a random permutation drawn from it,
+    without one it is the given order. The last batch may be smaller.
+    """
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+    slices = _Slices(images, labels)
+    order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
+    # batch_size=None: the sampler hands over a whole batch of rows, which one NumPy index fetches
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(slices, batch_size=None, sampler=batches, pin_memory=pin_memory)
+
+
+class _Slices:
+    def __init__(self, images, labels):
+        self.images, self.labels = images, np.asarray(labels, np.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        import torch
+
+        return torch.from_numpy(self.images[rows][:, None]), torch.from_numpy(self.labels[rows])
+
+
+# ---------------------------------------------------------------- transforms, on whole batches and on any device
+
+
+def eval_transform(images, image_size, mean=MEAN, std=STD):
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
+    import torch
+    from torchvision.transforms.v2 import functional as TF
+
+    x = TF.to_dtype(images, torch.float32, scale=True)
+    x = TF.resize(x, [image_size], antialias=True)
+    return (TF.center_crop(x, [image_size, image_size]) - mean) / std
+
+
+def train_transform(images, image_size, *, augment=True, flip=True):
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
+    evaluation. The random numbers come from PyTorch's CPU generator, whatever the device of the images."""
+    if not augment:
+        return eval_transform(images, image_size)
+    return warp(images, sample_affine(len(images), *images.shape[2:], flip=flip), image_size)
+
+
+def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
+    """Random resized crop, horizontal flip and rotation as one affine map an image.
+
+    The crop is drawn as torchvision's RandomResizedCrop draws it (area uniform in [min_area, 1], aspect log-uniform in
+    [3/4, 4/3], the first of ten that fits). Returns float32 (n, 2, 3): output to input, in grid_sample's coordinates.
+    """
+    import torch
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    area = height * width * uniform(min_area, 1.0, n, 10)
+    aspect = torch.exp(uniform(np.log(3 / 4), np.log(4 / 3), n, 10))
+    widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
+    fits = ((widths <= width) & (heights <= height)).float()
+    first = fits.argmax(1, keepdim=True)  # a later try only where the earlier ones do not fit
+    none = fits.sum(1) == 0
+    w = widths.gather(1, first)[:, 0].masked_fill(none, width)
+    h = heights.gather(1, first)[:, 0].masked_fill(none, height)
+    x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
+    mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
+    angle = torch.deg2rad(uniform(-degrees, degrees, n))
+    return affine(x0, y0, w, h, height, width, mirror, angle)
+
+
+def affine(x0, y0, w, h, height, width, mirror, angle):
+    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels, then mirror (-1 or 1), then a turn by `angle` radians
+    (counter-clockwise), all as tensors (n,). Read backwards, from output to input, as grid_sample wants it: turn in
+    the square output, mirror, then into the crop."""
+    import torch
+
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    sx, sy = w / width, h / height
+    row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
+    row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)
+    return torch.stack((row_x, row_y), 1)
+
+
+def warp(images, theta, image_size, mean=MEAN, std=STD):
+    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
+
+    Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    k = max(1, round(min(images.shape[2:]) / image_size))
+    x = images.to(torch.float32) / 255
+    grid = F.affine_grid(theta.to(x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
+    return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
