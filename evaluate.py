@@ -3,6 +3,7 @@
     python evaluate.py runs/tiny                                 # the test tables of a run
     python evaluate.py runs/fold* --out results                  # the out-of-fold predictions of all folds in one table
     python evaluate.py runs/fold* --against runs/other-fold*     # is the first better, or is it noise?
+    python evaluate.py runs/a runs/b --each                      # several runs in one table, not pooled
 
 RUN is a folder of train.py (its test/ is read, or with --part val its val/) or of predict.py on labelled slices.
 Several must not share a scan. Printed are the metrics by slice, scan and subject, the baselines beside them, prediction
@@ -19,10 +20,14 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
     parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
+    parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
     parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
     parser.add_argument("--markdown", action="store_true", help="print the tables as the README has them")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.each and (args.against or args.out):
+        parser.error("--each prints what the runs have written; it does not go with --against or --out")
+    return args
 
 
 # Read before torch is imported, so that --help and a mistyped flag answer at once.
@@ -125,9 +130,9 @@ def format_baselines(figures, markdown=False, unit="scan"):
         (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
     verdict = []
     if beaten:
-        verdict.append(f"In accuracy by {unit}, the ConvNeXt beats {' and '.join(beaten)}.")
+        verdict.append(f"In accuracy by {unit}, the ConvNeXt beats: {', '.join(beaten)}.")
     if unbeaten:
-        verdict.append(f"The ConvNeXt is NOT shown to beat {' and '.join(unbeaten)} in accuracy by {unit}.")
+        verdict.append(f"In accuracy by {unit}, the ConvNeXt is NOT shown to beat: {', '.join(unbeaten)}.")
     return ["", *format_table(rows, markdown), *([""] if markdown else []), " ".join(verdict)]
 
 
@@ -135,7 +140,7 @@ def format_sets(figures):
     part = figures["prediction_sets"]
     return [f"prediction sets for a coverage of {part['coverage']:g}, by scan (n = {part['n']:,}): "
             f"{cell(part, 'covered')} hold the label, {cell(part, 'uncertain')} are AD|NC; "
-            f"accuracy of the others {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
+            f"accuracy of the other {part['n_certain']:,} {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
 
 
 def format_assessment(figures, markdown=False):
@@ -209,9 +214,11 @@ def read_run(folder, part="test"):
         folder = folder / part
     try:
         facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        table = pd.read_csv(folder / "predictions.csv", dtype={"scan": str, "subject": "string"})
+        # figures as text first: the default parser may be off in the last digit
+        form = dict(dtype={"scan": str, "subject": "string"} | dict.fromkeys(["p_AD", *BASELINES], str))
+        table = pd.read_csv(folder / "predictions.csv", **form)
         scans = pd.read_csv(folder / "scans.csv", dtype={"scan": str}).set_index("scan")
-        rest = pd.read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else None
+        rest = pd.read_csv(folder / "baselines.csv", **form) if (folder / "baselines.csv").exists() else None
     except FileNotFoundError as problem:
         raise ValueError(f"{folder} holds no {Path(problem.filename).name}; expected a finished run of train.py, or "
                          "predict.py on labelled slices") from None
@@ -220,6 +227,7 @@ def read_run(folder, part="test"):
     table = table[table.p_AD.notna()].reset_index(drop=True)
     if rest is not None:
         table = table.join(rest[[name for name in BASELINES if name in rest]])
+    table = table.astype({name: float for name in ("p_AD", *BASELINES) if name in table})
     for name in ("prediction_set", "seen"):
         if name in scans:
             table[name] = table.scan.map(scans[name])
@@ -287,6 +295,23 @@ def format_comparison(comparison, markdown=False):
     return [*format_table(rows, markdown), *([""] if markdown else []), f"Accuracy by scan: {verdict}."]
 
 
+def format_each(folders, markdown=False):
+    """Lines of a table of what runs have written themselves: a row for each run, part and unit."""
+    names = ("accuracy", "balanced_accuracy", "auroc", "brier")
+    rows = [["run", "part", "unit", "n", *(METRICS[name] for name in names)]]
+    for folder in folders:
+        parts = [part for part in ("val", "test") if (Path(folder) / part / "metrics.json").exists()] or [""]
+        for part in parts:
+            _, facts = read_run(folder, part or "test")
+            name = (part or "all") + (", LEAKY" if facts["leaks"] else "")
+            for title, figures in ((name, facts), ("only unseen subjects", facts.get("unseen_subjects"))):
+                for unit in UNITS if figures else ():
+                    if figures[unit] is not None:
+                        cells = (cell(figures[unit], metric) for metric in names)
+                        rows.append([Path(folder).name, title, unit, f"{figures[unit]['n']:,}", *cells])
+    return format_table(rows, markdown)
+
+
 def check_same(a, b):
     """Two tables are of the same slices with the same labels, else a ValueError."""
     key = ["scan", "slice"]
@@ -302,6 +327,9 @@ def check_same(a, b):
 
 
 def main(args):
+    if args.each:
+        print(*format_each(args.runs, args.markdown), sep="\n")
+        return
     predictions, facts = pool(args.runs, args.part)
     leaks = list(dict.fromkeys(leak for fact in facts for leak in fact.get("run_leaks", [])))
     coverages = {fact.get("prediction_sets", {}).get("coverage") for fact in facts}

@@ -78,17 +78,18 @@ def calibrate(val, threshold="0.5"):
 
 
 def fit_temperature(z, y, group):
-    """The temperature T (Guo et al. 2017, arXiv 1706.04599) that makes expit(z / T) likeliest on logits z (N,).
+    """The temperature T (Guo et al. 2017, arXiv 1706.04599) for which expit(z / T) fits y (N,) best, logits z (N,).
 
-    Targets are Platt's (1999), (n + 1) / (n + 2) and 1 / (m + 2) with n subjects with AD and m without, instead of 1
-    and 0: a model that gets a handful of subjects right is then not made infinitely sure. T stays in [0.05, 20].
+    The mean cross-entropy counts as often as there are subjects in `group`, and log T has a normal prior about 0 with
+    an SD of log 2. With many subjects that is Guo's optimum; a model that is right on a handful is not made infinitely
+    sure.
     """
-    n, m = len(set(group[y])), len(set(group[~y]))
-    target = np.where(y, (n + 1) / (n + 2), 1 / (m + 2))
+    subjects = len(np.unique(group))
 
     def loss(log_t):
         x = z / math.exp(log_t)
-        return np.mean(np.logaddexp(0, x) - target * x)  # cross-entropy of expit(x)
+        cross_entropy = np.mean(np.logaddexp(0, x) - y * x)
+        return subjects * cross_entropy + (log_t / math.log(2)) ** 2 / 2
 
     fit = minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded", options={"xatol": 1e-6})
     return float(math.exp(fit.x))
@@ -312,7 +313,7 @@ def score_sets(predictions, coverage):
     everyone = np.ones(len(scans))
     ratios = {"covered": (covered, everyone), "uncertain": (~certain, everyone),
               "accuracy_if_certain": (covered & certain, certain)}  # fmt: skip
-    figures = {"coverage": coverage, "n": len(scans), "ci95": {}}
+    figures = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
     for name, (part, whole) in ratios.items():
         with np.errstate(invalid="ignore", divide="ignore"):
             figures[name] = float(part.sum() / whole.sum()) if whole.sum() else None

@@ -157,9 +157,9 @@ def calibrated(predictions, checkpoint, coverage=None):
             raise ValueError("the checkpoint was not calibrated, for its run did not finish; finish it with --resume, "
                              "or leave out --coverage")
         calibration = {"temperature": 1.0, "threshold": THRESHOLD}
-    table = predictions.assign(p_AD=expit(predictions.logit / calibration["temperature"]),
-                               threshold=calibration["threshold"])
-    table = with_predictions(table)
+    # seven digits from here on, as the files have them, so that figures can be repeated from files
+    p_ad = expit(predictions.logit / calibration["temperature"]).round(7)
+    table = with_predictions(predictions.assign(p_AD=p_ad, threshold=calibration["threshold"]))
     table["prediction"] = table.prediction.where(table.p_AD.notna())
     if coverage is not None:
         quantile = conformal_quantile(calibration, coverage)

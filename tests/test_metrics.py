@@ -164,8 +164,10 @@ def test_temperature_scaling_finds_the_temperature(temperature):
 def test_a_model_that_is_right_on_two_subjects_is_not_made_infinitely_sure():
     y = np.repeat([True, False], 20)
     z = np.where(y, 4.0, -4.0)
-    p = expit(4 / metrics.fit_temperature(z, y, y.astype(int)))
-    assert p == pytest.approx(2 / 3, abs=1e-3)  # Laplace's rule of succession: one subject a class, right once
+    few, many = (metrics.fit_temperature(z, y, group) for group in (y.astype(int), np.arange(40)))
+    assert 0.05 < many < few and 0.8 < few < 1  # all right: the more subjects say so, the surer
+    wrong = metrics.fit_temperature(z, ~y, y.astype(int))
+    assert 2 < wrong < 20
 
 
 def test_calibration_lowers_the_error_of_overconfident_outputs_and_keeps_their_order():

@@ -219,3 +219,40 @@ def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc,
     utils.save_checkpoint(tmp_path / "m.pth", **checkpoint)
     with pytest.raises(ValueError, match="no finite output for 30 of 30 slices"):
         run_predict(None, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "m.pth")
+
+
+def test_coverage_writes_a_prediction_set_for_each_scan(run_folder, ad_nc, tmp_path, capsys):
+    words = [str(ad_nc / "test"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path)]
+    predict.main(predict.parse_args([*words, "--coverage", "0.6"]))
+    sets = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str}).set_index("scan").prediction_set
+    assert set(sets) <= {"AD", "NC", "AD|NC"} and sets["300"] == "AD" and sets["400"] == "NC"
+    predict.main(predict.parse_args([*words, "--coverage", "0.9"]))
+    assert (pd.read_csv(tmp_path / "scans.csv").prediction_set == "AD|NC").all()  # three validation subjects
+    told = capsys.readouterr()
+    assert "validation subjects can promise a coverage of at most 0." in told.err
+    assert "scan 300: AD|NC (uncertain), p_AD" in told.out
+    assert json.loads((tmp_path / "metrics.json").read_text())["prediction_sets"]["uncertain"] == 1
+
+
+def test_a_checkpoint_of_an_unfinished_run_predicts_and_says_that_it_is_not_calibrated(
+    run_folder, ad_nc, tmp_path, capsys
+):
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    for name in ("calibration", "baselines"):
+        del checkpoint[name]
+    utils.save_checkpoint(tmp_path / "m.pth", **checkpoint)
+    run_predict(None, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "m.pth")
+    assert "not calibrated" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was not calibrated, for its run did not finish"):
+        predict.main(predict.parse_args([str(ad_nc / "test"), "--checkpoint", str(tmp_path / "m.pth"), "--out",
+                                         str(tmp_path / "more"), "--coverage", "0.9"]))  # fmt: skip
+
+
+def test_p_ad_is_calibrated_at_the_temperature_of_the_checkpoint(run_folder, ad_nc, tmp_path):
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    common = dict(device=torch.device("cpu"), amp=None)
+    raw = predict.predict_table(checkpoint, predict.read_inputs([ad_nc / "test"]), **common)
+    done = predict.calibrated(raw, checkpoint)
+    z = np.log(done.p_AD / (1 - done.p_AD))
+    np.testing.assert_allclose(z * checkpoint["calibration"]["temperature"], raw.logit, atol=1e-4)  # of seven digits
+    assert checkpoint["calibration"]["temperature"] != 1

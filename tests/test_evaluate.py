@@ -1,0 +1,105 @@
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import train_small
+
+import evaluate
+import predict
+
+
+def run_evaluate(capsys, *words):
+    """Evaluate in this process; returns what it prints."""
+    evaluate.main(evaluate.parse_args([*map(str, words)]))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="session")
+def folds(ad_nc, tmp_path_factory):
+    """A cross-validation of three folds, one epoch each."""
+    root = tmp_path_factory.mktemp("folds")
+    return [train_small(ad_nc, root / f"fold{k}", "--epochs", "1", "--fold", str(k), "--folds", "3") for k in range(3)]
+
+
+def test_a_run_evaluated_again_gives_the_figures_that_it_wrote(run_folder, tmp_path, capsys):
+    text = run_evaluate(capsys, run_folder, "--out", tmp_path)
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
+    for name in ("scan", "slice", "subject", "baselines", "minus_baseline", "prediction_sets"):
+        assert a[name] == b[name]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (run_folder / "test").iterdir()}
+    for word in ("by slice (n = 30)", "by scan (n = 6)", "average precision", "logistic regression", "mean logit"):
+        assert word in text
+    assert "by scan (n = 2)" in run_evaluate(capsys, run_folder, "--part", "val")
+
+
+def test_pooled_folds_count_every_training_scan_once(folds, tmp_path, capsys):
+    text = run_evaluate(capsys, *folds, "--out", tmp_path)
+    scans = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str})
+    assert sorted(scans.scan) == sorted([*map(str, range(100, 106)), *map(str, range(200, 206))])
+    assert "by subject (n = 12)" in text and "warning" not in text and "accuracy by scan of each run" in text
+    assert (scans.seen == "no").all()
+    assert run_evaluate(capsys, *folds[:2]).startswith("warning: of 3 folds, 2 are missing")
+
+
+def test_runs_that_share_scans_cannot_be_pooled(run_folder, folds, capsys):
+    with pytest.raises(ValueError, match="scan 300 stands in .* expected the folds of one cross-validation"):
+        run_evaluate(capsys, run_folder, run_folder)
+
+
+def test_two_models_are_compared_on_the_same_slices(folds, ad_nc, tmp_path, capsys):
+    others = [train_small(ad_nc, tmp_path / f"o{k}", "--epochs", "1", "--fold", str(k), "--folds", "3", "--lr", "1e-9")
+              for k in range(3)]  # fmt: skip
+    text = run_evaluate(capsys, *folds, "--against", *others, "--out", tmp_path / "out")
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    a, b = ([json.loads((run / "test" / "metrics.json").read_text()) for run in runs] for runs in (folds, others))
+    mean = [sum(x["slice"]["accuracy"] * x["slice"]["n"] for x in runs) / 60 for runs in (a, b)]
+    assert comparison["slice"]["accuracy"]["difference"] == pytest.approx(mean[0] - mean[1])
+    assert "the first is better" in text or "may be noise" in text
+    with pytest.raises(ValueError, match="slices are in one of the two only"):
+        run_evaluate(capsys, *folds, "--against", *others[:2])
+
+
+def test_runs_with_other_flags_are_named_when_they_are_pooled(folds, ad_nc, tmp_path, capsys):
+    other = train_small(ad_nc, tmp_path / "o", "--epochs", "1", "--fold", "2", "--folds", "3", "--lr", "1e-9")
+    assert "warning: the runs differ in --lr" in run_evaluate(capsys, *folds[:2], other)
+
+
+def test_what_predict_wrote_can_be_evaluated_with_its_leaks(run_folder, ad_nc, tmp_path, capsys):
+    words = [str(ad_nc / "train"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path)]
+    predict.main(predict.parse_args(words))
+    assert "LEAKY: 12 of 12 scans" in run_evaluate(capsys, tmp_path)
+
+
+def test_a_leaky_run_stays_leaky_when_it_is_evaluated(ad_nc, tmp_path, capsys):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--split-by", "slice")
+    assert "LEAKY: of a run split by slice" in run_evaluate(capsys, run)
+    assert "LEAKY: split by slice, its scans were trained on" in run_evaluate(capsys, run, "--part", "val")
+    assert "val, LEAKY" in run_evaluate(capsys, run, "--each")
+
+
+def test_each_lists_runs_as_they_wrote_themselves(run_folder, folds, capsys):
+    lines = run_evaluate(capsys, run_folder, *folds, "--each", "--markdown").splitlines()
+    assert len(lines) == 2 + 4 * 2 * 3 and all(line.startswith("| ") for line in lines)
+    assert lines[5].startswith("| run | test | slice | 30 | 1.000 [1.000, 1.000] |")
+
+
+def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, capsys):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--lr", "1e-9", "--threshold", "youden")
+    calibration = json.loads((run / "test" / "metrics.json").read_text())["calibration"]
+    threshold = calibration["threshold"]
+    assert calibration["threshold_rule"] == "youden" and threshold != 0.5
+    for name in ("predictions", "scans", "subjects"):
+        table = pd.read_csv(run / "test" / f"{name}.csv")
+        assert ((table.prediction == "AD") == (table.p_AD >= threshold)).all()
+    run_evaluate(capsys, run)  # whose predictions follow from p_AD, or it is an error
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["nowhere"], "nowhere holds no metrics.json; expected a finished run"),
+    (["x", "--each", "--out", "y"], "it does not go with --against or --out"),
+])  # fmt: skip
+def test_wrong_input_is_one_error(flags, sentence):
+    done = subprocess.run([sys.executable, "evaluate.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1

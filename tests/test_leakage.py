@@ -1,0 +1,221 @@
+"""A phantom with planted leakage of every kind: it is refused, or the audit says so, or the titles do."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SCANS, train_small, write_set, write_slice
+
+import baselines
+import dataset
+import phantom
+import predict
+import slices
+import utils
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory):
+    """A phantom without a subject in both train and test: those who are leave train. Returns its AD_NC."""
+    root = phantom.draw(tmp_path_factory.mktemp("clean") / "ADNI", 14, seed=1, progress=False)
+    index = dataset.read_index(root)
+    for path in index.path[(index.split == "train") & index.subject.isin(dataset.shared_subjects(index))]:
+        (root / path).unlink()
+    return root
+
+
+@pytest.fixture
+def planted(clean, tmp_path):
+    """A copy to plant a leak in, its index, and who reads the audit: (root, index, audit)."""
+    shutil.copytree(clean.parent, tmp_path / "ADNI")
+    root = tmp_path / "ADNI" / "AD_NC"
+
+    def audit():
+        return "\n".join(dataset.audit(dataset.read_index(root)))
+
+    return root, dataset.read_index(root), audit
+
+
+def test_the_clean_phantom_raises_no_alarm(planted):
+    _, _, audit = planted
+    assert "LEAK" not in audit() and "NOT CHECKED" not in audit()
+
+
+def test_slices_of_a_test_scan_in_train_are_refused(planted):
+    root, index, audit = planted
+    for path in index.path[(index.split == "test") & (index.label == "AD")][:10]:
+        shutil.move(path, root / "train" / "AD")
+    with pytest.raises(ValueError, match="stands in both train and test"):
+        audit()
+
+
+def test_a_scan_of_both_classes_is_refused(planted):
+    root, index, audit = planted
+    shutil.copy(index.path[(index.split == "train") & (index.label == "AD")].iloc[0], root / "train" / "NC")
+    with pytest.raises(ValueError, match="stands of both classes"):
+        audit()
+
+
+def test_another_session_of_a_test_subject_in_train_is_found(planted):
+    root, index, audit = planted
+    metadata = root.parent / "meta_data_with_label.json"
+    entries = json.loads(metadata.read_text())
+    test, train = (index[(index.split == split) & (index.label == "NC")].scan.iloc[0] for split in ("test", "train"))
+    metadata.write_text(json.dumps(entries | {train: entries[test]}))  # the same name in the paths: another visit
+    assert "LEAK: 1 of the" in audit() and "test subjects also stand in train" in audit()
+
+
+def plant_copy(root, index, scan, name, folder):
+    """Copy the slices of a scan into another folder under another scan id, which no metadata knows."""
+    for path in index.path[index.scan == scan]:
+        shutil.copy(path, root / folder / f"{name}_{dataset.parse_name(path)[1]}.jpeg")
+
+
+def test_a_test_scan_copied_into_train_under_another_id_is_found(planted):
+    root, index, audit = planted
+    scan = index.scan[(index.split == "test") & (index.label == "AD")].iloc[0]
+    plant_copy(root, index, scan, "copy", "train/AD")
+    text = audit()
+    assert "LEAK: slices of test are copies, pixel for pixel, of slices in train: 20 slices of 2 scans" in text
+    index = dataset.read_index(root)
+    index["pixels"] = [slices.fingerprint_file(path) for path in index.path]
+    kept, left_out = dataset.drop_test_subjects(index)
+    assert left_out == 1 and "copy" not in set(kept.scan)
+
+
+def test_a_scan_copied_within_train_stays_on_one_side_of_every_split(planted):
+    root, index, _ = planted
+    for i, scan in enumerate(index.scan[index.split == "train"].unique()[:4]):
+        plant_copy(root, index, scan, f"copy{i}", f"train/{index.label[index.scan == scan].iloc[0]}")
+    index = dataset.read_index(root)
+    naive = [dataset.split_index(index, 0.4, seed=seed) for seed in range(8)]
+    index["pixels"] = [slices.fingerprint_file(path) for path in index.path]
+    aware = [dataset.split_index(index, 0.4, seed=seed) for seed in range(8)]
+
+    def parted(split):  # a scan on one side, its copy on the other
+        return split.groupby(index.pixels).split.nunique().max() > 1
+
+    assert any(map(parted, naive)) and not any(map(parted, aware))
+    with pytest.raises(RuntimeError, match="train and val share 20 slices"):
+        one = aware[0].copy()
+        one.loc[one.scan == "copy0", "split"] = "val" if (one.split[one.scan == "copy0"] == "train").all() else "train"
+        dataset.check_disjoint(one.assign(subject=pd.array([None] * len(one), "string")))
+
+
+def test_without_metadata_the_audit_says_what_it_could_not_check(planted):
+    root, _, audit = planted
+    (root.parent / "meta_data_with_label.json").unlink()
+    assert "NOT CHECKED" in audit() and "none of the" not in audit()
+    with pytest.raises(ValueError, match="test subjects cannot be dropped"):
+        dataset.drop_test_subjects(dataset.read_index(root))
+
+
+def test_black_slices_are_nobodys(tmp_path):
+    """Slices at the edge of a volume are alike without being copies."""
+    black = np.zeros((3, 8, 8), np.uint8)
+    black[2, 0, 0] = 1
+    assert slices.fingerprint_slices(black)[:2] == ["", ""] and slices.fingerprint_slices(black)[2] != ""
+
+
+# ---------------------------------------------------------------- what a run and a checkpoint make of it
+
+
+def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp_path):
+    shutil.copy(ad_nc / "train" / "AD" / "100_70.jpeg", tmp_path / "somebody_1.jpeg")
+    write_slice(tmp_path / "other_1.jpeg", True, 5)
+    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    table = predict.predict_table(checkpoint, predict.read_inputs([tmp_path]), device=torch.device("cpu"), amp=None)
+    assert table.set_index("scan").seen.to_dict() == {"somebody": "yes", "other": "unknown"}
+
+
+def shared_set(root):
+    """Scans 300 and 400 of test are of subjects who also have a scan in train."""
+    return write_set(root, SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")})
+
+
+def test_test_subjects_can_be_dropped_from_training(tmp_path):
+    run = train_small(shared_set(tmp_path), tmp_path / "run", "--epochs", "1", "--drop-test-subjects")
+    split = pd.read_csv(run / "split.csv", dtype=str)
+    assert not {"a0", "n1"} & set(split.subject[split.split != "test"]) and (split.split == "test").sum() == 30
+    figures = json.loads((run / "test" / "metrics.json").read_text())
+    assert figures["title"] == "test" and figures["leaks"] == [] and "unseen_subjects" not in figures
+    assert "left out of train: 2 scans of subjects who also stand in test" in (run / "training_log.txt").read_text()
+
+
+def test_tables_whose_train_and_test_share_subjects_say_so_and_the_others_stand_apart(tmp_path):
+    run = train_small(shared_set(tmp_path), tmp_path / "run", "--epochs", "1")
+    figures = json.loads((run / "test" / "metrics.json").read_text())
+    assert figures["leaks"] == ["2 of 6 scans are of subjects seen in training"]
+    assert "LEAKY: 2 of 6" in figures["title"] and "LEAKY: 2 of 6" in (run / "training_log.txt").read_text()
+    unseen = figures["unseen_subjects"]
+    assert unseen["scan"]["n"] == 4 and unseen["baselines"]["logistic_regression"]["scan"]["n"] == 4
+
+
+def test_a_transfer_from_a_model_that_knows_the_test_subjects_is_a_leak(ad_nc, tmp_path):
+    """Train on subjects of the test set under other conditions, then start an honest run from those weights."""
+    turned = tmp_path / "turned" / "AD_NC"
+    shutil.copytree(ad_nc, turned)
+    shutil.copy(ad_nc.parent / "subjects.csv", turned.parent)
+    for one, other in (("train", "x"), ("test", "train"), ("x", "test")):
+        (turned / one).rename(turned / other)
+    first = train_small(turned, tmp_path / "first", "--epochs", "1")
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--init", str(first / "best_model.pth"))
+    log = (run / "training_log.txt").read_text()
+    assert "LEAK BY TRANSFER: --init was trained on subjects of 6 of the 6 scans of test" in log
+    assert "LEAKY: 6 of 6" in json.loads((run / "test" / "metrics.json").read_text())["title"]
+    assert json.loads((run / "val" / "metrics.json").read_text())["leaks"] == []
+    assert "LEAKY" not in json.loads((first / "test" / "metrics.json").read_text())["title"]
+
+
+def learned(run):
+    """All that best_model.pth has learned: weights, calibration, baselines, epoch."""
+    checkpoint = utils.load_checkpoint(run / "best_model.pth")
+    weights = {name: tensor.tolist() for name, tensor in checkpoint["weights"].items()}
+    return [weights, checkpoint["calibration"], checkpoint["baselines"], checkpoint["epoch"]]
+
+
+def test_the_test_set_influences_nothing(ad_nc, tmp_path):
+    """With other pictures and swapped classes in test, all that is learned and chosen stays the same, to the bit."""
+    flags = ["--epochs", "3", "--threshold", "youden"]
+    runs = [train_small(ad_nc, tmp_path / "a", *flags)]
+    other = write_set(tmp_path / "set")
+    (other / "test").rename(other / "old")
+    for i, path in enumerate(sorted((other / "old").rglob("*.jpeg"))):
+        label = {"AD": "NC", "NC": "AD"}[path.parent.name]
+        write_slice(other / "test" / label / path.name, i % 3 == 0, i)
+    shutil.rmtree(other / "old")
+    runs.append(train_small(other, tmp_path / "b", *flags))
+    assert learned(runs[0]) == learned(runs[1])
+    a, b = ((run / "test" / "predictions.csv").read_text() for run in runs)
+    assert a != b
+
+
+def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(ad_nc):
+    index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
+    images, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
+    fitted = baselines.fit_baselines(index, images)
+    test = (index.split == "test").to_numpy()
+    noise = images.copy()
+    noise[test] = 255 - noise[test]
+    swapped = index.assign(label=index.label.where(~test, index.label.map({"AD": "NC", "NC": "AD"})))
+    assert fitted == baselines.fit_baselines(swapped, noise)
+
+
+def test_baselines_are_what_their_names_say(ad_nc):
+    index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
+    index["slice"] += np.where((index.label == "AD") & (index.split != "test"), 10, 0)  # a window tied to the class
+    images, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
+    fitted = baselines.fit_baselines(index, images)
+    test = index[index.split == "test"]
+    p = baselines.predict_baselines(fitted, images[test.index], test)
+    train = index[index.split == "train"].drop_duplicates("scan")
+    assert (p.majority_class == (train.label == "AD").mean()).all()
+    assert ((p.window_vote >= 0.5) == (test.slice.groupby(test.scan).transform("min") == 80)).all()
+    assert ((p.logistic_regression >= 0.5) == (test.label == "AD")).all()
+    small = baselines.shrink(images)
+    assert small.shape == (90, 20 * 24) and small[0, 0] == pytest.approx(images[0, :2, :2].mean() / 255)
+    elsewhere = baselines.predict_baselines(fitted, images[test.index], test.assign(slice=500))
+    assert (elsewhere.window_vote == fitted["share_AD"]).all()
