@@ -28,7 +28,7 @@ DEMO = dict(model="atto", image_size=64, epochs=10, batch_size=32, lr=2e-3, drop
 DEMO_SUBJECTS = 70
 COVERAGE = 0.9  # that the prediction sets of a run's own evaluation promise
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
-FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard"}
+FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard", "threshold"}
 
 
 def make_parser():
@@ -117,6 +117,8 @@ def _check(parser, args):
         parser.error("--demo draws its own data; leave out --data, or --demo")
     if (args.fold is None) != (args.folds is None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
+    if args.folds is not None and args.drop_test_subjects:
+        parser.error("--drop-test-subjects looks into test/, which --folds does not read; leave out one of them")
 
 
 # Read before torch is imported, so that --help and a mistyped flag answer at once.

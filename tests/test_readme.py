@@ -75,7 +75,18 @@ def test_requirements_name_what_is_imported_and_nothing_else():
     assert required == {package.get(name, name) for name in imported} | {"tensorboard"}
 
 
-@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.name not in ("utils.py", "modules.py")])
+RUN = [path.name for path in SCRIPTS if "\nNot run by itself" not in path.read_text() and path.name != "modules.py"]
+
+
+@pytest.mark.parametrize("script", RUN)
 def test_help_explains_the_script(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"python {script}" in done.stdout
+    assert {"train.py", "predict.py", "evaluate.py", "dataset.py", "phantom.py"} == set(RUN)
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", README))
+    defined = {name for path in (ROOT / "tests").glob("test_*.py")
+               for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    assert len(named) >= 15 and named <= defined

@@ -229,6 +229,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
     (["--lr", "fast"], "invalid float value"),
     (["--drop-path", "1"], "--drop-path is 1.0; expected a number from 0"),
     (["--fold", "1"], "--fold and --folds go together"),
+    (["--fold", "1", "--folds", "5", "--drop-test-subjects"], "--folds does not read; leave out one of them"),
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no ConvNeXt variant 'huge'"),
     (["--data", "nowhere"], "nowhere/train/AD is not a folder"),
