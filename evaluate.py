@@ -203,6 +203,12 @@ def write_results(predictions, out, *, title, leaks=(), coverage=None, calibrati
 # ---------------------------------------------------------------- finished runs
 
 
+def _read_csv(path):
+    """A table of strings as `utils.write_csv` wrote it; an empty cell is missing, but a scan may be named NA."""
+    table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
+    return table.mask(table == "")
+
+
 def read_run(folder, part="test"):
     """Predictions by slice of a run's `part`, or of a folder that predict.py wrote.
 
@@ -214,20 +220,17 @@ def read_run(folder, part="test"):
         folder = folder / part
     try:
         facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        # figures as text first: the default parser may be off in the last digit
-        form = dict(dtype={"scan": str, "subject": "string"} | dict.fromkeys(["p_AD", *BASELINES], str))
-        table = pd.read_csv(folder / "predictions.csv", **form)
-        scans = pd.read_csv(folder / "scans.csv", dtype={"scan": str}).set_index("scan")
-        rest = pd.read_csv(folder / "baselines.csv", **form) if (folder / "baselines.csv").exists() else None
-    except FileNotFoundError as problem:
-        raise ValueError(f"{folder} holds no {Path(problem.filename).name}; expected a finished run of train.py, or "
-                         "predict.py on labelled slices") from None
-    except ValueError as problem:
-        raise ValueError(f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote") from None
-    table = table[table.p_AD.notna()].reset_index(drop=True)
-    if rest is not None:
+        table, scans = _read_csv(folder / "predictions.csv"), _read_csv(folder / "scans.csv").set_index("scan")
+        rest = _read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else pd.DataFrame()
+        table = table[table.p_AD.notna()].reset_index(drop=True)
         table = table.join(rest[[name for name in BASELINES if name in rest]])
-    table = table.astype({name: float for name in ("p_AD", *BASELINES) if name in table})
+        # text to numbers by Python's float: pandas' fast parser may be off in the last digit
+        table = table.astype({name: float for name in ("p_AD", *BASELINES) if name in table} | {"slice": "Int64"})
+    except OSError:
+        raise ValueError(f"{folder} holds no predictions with figures; expected a finished run of train.py, or what "
+                         "predict.py wrote of labelled slices") from None
+    except (ValueError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote") from None
     for name in ("prediction_set", "seen"):
         if name in scans:
             table[name] = table.scan.map(scans[name])

@@ -4,7 +4,7 @@ import sys
 
 import pandas as pd
 import pytest
-from conftest import train_small
+from conftest import train_small, write_slice
 
 import evaluate
 import predict
@@ -72,6 +72,22 @@ def test_what_predict_wrote_can_be_evaluated_with_its_leaks(run_folder, ad_nc, t
     assert "LEAKY: 12 of 12 scans" in run_evaluate(capsys, tmp_path)
 
 
+def test_any_name_of_a_scan_survives_the_files(run_folder, tmp_path, capsys):
+    names = ["007_1.png", "NA_1.png", "null_3.png", "=1+1_1.png", 'my brain, "left".png']
+    for i, name in enumerate(names):
+        for label in ("AD", "NC"):
+            write_slice(tmp_path / "in" / label / name.replace("_", f"{label}_" if i else "_"), label == "AD", i)
+    (tmp_path / "in" / "NC" / "007_1.png").rename(tmp_path / "in" / "NC" / "NA_9.png")
+    (tmp_path / "in" / "AD" / "NAAD_1.png").write_bytes(b"no image")
+    words = [str(tmp_path / "in"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
+    predict.main(predict.parse_args(words))
+    capsys.readouterr()
+    text = run_evaluate(capsys, tmp_path / "out", "--against", tmp_path / "out", "--out", tmp_path / "again")
+    assert "by scan (n = 9)" in text
+    a, b = ((tmp_path / name / "scans.csv").read_text() for name in ("out", "again"))
+    assert a == b and "\n007," in a and "\nNA," in a
+
+
 def test_a_leaky_run_stays_leaky_when_it_is_evaluated(ad_nc, tmp_path, capsys):
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--split-by", "slice")
     assert "LEAKY: of a run split by slice" in run_evaluate(capsys, run)
@@ -97,7 +113,7 @@ def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, cap
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["nowhere"], "nowhere holds no metrics.json; expected a finished run"),
+    (["nowhere"], "nowhere holds no predictions with figures; expected a finished run"),
     (["x", "--each", "--out", "y"], "it does not go with --against or --out"),
 ])  # fmt: skip
 def test_wrong_input_is_one_error(flags, sentence):
