@@ -91,7 +91,8 @@ def read_subjects(root):
     for path in (folder / "subjects.csv" for folder in folders):
         if path.is_file():
             try:
-                table = pd.read_csv(path, dtype=str)
+                table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a scan may be named NA
+                table = table.apply(lambda column: column.str.strip()).replace("", None)
             except ValueError as problem:
                 reason = str(problem).strip()
                 raise ValueError(f"{path} cannot be read ({reason}); expected the columns scan and subject") from None
@@ -202,7 +203,7 @@ def window_vote(index):
 
 def describe_copies(index):
     """Lines on slices that are equal, pixel for pixel, in two scans (column pixels): one brain under two names."""
-    found = index.drop_duplicates(["scan", "pixels"])
+    found = index[index.pixels != ""].drop_duplicates(["scan", "pixels"])
     found = found[found.duplicated("pixels", keep=False)]
     if found.empty:
         return
@@ -401,8 +402,8 @@ def mark_seen(table, seen):
     known = table.subject.notna()
     same = table.subject.map(fingerprint, na_action="ignore").isin(seen["subjects"]) & known
     same |= table.scan.map(fingerprint).isin(seen["scans"]) | table.pixels.isin(seen.get("slices", []))
-    same = table.scan.isin(table.scan[same])
-    same |= table.subject.isin(table.subject[same & known]) & known
+    groups = _groups(table, "subject")  # one brain may stand under two names, and all its scans are as seen as one
+    same = groups.isin(groups[table.scan.isin(table.scan[same])])
     return np.select([same.to_numpy(bool), (~known | bool(seen["unknown"])).to_numpy(bool)], ["yes", "unknown"], "no")
 
 
@@ -425,12 +426,12 @@ def describe_split(index, by):
     return lines + list(describe_copies(index))
 
 
-def describe_transfer(index, init_seen):
-    """A line for each part of the data whose subjects the weights of --init were trained on."""
+def describe_transfer(index, init):
+    """A line for each part of the data whose subjects the weights of --init were trained on (`describe_model`)."""
     lines = []
-    for split in ("val", "test") if init_seen else ():
+    for split in ("val", "test") if init and init["seen"] else ():
         part = index[index.split == split]
-        shared = part.scan[mark_seen(part, init_seen) == "yes"].nunique()
+        shared = part.scan[mark_seen(part, init["seen"]) == "yes"].nunique()
         if shared:
             lines.append(f"LEAK BY TRANSFER: --init was trained on subjects of {shared} of the "
                          f"{part.scan.nunique()} scans of {split}")

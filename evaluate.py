@@ -42,33 +42,41 @@ from baselines import BASELINES  # noqa: E402
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, aggregate, sample, score  # noqa: E402
 
 COLUMNS = ["path", "scan", "slice", "subject", "p_AD", "prediction", "label", "error"]  # of predictions.csv
+PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
 
 # ---------------------------------------------------------------- from predictions to figures
 
 
-def assess(predictions, title, *, leaks=(), coverage=None):
+def assess(predictions, title, *, leaks=(), notes=(), coverage=None):
     """All figures of labelled predictions by slice, a dict as it stands in metrics.json.
 
-    `leaks` are sentences on the run, such as a split by slice; what the column seen ("yes", "no", "unknown") says is
-    added to them, and all go into the title. Where some subjects were seen in training and others not, the figures of
-    the others stand under "unseen_subjects".
+    `leaks` are sentences on the run, such as a split by slice, `notes` others; what the column seen ("yes", "no",
+    "unknown") says is added to them, and all go into the title. Where some subjects were seen in training and others
+    not, the figures of the others stand under "unseen_subjects".
     """
-    leaks, notes, apart = list(leaks), [], None
-    if "seen" in predictions:
-        scans = predictions.drop_duplicates("scan").seen
-        shared, unknown = (scans == "yes").sum(), (scans == "unknown").sum()
-        if shared:
-            leaks.append(f"{shared} of {len(scans)} scans are of subjects seen in training")
-        if unknown:
-            notes.append(f"whether training saw the subjects of {unknown} scans is unknown")
-        if shared and (scans == "no").any():
-            apart = predictions[predictions.seen == "no"]
-    full = "; ".join([title] + (["LEAKY: " + ", ".join(leaks)] if leaks else []) + notes)
-    figures = {"title": full, "leaks": leaks, **_figures(predictions, coverage)}
-    if apart is not None:
-        figures["unseen_subjects"] = {"title": "only subjects not seen in training", **_figures(apart, coverage)}
+    what, run_leaks, run_notes = title, list(leaks), list(notes)
+    leaks, notes = find_leaks(predictions, leaks, notes)
+    title = "; ".join([what] + (["LEAKY: " + ", ".join(leaks)] if leaks else []) + notes)
+    figures = {"title": title, "what": what, "leaks": leaks, "notes": notes, "run_leaks": run_leaks,
+               "run_notes": run_notes}
+    figures |= _figures(predictions, coverage)
+    if "seen" in predictions and (predictions.seen == "yes").any() and (predictions.seen == "no").any():
+        apart = _figures(predictions[predictions.seen == "no"], coverage)
+        figures["unseen_subjects"] = {"title": "only subjects not seen in training", **apart}
     return figures
+
+
+def find_leaks(predictions, leaks, notes):
+    """Sentences (leaks, notes) on a run, and on what the column seen says of its predictions."""
+    leaks, notes = list(leaks), list(notes)
+    scans = predictions.drop_duplicates("scan")
+    seen = scans.seen if "seen" in scans else pd.Series("unknown", scans.index)
+    if (seen == "yes").any():
+        leaks.append(f"{(seen == 'yes').sum()} of {len(seen)} scans are of subjects seen in training")
+    if (seen == "unknown").any():
+        notes.append(f"whether training saw the subjects of {(seen == 'unknown').sum()} scans is unknown")
+    return leaks, notes
 
 
 def _figures(predictions, coverage):
@@ -93,6 +101,8 @@ def cell(part, name, digits=3):
     """`0.735 [0.588, 0.882]` of a dict of figures with ci95."""
     if part is None or part[name] is None:
         return "undefined"
+    if part["ci95"][name] is None:
+        return f"{part[name]:.{digits}f}"
     low, high = part["ci95"][name]
     return f"{part[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -112,7 +122,7 @@ def format_score(figures, title, markdown=False):
     rows = [["", *(f"by {unit} (n = {figures[unit]['n']:,})" for unit in units)]]
     rows += [[label, *(cell(figures[unit], name) for unit in units)] for name, label in METRICS.items()]
     lines = [title, "", *format_table(rows, True)] if markdown else [title, *format_table(rows)]
-    return lines + ([] if "subject" in units else ["by subject: subjects unknown"])
+    return lines + ([] if "subject" in units else [""] * markdown + ["by subject: subjects unknown"])
 
 
 def format_baselines(figures, markdown=False, unit="scan"):
@@ -131,7 +141,9 @@ def format_baselines(figures, markdown=False, unit="scan"):
     verdict = []
     if beaten:
         verdict.append(f"In accuracy by {unit}, the ConvNeXt beats: {', '.join(beaten)}.")
-    if unbeaten:
+    if figures[unit]["subjects"] < metrics.FEWEST:
+        verdict = [f"{figures[unit]['subjects']} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
+    elif unbeaten:
         verdict.append(f"In accuracy by {unit}, the ConvNeXt is NOT shown to beat: {', '.join(unbeaten)}.")
     return ["", *format_table(rows, markdown), *([""] if markdown else []), " ".join(verdict)]
 
@@ -158,7 +170,7 @@ def format_assessment(figures, markdown=False):
 # ---------------------------------------------------------------- figures as files
 
 
-def write_results(predictions, out, *, title, leaks=(), coverage=None, calibration=None):
+def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None, calibration=None):
     """Write the tables, and where all labels are known figures and pictures, of predictions into folder `out`.
 
     `calibration` is that of the checkpoint, to be told in metrics.json. Returns the dict of `assess`, or None where a
@@ -167,20 +179,21 @@ def write_results(predictions, out, *, title, leaks=(), coverage=None, calibrati
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     pictures = ("confusion_matrix", "roc_curve", "calibration", "window_accuracy", "risk_coverage")
-    for name in ("metrics.json", "baselines.csv", *(f"{name}.png" for name in pictures)):
+    for name in ("metrics.json", "baselines.csv", "comparison.json", *(f"{name}.png" for name in pictures)):
         (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
     utils.write_csv(out / "predictions.csv", predictions[[name for name in COLUMNS if name in predictions]])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
     columns = ["p_AD", "n_slices", "prediction", "prediction_set", "label", "seen"]
+    if "threshold" in predictions and (predictions.threshold != metrics.THRESHOLD).any():
+        columns.append("threshold")
     for unit, keys in (("scan", ["scan", "subject"]), ("subject", ["subject"])):
         table = tables[unit]
         utils.write_csv(out / f"{unit}s.csv", table[keys + [name for name in columns if name in table]])
     if predictions.empty or "label" not in predictions or predictions.label.isna().any():
         return None
 
-    figures = assess(predictions, title, leaks=leaks, coverage=coverage)
-    figures["run_leaks"] = list(leaks)
+    figures = assess(predictions, title, leaks=leaks, notes=notes, coverage=coverage)
     if calibration is not None:
         told = ("temperature", "threshold", "threshold_rule", "subjects")
         figures["calibration"] = {name: calibration[name] for name in told}
@@ -221,6 +234,10 @@ def read_run(folder, part="test"):
     try:
         facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         table, scans = _read_csv(folder / "predictions.csv"), _read_csv(folder / "scans.csv").set_index("scan")
+        missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(facts) | (
+            {"scan", "slice", "subject", "p_AD", "prediction", "label"} - set(table)) | ({"seen"} - set(scans))
+        if missing:
+            raise ValueError(f"there is no {', no '.join(sorted(missing))}")
         rest = _read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else pd.DataFrame()
         table = table[table.p_AD.notna()].reset_index(drop=True)
         table = table.join(rest[[name for name in BASELINES if name in rest]])
@@ -229,15 +246,15 @@ def read_run(folder, part="test"):
     except OSError:
         raise ValueError(f"{folder} holds no predictions with figures; expected a finished run of train.py, or what "
                          "predict.py wrote of labelled slices") from None
-    except (ValueError, KeyError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote") from None
-    for name in ("prediction_set", "seen"):
+    for name in ("prediction_set", "seen", "threshold"):
         if name in scans:
             table[name] = table.scan.map(scans[name])
-    table["threshold"] = facts.get("calibration", {}).get("threshold", metrics.THRESHOLD)
+    table["threshold"] = table.threshold.astype(float) if "threshold" in table else metrics.THRESHOLD
     if (metrics.with_predictions(table).prediction != table.prediction).any():
-        raise ValueError(f"{folder}: the predictions do not follow from p_AD at a threshold of {table.threshold[0]:g}; "
-                         "read the runs that it was made of instead")
+        raise ValueError(f"{folder} has been changed: its predictions do not follow from p_AD at its threshold; "
+                         "expected what train.py or predict.py wrote")
     return table, facts
 
 
@@ -263,7 +280,7 @@ def warn_of_folds(folders):
     for folder in folders:
         path = Path(folder) / "config.json"
         if path.exists():
-            flags[folder] = json.loads(path.read_text(encoding="utf-8"))["flags"]
+            flags[folder] = json.loads(path.read_text(encoding="utf-8")).get("flags", {})
     if len(flags) < 2:
         return
     first, one = next(iter(flags.items()))
@@ -281,6 +298,7 @@ def format_comparison(comparison, markdown=False):
     """`compare`'s dict as lines: a row a metric, a column a unit."""
     units = [unit for unit in UNITS if comparison[unit] is not None]
     rows = [["first minus second", *(f"by {unit}" for unit in units)]]
+    lines = [comparison["title"], *([""] if markdown else [])]
     for name, label in METRICS.items():
         row = [label + (" (lower is better)" if name in LOWER_IS_BETTER else "")]
         for unit in units:
@@ -291,11 +309,12 @@ def format_comparison(comparison, markdown=False):
             low, high = part["ci95"]
             row.append(f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {part['p']:.3f}")
         rows.append(row)
-    part = comparison["scan"]["accuracy"]
-    low, high = part["ci95"]
-    verdict = ("the first is better" if low > 0 else "the second is better" if high < 0 else
+    scan = comparison["scan"]
+    low, high = scan["accuracy"]["ci95"]
+    verdict = (f"{scan['subjects']} subjects are too few for a verdict" if scan["subjects"] < metrics.FEWEST else
+               "the first is better" if low > 0 else "the second is better" if high < 0 else
                "the difference may be noise: its interval holds 0")
-    return [*format_table(rows, markdown), *([""] if markdown else []), f"Accuracy by scan: {verdict}."]
+    return [*lines, *format_table(rows, markdown), *([""] if markdown else []), f"Accuracy by scan: {verdict}."]
 
 
 def format_each(folders, markdown=False):
@@ -306,7 +325,7 @@ def format_each(folders, markdown=False):
         parts = [part for part in ("val", "test") if (Path(folder) / part / "metrics.json").exists()] or [""]
         for part in parts:
             _, facts = read_run(folder, part or "test")
-            name = (part or "all") + (", LEAKY" if facts["leaks"] else "")
+            name = (part or "all") + ", LEAKY" * bool(facts["leaks"]) + ", NOT CHECKED" * bool(facts["notes"])
             for title, figures in ((name, facts), ("only unseen subjects", facts.get("unseen_subjects"))):
                 for unit in UNITS if figures else ():
                     if figures[unit] is not None:
@@ -316,7 +335,8 @@ def format_each(folders, markdown=False):
 
 
 def check_same(a, b):
-    """Two tables are of the same slices with the same labels, else a ValueError."""
+    """Two tables of the same slices with the same labels, else a ValueError; returned in one order and with the same
+    subjects, so that their resamples are pairs. A subject that one of them does not know is taken from the other."""
     key = ["scan", "slice"]
     both = a.merge(b, on=key, how="outer", indicator=True, suffixes=("", "_b"))
     alone = both[both._merge != "both"]
@@ -325,46 +345,80 @@ def check_same(a, b):
         where = "the first" if row._merge == "left_only" else "the second"
         raise ValueError(f"{len(alone)} slices are in one of the two only, first {row.scan}_{row.slice} in {where}; "
                          "expected predictions of the same slices")
-    if (both.label != both.label_b).any():
-        raise ValueError("the two disagree on the labels; expected predictions of the same slices")
+    for name in ("label", "subject"):
+        differ = both[both[name].notna() & both[f"{name}_b"].notna() & (both[name] != both[f"{name}_b"])]
+        if len(differ):
+            raise ValueError(f"the two disagree on the {name} of {differ.scan.nunique()} scans, first "
+                             f"{differ.scan.iloc[0]}; expected predictions of the same slices")
+    a, b = (table.sort_values(key, ignore_index=True) for table in (a, b))
+    subject = a.subject.combine_first(b.subject)
+    return a.assign(subject=subject), b.assign(subject=subject)
 
 
 def main(args):
     if args.each:
         print(*format_each(args.runs, args.markdown), sep="\n")
         return
+    if args.out and any(Path(args.out).resolve().is_relative_to(Path(folder).resolve()) for folder in args.runs):
+        raise ValueError(f"--out {args.out} lies in one of the runs, whose results it would replace; choose another")
     predictions, facts = pool(args.runs, args.part)
-    leaks = list(dict.fromkeys(leak for fact in facts for leak in fact.get("run_leaks", [])))
     coverages = {fact.get("prediction_sets", {}).get("coverage") for fact in facts}
     if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
         predictions = predictions.drop(columns="prediction_set", errors="ignore")
-    title = f"{args.part} of {args.runs[0]}" if len(args.runs) == 1 else f"{len(args.runs)} runs pooled, {args.part}"
-    extra = dict(title=title, leaks=leaks, coverage=coverages.pop() if len(coverages) == 1 else None)
+    told = said(facts)
+    title = f"{facts[0]['what']}, {args.runs[0]}"
+    if len(facts) > 1:
+        title = f"{len(facts)} runs pooled, {PARTS[args.part]}"
+    extra = dict(title=title, **told, coverage=coverages.pop() if len(coverages) == 1 else None)
     lines = list(warn_of_folds(args.runs))
     figures = write_results(predictions, args.out, **extra) if args.out else assess(predictions, **extra)
     lines += format_assessment(figures, args.markdown)
     lines += ["", *format_aggregations(metrics.aggregations(predictions), args.markdown)]
     if len(args.runs) > 1:
         accuracies = [fact["scan"]["accuracy"] for fact in facts]
+        lines += [""] * args.markdown
         lines.append(f"accuracy by scan of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
                      f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
     if args.against:
-        other, _ = pool(args.against, args.part)
-        check_same(predictions, other)
-        comparison = metrics.compare(*(sample(table.sort_values(["scan", "slice"])) for table in (predictions, other)))
-        lines += ["", f"{' '.join(args.runs)} against {' '.join(args.against)}, paired bootstrap over subjects",
-                  *([""] if args.markdown else []), *format_comparison(comparison, args.markdown)]
+        lines += warn_of_folds(args.against)
+        other, other_facts = pool(args.against, args.part)
+        comparisons = list(compare_runs(predictions, other, told, said(other_facts)))
+        for comparison in comparisons:
+            lines += ["", *format_comparison(comparison, args.markdown)]
         if args.out:
-            utils.write_json(Path(args.out) / "comparison.json", {"against": args.against, **comparison})
+            text = {"against": args.against, **comparisons[0], "unseen_subjects": (comparisons[1:] or [None])[0]}
+            utils.write_json(Path(args.out) / "comparison.json", text)
     print(*lines, sep="\n")
     if args.out:
         print(f"results in {args.out}")
 
 
+def said(facts):
+    """What runs have said of themselves, once each: {"leaks": sentences, "notes": sentences}."""
+    return {name: list(dict.fromkeys(text for fact in facts for text in fact[f"run_{name}"]))
+            for name in ("leaks", "notes")}
+
+
+def compare_runs(first, second, first_said, second_said):
+    """Compare two pooled tables: dicts of `metrics.compare` with a title that tells the leaks of both. Where training
+    has seen subjects of some scans but not of others, a second one is of the latter alone."""
+    first, second = check_same(first, second)
+    titles, apart = [], pd.Series(True, first.index)
+    for name, table, told in (("first", first, first_said), ("second", second, second_said)):
+        leaks, _ = find_leaks(table, **told)
+        titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
+        apart &= table.seen == "no"
+    comparisons = [(first, second, "; ".join(["first against second, paired bootstrap over subjects", *titles]))]
+    if apart.any() and not apart.all():
+        comparisons.append((first[apart], second[apart], "the same, only subjects that neither has seen in training"))
+    for a, b, title in comparisons:
+        yield {"title": title, **metrics.compare(sample(a), sample(b))}
+
+
 def format_aggregations(ways, markdown=False):
     names = ("accuracy", "auroc", "brier", "calibration_error")
     n = next(iter(ways.values()))["n"]
-    rows = [[f"a scan (n = {n:,}) from its slices by", *(METRICS[name] for name in names)]]
+    rows = [[f"a scan (n = {n:,}) from its slices, at 0.5, by", *(METRICS[name] for name in names)]]
     return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()], markdown)
 
 

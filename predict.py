@@ -7,7 +7,7 @@
 INPUT is a slice, a folder of slices, or a folder with AD/ and NC/. The checkpoint alone decides the architecture, the
 image size and the classes. Written to --out: predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD,
 the probability of AD, calibrated on the run's validation), and where the labels are known metrics.json, baselines.csv
-and pictures. --coverage 0.9 adds prediction sets, that hold the truth for at least 90 % of scans like those of
+and pictures. --coverage 0.9 adds prediction sets that promise to hold the truth for 90 % of scans like those of
 validation. A file that cannot be read gets a row with the reason; the exit status is 2 if none could be.
 """
 
@@ -177,6 +177,14 @@ def run_leaks(checkpoint):
     return ["of a run split by slice"] if checkpoint["split_by"] == "slice" else []
 
 
+def run_notes(checkpoint):
+    """Sentences on what cannot be known of a run, for the same titles."""
+    init = checkpoint.get("init")
+    if not init or init["seen"]:
+        return []
+    return [f"starts from {init['file']}, which does not say on whom it was trained"]
+
+
 def newest_checkpoint():
     found = sorted(Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -214,8 +222,8 @@ def main(args):
     unlabelled = table.label.isna().sum() if "label" in table else 0
     if unlabelled:
         print(f"warning: {unlabelled} of {len(table)} slices have no label: no figures are computed", file=sys.stderr)
-    figures = write_results(predictions, out, title=title, leaks=run_leaks(checkpoint), coverage=args.coverage,
-                            calibration=calibration)
+    figures = write_results(predictions, out, title=title, leaks=run_leaks(checkpoint), notes=run_notes(checkpoint),
+                            coverage=args.coverage, calibration=calibration)
     if "error" in predictions:
         bad = predictions[predictions.error.notna()]
         for row in bad.head(10).itertuples():

@@ -136,10 +136,10 @@ import dataset  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
 from baselines import fit_baselines  # noqa: E402
-from evaluate import cell, format_assessment, write_results  # noqa: E402
+from evaluate import PARTS, cell, format_assessment, write_results  # noqa: E402
 from metrics import arrays, calibrate, point_figures, with_predictions  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from predict import calibrated, predict_table, run_leaks  # noqa: E402
+from predict import calibrated, predict_table, run_leaks, run_notes  # noqa: E402
 
 # ---------------------------------------------------------------- data
 
@@ -332,18 +332,18 @@ def format_epoch(row, best, remark):
 
 
 def make_model(args, job, resumed):
-    """The model with fresh weights, or those of --init, on the device; and whom the latter were trained on, as
-    `dataset.remember` has it, or None where the file does not say."""
-    model, seen = convnext(args.model, drop_path_rate=args.drop_path), None
+    """The model with fresh weights, or those of --init, on the device; and what is known of the latter: None, or the
+    file and whom it was trained on, as `dataset.remember` has it (None where it does not say)."""
+    model, init = convnext(args.model, drop_path_rate=args.drop_path), None
     if args.init and not resumed:
         state = utils.load_tensors(args.init)
         loaded, left = load_weights(model, state)
-        seen = state.get("seen")
+        init = {"file": os.path.basename(args.init), "seen": state.get("seen")}
         job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
                 f"left: {', '.join(left) or 'nothing'}")
-        if seen is None:
+        if init["seen"] is None:
             job.log("--init does not say on whom it was trained; if on subjects of val or test, their figures LEAK")
-    return model.to(job.device, memory_format=torch.channels_last), seen
+    return model.to(job.device, memory_format=torch.channels_last), init
 
 
 def write_start(args, job, index):
@@ -372,18 +372,18 @@ def main(args):
 
     resumed = args.resume and (out / "last.pth").exists()
     utils.seed_everything(args.seed)
-    model, init_seen = make_model(args, job, resumed)
+    model, init = make_model(args, job, resumed)
     if resumed:
-        init_seen = utils.load_checkpoint(out / "last.pth").get("init_seen")
+        init = utils.load_checkpoint(out / "last.pth").get("init")
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
-    facts = utils.describe_model(args, index, images, job.precision, init_seen)
+    facts = utils.describe_model(args, index, images, job.precision, init)
     history = restore(state, args, job, facts) if resumed else []
     write_start(args, job, index)
     job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
             f"{device}, {job.precision}; run folder {out}")
-    for line in dataset.describe_split(index, args.split_by) + dataset.describe_transfer(index, init_seen):
+    for line in dataset.describe_split(index, args.split_by) + dataset.describe_transfer(index, init):
         job.log(line)
 
     fit(state, index, images, args, job, facts, history)
@@ -459,7 +459,7 @@ def finish(index, images, args, job):
     checkpoint = utils.load_checkpoint(out / "best_model.pth")
     log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
     checkpoint["baselines"] = fit_baselines(index, images)
-    titles = {"val": "validation (the epoch was chosen on it)", "test": "test"}
+    titles = dict(PARTS)
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
     for split, title in titles.items():
@@ -467,7 +467,8 @@ def finish(index, images, args, job):
         # in the order of predict.py, so that its batches, and with them the last digits, are the same
         table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].sort_values(["scan", "slice"])
         # val was chosen on, and is in checkpoint["seen"]; what is asked of it is whether --init was trained on it
-        seen = checkpoint["seen"] if split == "test" else checkpoint.get("init_seen") or dataset.remember(index[:0])
+        init = checkpoint.get("init") or {}
+        seen = checkpoint["seen"] if split == "test" else init.get("seen") or dataset.remember(index[:0])
         predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[table.index],
                                     seen=seen)
         if split == "val":
@@ -479,7 +480,7 @@ def finish(index, images, args, job):
         if leaks and split == "val":
             leaks = ["split by slice, its scans were trained on"]
         figures = write_results(calibrated(predictions, checkpoint, COVERAGE), out / split, title=title, leaks=leaks,
-                                coverage=COVERAGE, calibration=checkpoint["calibration"])
+                                notes=run_notes(checkpoint), coverage=COVERAGE, calibration=checkpoint["calibration"])
         if split == "val":  # it was chosen on: a line is enough
             log(f"{figures['title']}: accuracy by slice {cell(figures['slice'], 'accuracy')}, "
                 f"by scan {cell(figures['scan'], 'accuracy')}")

@@ -180,18 +180,19 @@ def build_model(checkpoint):
     return model
 
 
-def describe_model(args, index, images, precision, init_seen=None):
-    """What a checkpoint says of its model beside the weights: all that predict.py needs. `init_seen` is whom the
-    weights of --init were trained on; this model has seen them, too."""
+def describe_model(args, index, images, precision, init=None):
+    """What a checkpoint says of its model beside the weights: all that predict.py needs. `init` tells of the weights of
+    --init: {"file", "seen"}, the latter None where the file does not say. Whom they have seen, this model has seen."""
     seen = remember(index[index.split != "test"])  # trained and chosen on
-    if init_seen is not None:
-        seen = {name: value or init_seen[name] if name == "unknown" else sorted({*value, *init_seen.get(name, [])})
+    if init and init["seen"]:
+        theirs = init["seen"]
+        seen = {name: value or theirs[name] if name == "unknown" else sorted({*value, *theirs.get(name, [])})
                 for name, value in seen.items()}
     return {
         "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": split_hash(index),
-        "seen": seen, "init_seen": init_seen, "flags": vars(args), "precision": precision,
+        "seen": seen, "init": init, "flags": vars(args), "precision": precision,
     }
 
 
@@ -306,9 +307,9 @@ def plot_history(path, history, best_epoch, title):
     """Loss and slice accuracy of training and validation over the epochs; dotted, the epoch that was kept."""
     figure, ((loss, accuracy),) = _figure(2)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        axes.plot(history.epoch, history[f"train_{name}"], label="training (with smoothed labels)")
-        axes.plot(history.epoch, history[f"val_{name}"], label="validation")
-        axes.axvline(best_epoch, color="grey", linestyle=":", label=f"kept: epoch {best_epoch}")
+        axes.plot(history.epoch, history[f"train_{name}"], label="training (with smoothed labels)", **LOOK["slice"])
+        axes.plot(history.epoch, history[f"val_{name}"], label="validation", **LOOK["scan"])
+        axes.axvline(best_epoch, color="grey", linestyle=":", linewidth=1, label=f"kept: epoch {best_epoch}")
         axes.set(xlabel="epoch", ylabel=f"{name} (by slice)")
     loss.axhline(math.log(2), color="grey", linewidth=0.8)
     loss.annotate("ln 2: knows nothing", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")
@@ -391,7 +392,7 @@ def plot_risk(path, tables, title, sets=None):
     """Risk-coverage curves, one a unit: the error rate among the surest share. `sets` of `score_sets` adds a point."""
     figure, ((axes,),) = _figure(height=3.6, width=5)
     for unit, table in tables.items():
-        threshold = table.threshold.iloc[0] if "threshold" in table else metrics.THRESHOLD
+        threshold = table.threshold.to_numpy() if "threshold" in table else metrics.THRESHOLD
         coverage, risk = metrics.risk_coverage(table.p_AD.to_numpy(float), table.prediction == table.label, threshold)
         axes.plot(coverage, risk, label=f"by {unit}", **LOOK[unit])
     if sets is not None and sets["accuracy_if_certain"] is not None:

@@ -1,10 +1,11 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from conftest import train_small, write_slice
+from conftest import SCANS, train_small, write_set, write_slice
 
 import evaluate
 import predict
@@ -31,7 +32,8 @@ def test_a_run_evaluated_again_gives_the_figures_that_it_wrote(run_folder, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (run_folder / "test").iterdir()}
     for word in ("by slice (n = 30)", "by scan (n = 6)", "average precision", "logistic regression", "mean logit"):
         assert word in text
-    assert "by scan (n = 2)" in run_evaluate(capsys, run_folder, "--part", "val")
+    text = run_evaluate(capsys, run_folder, "--part", "val")
+    assert "by scan (n = 2)" in text and text.startswith("validation (epoch and calibration were chosen on it)")
 
 
 def test_pooled_folds_count_every_training_scan_once(folds, tmp_path, capsys):
@@ -59,6 +61,50 @@ def test_two_models_are_compared_on_the_same_slices(folds, ad_nc, tmp_path, caps
     assert "the first is better" in text or "may be noise" in text
     with pytest.raises(ValueError, match="slices are in one of the two only"):
         run_evaluate(capsys, *folds, "--against", *others[:2])
+
+
+def test_a_comparison_tells_the_leaks_of_both_sides(tmp_path, capsys):
+    root = write_set(tmp_path, SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")})
+    clean = train_small(root, tmp_path / "clean", "--epochs", "1", "--drop-test-subjects")
+    leaky = train_small(root, tmp_path / "leaky", "--epochs", "1", "--split-by", "slice")
+    text = run_evaluate(capsys, clean, "--against", leaky, "--out", tmp_path / "out")
+    title = "second LEAKY: of a run split by slice, 2 of 6 scans are of subjects seen in training"
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert title in text and title in comparison["title"] and "first LEAKY" not in text
+    assert "the same, only subjects that neither has seen in training" in text
+    assert comparison["scan"]["subjects"] == 6 and comparison["unseen_subjects"]["scan"]["subjects"] == 4
+    assert "6 subjects are too few for a verdict" in text
+    run_evaluate(capsys, clean, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "comparison.json").exists()
+
+
+def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_folder, ad_nc, tmp_path, capsys):
+    shutil.copytree(ad_nc / "test", tmp_path / "elsewhere")
+    for name, folder in (("known", ad_nc / "test"), ("unknown", tmp_path / "elsewhere")):
+        words = ["--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / name)]
+        predict.main(predict.parse_args([str(folder), *words]))
+    for one, other in (("known", "unknown"), ("unknown", "known")):
+        run_evaluate(capsys, tmp_path / one, "--against", tmp_path / other, "--out", tmp_path / "out")
+        comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        assert comparison["subject"]["brier"]["ci95"] == comparison["scan"]["accuracy"]["ci95"] == [0, 0]
+
+
+@pytest.mark.parametrize("file, text", [
+    ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", "{"), ("predictions.csv", "scan,slice\n1,2\n"),
+    ("scans.csv", "subject\nx\n"), ("predictions.csv", ""),
+])  # fmt: skip
+def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, text):
+    shutil.copytree(run_folder / "test", tmp_path / "x")
+    (tmp_path / "x" / file).write_text(text)
+    for flags in ([], ["--each"]):
+        with pytest.raises(ValueError, match="x cannot be read .* expected what train.py or predict.py wrote"):
+            run_evaluate(capsys, tmp_path / "x", *flags)
+
+
+def test_results_are_not_written_over_those_of_the_run(run_folder, capsys):
+    for out in (run_folder, run_folder / "test"):
+        with pytest.raises(ValueError, match="lies in one of the runs, whose results it would replace"):
+            run_evaluate(capsys, run_folder, "--out", out)
 
 
 def test_runs_with_other_flags_are_named_when_they_are_pooled(folds, ad_nc, tmp_path, capsys):
@@ -95,6 +141,11 @@ def test_a_leaky_run_stays_leaky_when_it_is_evaluated(ad_nc, tmp_path, capsys):
     assert "val, LEAKY" in run_evaluate(capsys, run, "--each")
 
 
+def test_each_marks_what_could_not_be_checked(tmp_path, capsys):
+    run = train_small(write_set(tmp_path, subjects=False), tmp_path / "run", "--epochs", "1")
+    assert "test, NOT CHECKED" in run_evaluate(capsys, run, "--each")
+
+
 def test_each_lists_runs_as_they_wrote_themselves(run_folder, folds, capsys):
     lines = run_evaluate(capsys, run_folder, *folds, "--each", "--markdown").splitlines()
     assert len(lines) == 2 + 4 * 2 * 3 and all(line.startswith("| ") for line in lines)
@@ -109,7 +160,10 @@ def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, cap
     for name in ("predictions", "scans", "subjects"):
         table = pd.read_csv(run / "test" / f"{name}.csv")
         assert ((table.prediction == "AD") == (table.p_AD >= threshold)).all()
-    run_evaluate(capsys, run)  # whose predictions follow from p_AD, or it is an error
+    capsys.readouterr()
+    one = run_evaluate(capsys, run, "--out", tmp_path / "again")  # predictions follow from p_AD, or it is an error
+    two = run_evaluate(capsys, tmp_path / "again")
+    assert one.splitlines()[1:12] == two.splitlines()[1:12]
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SCANS, train_small, write_set, write_slice
+from PIL import Image
 
 import baselines
 import dataset
@@ -118,6 +119,12 @@ def test_black_slices_are_nobodys(tmp_path):
     black = np.zeros((3, 8, 8), np.uint8)
     black[2, 0, 0] = 1
     assert slices.fingerprint_slices(black)[:2] == ["", ""] and slices.fingerprint_slices(black)[2] != ""
+    root = write_set(tmp_path)
+    for name in ("train/AD/100_70", "train/NC/200_71", "test/NC/400_70"):
+        Image.new("L", (48, 40)).save(root / f"{name}.jpeg")
+    (root / "test/AD/300_70.jpeg").write_bytes(b"no image")
+    text = "\n".join(dataset.audit(dataset.read_index(root)))
+    assert "LEAK" not in text and "pixel for pixel" not in text and "UNREADABLE (1 slices)" in text
 
 
 # ---------------------------------------------------------------- what a run and a checkpoint make of it
@@ -129,6 +136,14 @@ def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp
     checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
     table = predict.predict_table(checkpoint, predict.read_inputs([tmp_path]), device=torch.device("cpu"), amp=None)
     assert table.set_index("scan").seen.to_dict() == {"somebody": "yes", "other": "unknown"}
+
+
+def test_a_copy_of_a_seen_scan_is_seen_whoever_it_is_called():
+    """In test, a scan of a subject of train, and the same pictures under another scan and subject."""
+    table = pd.DataFrame({"path": ["a", "b", "c"], "scan": ["300", "301", "302"], "pixels": ["f", "f", "g"]})
+    table["subject"] = pd.array(["a0", "t9", "t8"], "string")
+    train = pd.DataFrame({"subject": pd.array(["a0"], "string"), "scan": ["100"], "pixels": ["e"]})
+    assert dataset.mark_seen(table, dataset.remember(train)).tolist() == ["yes", "yes", "no"]
 
 
 def shared_set(root):
@@ -168,6 +183,11 @@ def test_a_transfer_from_a_model_that_knows_the_test_subjects_is_a_leak(ad_nc, t
     assert "LEAKY: 6 of 6" in json.loads((run / "test" / "metrics.json").read_text())["title"]
     assert json.loads((run / "val" / "metrics.json").read_text())["leaks"] == []
     assert "LEAKY" not in json.loads((first / "test" / "metrics.json").read_text())["title"]
+
+    torch.save(utils.load_checkpoint(first / "best_model.pth")["weights"], tmp_path / "bare.pth")
+    bare = train_small(ad_nc, tmp_path / "bare", "--epochs", "1", "--init", str(tmp_path / "bare.pth"))
+    title = json.loads((bare / "test" / "metrics.json").read_text())["title"]
+    assert title == "test; starts from bare.pth, which does not say on whom it was trained"
 
 
 def learned(run):

@@ -239,6 +239,21 @@ def test_weighing_scans_instead_of_subjects_would_break_the_promise():
     assert np.mean(rates["scans"]) < 0.78 < 0.79 < np.mean(rates["subjects"])
 
 
+def test_choosing_the_epoch_on_the_same_subjects_can_cost_coverage():
+    """The reservation, at its worst: of 20 models that are equally good and independent (epochs of a run are neither),
+    the one is kept that is best on the 29 subjects that the sets are then calibrated on."""
+    rng, rates = np.random.default_rng(5), []
+    for _ in range(150):
+        best = max((subjects_with_scans(rng, 29) for _ in range(20)),
+                   key=lambda val: (val.prediction == val.label).mean())  # fmt: skip
+        calibration, new = metrics.calibrate(best), subjects_with_scans(rng, 20)
+        p = expit(new.logit / calibration["temperature"]).to_numpy()
+        sets = metrics.prediction_sets(p, np.where(p >= 0.5, "AD", "NC"), metrics.conformal_quantile(calibration, 0.9))
+        held = pd.Series([label in one.split("|") for label, one in zip(new.label, sets)])
+        rates.append(held.groupby(new.subject).mean().mean())
+    assert 0.8 < np.mean(rates) < 0.9 - 2 * np.std(rates) / np.sqrt(len(rates))
+
+
 def test_few_validation_subjects_cannot_promise_much_and_leave_every_scan_open():
     calibration = metrics.calibrate(random_predictions(8))
     assert metrics.conformal_quantile(calibration, 0.9) == np.inf
@@ -287,9 +302,20 @@ def test_a_better_model_is_found_better_and_the_same_model_is_not():
         assert metrics.is_better(found, name) and found[name]["p"] < 0.01
     same = metrics.compare(a, a)["scan"]
     assert not metrics.is_better(same, "accuracy") and same["accuracy"]["p"] == 1
-    turned = metrics.compare(b, a)["scan"]["accuracy"]
-    assert turned["difference"] == -found["accuracy"]["difference"]
-    assert not metrics.is_better({"accuracy": turned}, "accuracy")
+    turned = metrics.compare(b, a)["scan"]
+    assert turned["accuracy"]["difference"] == -found["accuracy"]["difference"]
+    assert not metrics.is_better(turned, "accuracy")
+
+
+def test_a_handful_of_subjects_is_no_proof():
+    """Five right against five wrong: a sign test has p = 0.06, though no resample of five says otherwise."""
+    table = random_predictions(5).assign(p_AD=lambda t: np.where(t.label == "AD", 0.9, 0.1))
+    right, wrong = (metrics.sample(metrics.with_predictions(t)) for t in (table, table.assign(p_AD=1 - table.p_AD)))
+    found = metrics.compare(right, wrong)["scan"]
+    assert found["subjects"] == 5 and found["accuracy"]["ci95"] == [1, 1]
+    assert not metrics.is_better(found, "accuracy")
+    one = metrics.score(metrics.sample(metrics.with_predictions(table[table.subject == "p0"])))
+    assert one["scan"]["accuracy"] == 1 and one["scan"]["ci95"]["accuracy"] is None
 
 
 def test_noise_is_called_better_no_more_often_than_promised():
@@ -300,7 +326,7 @@ def test_noise_is_called_better_no_more_often_than_promised():
         sides = []
         for _ in range(2):
             p = np.where((rng.random(40) < 0.75) == y, 0.9, 0.1)
-            sides.append({"slice": (40, metrics.point_figures(y, p, p >= 0.5),
+            sides.append({"slice": (40, 40, metrics.point_figures(y, p, p >= 0.5),
                                     metrics.draw(y, p, p >= 0.5, metrics.Bootstrap(np.arange(40), 400, seed))),
                           "scan": None, "subject": None})  # fmt: skip
         low, high = metrics.compare(*sides)["slice"]["accuracy"]["ci95"]

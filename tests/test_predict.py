@@ -35,7 +35,7 @@ def test_metrics_json_has_each_unit_with_figures_and_intervals(run_folder, ad_nc
     figures = json.loads((tmp_path / "metrics.json").read_text())
     names = set(metrics.METRICS)
     for unit in ("slice", "scan", "subject"):
-        assert set(figures[unit]) == names | {"n", "ci95"} and set(figures[unit]["ci95"]) == names
+        assert set(figures[unit]) == names | {"n", "subjects", "ci95"} and set(figures[unit]["ci95"]) == names
     assert "LEAKY" not in figures["title"] and figures["leaks"] == []
     assert set(figures["baselines"]) == {"majority_class", "window_vote", "logistic_regression"}
 
