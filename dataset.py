@@ -419,8 +419,8 @@ def describe_split(index, by):
         lines.append(f"{unknown} scans have no known subject: they are split by scan, and subjects may be shared")
     shared = len(shared_subjects(index))
     if shared:
-        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; unseen ones are reported apart "
-                     "(--drop-test-subjects trains without them)")
+        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; those known to be unseen are "
+                     "reported apart (--drop-test-subjects trains without them)")
     if index.attrs["dropped"] is not None:
         lines.append(f"left out of train: {index.attrs['dropped']} scans of subjects who also stand in test")
     return lines + list(describe_copies(index))

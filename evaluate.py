@@ -13,7 +13,7 @@ sets and three ways to get from slices to a scan; --out writes what a run's test
 import json
 from pathlib import Path
 
-from dataset import Parser, run
+from dataset import CLASSES, Parser, run
 
 
 def parse_args(argv=None):
@@ -243,6 +243,10 @@ def read_run(folder, part="test"):
         table = table.join(rest[[name for name in BASELINES if name in rest]])
         # text to numbers by Python's float: pandas' fast parser may be off in the last digit
         table = table.astype({name: float for name in ("p_AD", *BASELINES) if name in table} | {"slice": "Int64"})
+        if len(table) != facts["slice"]["n"] or set(table.scan) != set(scans.index):
+            raise ValueError("its tables and metrics.json are not of the same slices and scans")
+        if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all()):
+            raise ValueError("expected a p_AD from 0 to 1 and the label AD or NC in each row of predictions.csv")
     except OSError:
         raise ValueError(f"{folder} holds no predictions with figures; expected a finished run of train.py, or what "
                          "predict.py wrote of labelled slices") from None
@@ -280,7 +284,10 @@ def warn_of_folds(folders):
     for folder in folders:
         path = Path(folder) / "config.json"
         if path.exists():
-            flags[folder] = json.loads(path.read_text(encoding="utf-8")).get("flags", {})
+            try:
+                flags[folder] = json.loads(path.read_text(encoding="utf-8"))["flags"]
+            except (ValueError, KeyError, TypeError) as problem:
+                raise ValueError(f"{path} cannot be read ({problem}); expected that of a run of train.py") from None
     if len(flags) < 2:
         return
     first, one = next(iter(flags.items()))

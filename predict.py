@@ -232,6 +232,9 @@ def main(args):
         if len(bad) == len(predictions):
             raise ValueError(f"none of the {len(bad)} files could be read; {out / 'predictions.csv'} says why")
     scans = aggregate(predictions.dropna(subset="p_AD"), "scan")
+    if (scans.seen == "yes").any():
+        print(f"warning: {(scans.seen == 'yes').sum()} of {len(scans)} scans are of subjects that training has seen: "
+              "memory, no test (column seen of scans.csv)", file=sys.stderr)
     for row in scans.head(10).itertuples():
         verdict = row.prediction if args.coverage is None else row.prediction_set
         print(f"scan {row.scan}: {verdict}{' (uncertain)' if verdict == 'AD|NC' else ''}, p_AD {row.p_AD:.3f} "

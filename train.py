@@ -87,7 +87,7 @@ def parse_args(argv=None):
             saved = config["flags"]
             if not saved["demo"]:
                 saved["data"] = config["used"]["data"]  # absolute, so that a run goes on from anywhere
-        except (OSError, ValueError, KeyError) as problem:
+        except (OSError, ValueError, KeyError, TypeError) as problem:
             parser.error(f"{args.out} holds no run to go on with ({problem})")
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})
     args = parser.parse_args(argv)
@@ -137,7 +137,7 @@ import slices  # noqa: E402
 import utils  # noqa: E402
 from baselines import fit_baselines  # noqa: E402
 from evaluate import PARTS, cell, format_assessment, write_results  # noqa: E402
-from metrics import arrays, calibrate, point_figures, with_predictions  # noqa: E402
+from metrics import arrays, calibrate, conformal_quantile, point_figures, with_predictions  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
 from predict import calibrated, predict_table, run_leaks, run_notes  # noqa: E402
 
@@ -310,6 +310,9 @@ class Job(NamedTuple):
 def open_run(args):
     """The run's folder: made new, or on --resume the one that is there."""
     if args.resume:
+        if (Path(args.out) / "best_model.pth").exists() and not (Path(args.out) / "last.pth").exists():
+            raise ValueError(f"{args.out} has a best_model.pth but no last.pth to go on from, and a run never "
+                             "overwrites another; choose a new --out")
         return Path(args.out)
     if args.out is None:
         leaky = "-LEAKY" if args.split_by == "slice" else ""
@@ -476,6 +479,8 @@ def finish(index, images, args, job):
             utils.save_checkpoint(out / "best_model.pth", **checkpoint)
             log("calibrated on the {subjects} subjects of validation: temperature {temperature:.3f}, threshold "
                 "{threshold:.3f}".format(**checkpoint["calibration"]))
+            if conformal_quantile(checkpoint["calibration"], COVERAGE) == float("inf"):
+                log(f"these are too few subjects to promise a coverage of {COVERAGE}: every prediction set is AD|NC")
         leaks = run_leaks(checkpoint)
         if leaks and split == "val":
             leaks = ["split by slice, its scans were trained on"]

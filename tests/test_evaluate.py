@@ -91,11 +91,16 @@ def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_
 
 @pytest.mark.parametrize("file, text", [
     ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", "{"), ("predictions.csv", "scan,slice\n1,2\n"),
-    ("scans.csv", "subject\nx\n"), ("predictions.csv", ""),
+    ("scans.csv", "subject\nx\n"), ("predictions.csv", ""), ("predictions.csv", 10), ("scans.csv", 3),
+    ("predictions.csv", (",NC\n", ",XX\n")), ("predictions.csv", (",NC\n", ",\n")),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, text):
     shutil.copytree(run_folder / "test", tmp_path / "x")
-    (tmp_path / "x" / file).write_text(text)
+    path = tmp_path / "x" / file
+    whole = path.read_text()
+    if isinstance(text, int):  # cut off after some lines
+        text = "".join(whole.splitlines(keepends=True)[:text])
+    path.write_text(whole.replace(*text) if isinstance(text, tuple) else text)
     for flags in ([], ["--each"]):
         with pytest.raises(ValueError, match="x cannot be read .* expected what train.py or predict.py wrote"):
             run_evaluate(capsys, tmp_path / "x", *flags)

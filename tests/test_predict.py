@@ -110,7 +110,9 @@ def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, t
     assert not np.allclose(tables[0.5].p_AD, tables[0.1].p_AD, atol=1e-6)
 
 
-def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path):
+def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path, capsys):
+    run_predict(run_folder, tmp_path, ad_nc / "train" / "AD")  # without labels, there is no title to say it
+    assert "6 of 6 scans are of subjects that training has seen: memory, no test" in capsys.readouterr().err
     run_predict(run_folder, tmp_path, ad_nc / "train")
     title = json.loads((tmp_path / "metrics.json").read_text())["title"]
     assert "LEAKY: 12 of 12 scans are of subjects seen in training" in title

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,16 @@ def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, c
         train.parse_args(["--out", str(run_folder), "--resume", "--lr", "1", "--seed", "7"])
     assert stop.value.code == 2
     assert "--lr was 0.002, --seed was 0" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_last_pth_is_not_trained_over(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "last.pth").unlink()
+    with pytest.raises(ValueError, match="no last.pth to go on from, and a run never overwrites another"):
+        train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume"]))
+    (tmp_path / "run" / "config.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--out", str(tmp_path / "run"), "--resume"])
 
 
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path):
