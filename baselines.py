@@ -12,9 +12,6 @@ predict.py report them beside the ConvNeXt.
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.preprocessing import StandardScaler
 
 BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
              "logistic_regression": "logistic regression"}  # fmt: skip
@@ -22,8 +19,12 @@ SIDE = 16  # pixels of the short side after averaging
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation
 
 
-def shrink(images):
-    """uint8 (N, H, W) -> float32 (N, pixels) in [0, 1]: means of square blocks, about SIDE on the short side."""
+def shrink(images, rows=None):
+    """Rows `rows` (N,), or all, of uint8 (M, H, W) -> float32 (N, pixels) in [0, 1]: means of square blocks, about SIDE
+    on the short side."""
+    if rows is not None:  # in parts: together they may not fit into memory
+        parts = np.array_split(np.asarray(rows), 1 + len(rows) // 1024)
+        return np.concatenate([shrink(images[part]) for part in parts])
     block = max(1, min(images.shape[1:]) // SIDE)
     height, width = (side // block for side in images.shape[1:])
     images = images[:, : height * block, : width * block].reshape(len(images), height, block, width, block)
@@ -31,12 +32,16 @@ def shrink(images):
 
 
 def fit_baselines(index, images):
-    """Fit all three on split "train" of the index, whose rows have images uint8 (N, H, W). The penalty of the logistic
-    regression is chosen by the log loss of the validation scans. Returns plain values for the checkpoint."""
+    """Fit all three on split "train" of the index, whose labels are rows of images uint8 (N, H, W). The penalty of the
+    logistic regression is chosen by the log loss of the validation scans. Returns plain values for the checkpoint."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.preprocessing import StandardScaler
+
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
     scans = index[train].groupby("scan").agg(ad=("label", lambda labels: labels.iloc[0] == "AD"), at=("slice", "min"))
     windows = scans.groupby("at").ad.agg(["sum", "size"])
-    x, y = shrink(images), (index.label == "AD").to_numpy()
+    x, y = shrink(images, index.index), (index.label == "AD").to_numpy()
     scale = StandardScaler().fit(x[train])
     standard = scale.transform(x)
     best, best_loss = None, np.inf
@@ -56,12 +61,13 @@ def fit_baselines(index, images):
     }  # fmt: skip
 
 
-def predict_baselines(fitted, images, table):
+def predict_baselines(fitted, images, table, rows=None):
     """p_AD of each baseline, a DataFrame with a column each, for the slices of a table (N rows with scan and slice)
-    with images uint8 (N, H, W) of the size that the fit had. A window that training did not have gets the majority."""
+    whose pixels are `rows` (N,), or all, of images uint8 (M, H, W) of the size that the fit had. A window that training
+    did not have gets the majority."""
     windows = {int(at): p for at, p in fitted["windows"].items()}
     at = table.groupby("scan").slice.transform("min")
-    z = shrink(images).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
+    z = shrink(images, rows).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
     table = pd.DataFrame({
         "majority_class": fitted["share_AD"],
         "window_vote": at.map(windows).astype(float).fillna(fitted["share_AD"]).to_numpy(),

@@ -8,9 +8,7 @@ Everything here is a function of such tables: nothing is printed, drawn or read.
 import math
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
-from sklearn import metrics as sk
 
 UNITS = ("slice", "scan", "subject")
 THRESHOLD = 0.5
@@ -86,6 +84,8 @@ def fit_temperature(z, y, group):
     an SD of log 2. With many subjects that is Guo's optimum; a model that is right on a handful is not made infinitely
     sure.
     """
+    from scipy.optimize import minimize_scalar  # late, as all that a prediction of one slice does not need
+
     subjects = len(np.unique(group))
 
     def loss(log_t):
@@ -180,6 +180,8 @@ def point_figures(y, p, predicted):
     The Brier score is the mean squared error of p_AD. The calibration error is the expected one of ten equal bins of
     p_AD: the mean distance between p_AD and the share of AD, by bin, weighted by its size; small samples raise it.
     """
+    from sklearn import metrics as sk
+
     ad, nc = bool(y.any()), bool(not y.all())
     figures = {
         "accuracy": sk.accuracy_score(y, predicted),

@@ -15,6 +15,7 @@ import re
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 # Liu et al. 2022, section 2.3, for tiny to large; the four below tiny are the sizes of timm and of ConvNeXt V2
 # (Woo et al. 2023, arXiv 2301.00808, table 9) with the block of V1.
@@ -56,7 +57,8 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the channels (Ba et al. 2016, arXiv 1607.06450), epsilon 1e-6 as in the paper's code.
 
     With `channels_first` it takes (N, C, H, W) instead of (..., C). In memory format channels_last the two permutes
-    are views, so that both forms run the one kernel of PyTorch.
+    are views, so that both forms run the one kernel of PyTorch. Under autocast the output keeps the input's type: the
+    kernel sums in float32 anyway, and a float32 output would be cast back, at twice the memory traffic.
     """
 
     def __init__(self, dim, channels_first=False):
@@ -64,9 +66,13 @@ class LayerNorm(nn.LayerNorm):
         self.channels_first = channels_first
 
     def forward(self, x):
-        if not self.channels_first:
-            return super().forward(x)
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, C, H, W) -> (N, H, W, C) -> back
+        if self.channels_first:
+            return self._normalise(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, C, H, W) -> (N, H, W, C) -> back
+        return self._normalise(x)
+
+    def _normalise(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -89,7 +95,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x):
         y = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
-        y = (self.gamma * y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+        y = (self.gamma.to(y.dtype) * y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return x + self.drop_path(y)
 
 

@@ -127,23 +127,27 @@ def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None,
 
     Returns the table with logit and p_AD as the model gives them (see `calibrated`), p_AD of each baseline, and seen
     (see `mark_seen`; of the checkpoint's training, or of the `seen` given). If a file could not be read there is also
-    a column error, and the row has no p_AD. `images` (N, H, W) spares the decoding.
+    a column error, and the row has no p_AD. `images` (M, H, W) spares the decoding: the table's labels are its rows,
+    and its column pixels holds their fingerprints.
     """
-    errors = np.full(len(table), None)
-    if images is None:
+    if images is not None:
+        good = table.path.notna()
+        rows, at, pixels, table = table, table.index, table.pixels, table.drop(columns="pixels")
+    else:
         images, errors = load_slices(table.path.tolist(), checkpoint["slice_size"], bar="decoding")
-    errors = pd.Series(errors, index=table.index, dtype=object)
-    good = errors.isna()
-    rows, images = table[good], images[good.to_numpy()]
+        errors = pd.Series(errors, index=table.index, dtype=object)
+        good = errors.isna()
+        rows, at = table[good], np.flatnonzero(good)
+        pixels = fingerprint_slices(images[row] for row in at)
     model = utils.build_model(checkpoint).to(device, memory_format=torch.channels_last)
     recipe = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
     predicted = utils.evaluate(
-        model, images, rows, **recipe, device=device, amp=amp, batch_size=batch_size, bar="predicting"
+        model, images, rows, rows=at, **recipe, device=device, amp=amp, batch_size=batch_size, bar="predicting"
     )[["logit", "p_AD"]]
     if checkpoint.get("baselines"):
-        predicted = predicted.join(predict_baselines(checkpoint["baselines"], images, rows))
+        predicted = predicted.join(predict_baselines(checkpoint["baselines"], images, rows, at))
     seen = checkpoint["seen"] if seen is None else seen
-    predicted["seen"] = mark_seen(rows.assign(pixels=fingerprint_slices(images)), seen)
+    predicted["seen"] = mark_seen(rows.assign(pixels=pixels), seen)
     table = table.join(predicted)
     return table if good.all() else table.assign(error=errors)
 

@@ -69,14 +69,15 @@ def common_size(paths):
     return height, width
 
 
-def load_slices(paths, size, bar="decoding"):
-    """Decode files in parallel into uint8 (N, H, W) with size = (H, W).
+def load_slices(paths, size, bar="decoding", images=None):
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given.
 
     Returns (images, errors): errors[i] is None, or the reason why file i could not be read and images[i] is black.
     """
     from tqdm import tqdm
 
-    images = np.zeros((len(paths), *size), np.uint8)
+    if images is None:
+        images = np.zeros((len(paths), *size), np.uint8)
 
     def load(i):
         try:
@@ -90,32 +91,81 @@ def load_slices(paths, size, bar="decoding"):
     return images, errors
 
 
-def make_loader(images, labels, batch_size, generator=None, pin_memory=False):
+def make_loader(images, rows, labels, batch_size, generator=None, device=None, share=None):
     """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
 
-    `images` is uint8 (N, H, W), `labels` int (N,). With a generator the order is a random permutation drawn from it,
-    without one it is the given order. The last batch may be smaller.
+    `images` is uint8 (M, H, W); the set is made of its rows `rows` (N,), with `labels` int (N,). With a generator the
+    order is a random permutation drawn from it, without one it is the given order. The last batch may be smaller. For
+    a CUDA `device` the set is put there once if it fits into half of the free memory; if not, processes of their own
+    fetch and pin batches ahead. `share` = (rank, world, size) makes of each batch the part of one process of several:
+    the rows rank, rank + world, ..., filled up to `size` with the first row of the batch.
     """
+    import torch
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-    slices = _Slices(images, labels)
+    cuda = device is not None and device.type == "cuda"
+    slices = _Slices(images, rows, labels)
+    ahead = {}
+    if cuda:
+        if len(slices) * images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            slices = _OnDevice(slices, device)
+        else:
+            ahead = dict(num_workers=2, persistent_workers=True, pin_memory=True)
     order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
-    # batch_size=None: the sampler hands over a whole batch of rows, which one NumPy index fetches
+    # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
     batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(slices, batch_size=None, sampler=batches, pin_memory=pin_memory)
+    if share is not None:
+        batches = _Share(batches, *share)
+    return DataLoader(slices, batch_size=None, sampler=batches, **ahead)
+
+
+class _Share:
+    """A process's part of each batch of a batch sampler."""
+
+    def __init__(self, batches, rank, world, size):
+        self.batches, self.rank, self.world, self.size = batches, rank, world, size
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            part = batch[self.rank :: self.world]
+            yield part + batch[:1] * (self.size - len(part))
 
 
 class _Slices:
-    def __init__(self, images, labels):
-        self.images, self.labels = images, np.asarray(labels, np.int64)
+    def __init__(self, images, rows, labels):
+        self.images, self.rows, self.labels = images, np.asarray(rows), np.asarray(labels, np.int64)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.rows)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, batch):
         import torch
 
-        return torch.from_numpy(self.images[rows][:, None]), torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
+
+
+class _OnDevice:
+    """The same, with the pixels on a device."""
+
+    def __init__(self, slices, device):
+        import torch
+
+        first = range(0, len(slices), 1024)  # in parts, so that memory holds no second copy of the set
+        parts = (slices[np.arange(start, min(start + 1024, len(slices)))] for start in first)
+        parts = [(images.to(device), labels.to(device)) for images, labels in parts]
+        self.images, self.labels = (torch.cat(part) for part in zip(*parts))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, batch):
+        import torch
+
+        batch = torch.tensor(batch, device=self.labels.device)
+        return self.images[batch], self.labels[batch]
 
 
 # ---------------------------------------------------------------- transforms, on whole batches and on any device
@@ -124,19 +174,30 @@ class _Slices:
 def eval_transform(images, image_size, mean=MEAN, std=STD):
     """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
     import torch
-    from torchvision.transforms.v2 import functional as TF
+    import torch.nn.functional as F
 
-    x = TF.to_dtype(images, torch.float32, scale=True)
-    x = TF.resize(x, [image_size], antialias=True)
-    return (TF.center_crop(x, [image_size, image_size]) - mean) / std
+    height, width = images.shape[2:]
+    short = min(height, width)
+    size = image_size * height // short, image_size * width // short
+    x = images.to(torch.float32) / 255
+    x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (round((side - image_size) / 2) for side in size)
+    return (x[..., top : top + image_size, left : left + image_size] - mean) / std
 
 
-def train_transform(images, image_size, *, augment=True, flip=True):
+def train_transform(images, image_size, *, augment=True, flip=True, generator=None, part=None):
     """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
-    evaluation. The random numbers come from PyTorch's CPU generator, whatever the device of the images."""
+    evaluation. The random numbers come from `generator` or else PyTorch's CPU generator, whatever the device.
+
+    `part` = (n, rank, world): the images are the rows rank, rank + world, ... of a batch of n, and each gets what it
+    would get in the whole batch; more images than these are fillers.
+    """
     if not augment:
         return eval_transform(images, image_size)
-    return warp(images, sample_affine(len(images), *images.shape[2:], flip=flip), image_size)
+    n, rank, world = part or (len(images), 0, 1)
+    theta = sample_affine(n, *images.shape[2:], flip=flip, generator=generator)
+    theta = theta[np.minimum(rank + world * np.arange(len(images)), n - 1)]
+    return warp(images, theta, image_size)
 
 
 def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):

@@ -2,17 +2,16 @@
 
     python train.py --demo                             # no data needed: draws a phantom set, under 3 minutes on a CPU
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
+    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny   # the same on four
 
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
 once, at the end. `--out RUN --resume` goes on with a run that was stopped.
 """
 
-import hashlib
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -25,10 +24,10 @@ from dataset import Parser, run
 
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
 DEMO = dict(model="atto", image_size=64, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
-DEMO_SUBJECTS = 70
 COVERAGE = 0.9  # that the prediction sets of a run's own evaluation promise
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
-FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard", "threshold"}
+FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard", "threshold", "no_cache",
+                  "compile"}
 
 
 def make_parser():
@@ -38,6 +37,7 @@ def make_parser():
     add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
     add("--out", metavar="RUN", help="run folder, must be new (default: runs/<time>-<model>)")
     add("--resume", action="store_true", help="go on with the run in --out; its flags are taken from config.json")
+    add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
     add("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     add = parser.add_argument_group("split").add_argument
     add("--val-fraction", type=float, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
@@ -68,6 +68,7 @@ def make_parser():
     add("--cutmix", type=float, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
     add = parser.add_argument_group("machine").add_argument
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="auto: fp16 on CUDA, native bf16 on CPU")
+    add("--compile", action="store_true", help="compile the step; for long runs, and needs a C++ compiler or CUDA")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA if there is one)")
     add("--seed", type=int, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
     return parser
@@ -133,80 +134,15 @@ from torchvision.transforms import v2  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import dataset  # noqa: E402
+import parallel  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
 from baselines import fit_baselines  # noqa: E402
 from evaluate import PARTS, cell, format_assessment, write_results  # noqa: E402
+from loading import find_data, load_data  # noqa: E402
 from metrics import arrays, calibrate, conformal_quantile, point_figures, with_predictions  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
 from predict import calibrated, predict_table, run_leaks, run_notes  # noqa: E402
-
-# ---------------------------------------------------------------- data
-
-
-def find_data(args):
-    """The folder AD_NC to train on; for --demo it is drawn into the cache, once."""
-    if args.data:
-        return args.data
-    if args.demo:
-        return demo_data()
-    if os.path.isdir("AD_NC"):
-        return "AD_NC"
-    raise ValueError(
-        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n"
-        "  python train.py --data AD_NC    trains on that folder: {train,test}/{AD,NC}/<scan>_<slice>.jpeg\n"
-        "  python train.py --demo          needs no data: it draws a synthetic set first"
-    )
-
-
-def demo_data():
-    """The phantom set of --demo, drawn on the first call. A changed phantom.py draws another one."""
-    import phantom
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-ad-nc"
-    version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:8]
-    folder = cache / f"phantom-{DEMO_SUBJECTS}-{version}"
-    if not folder.is_dir():
-        print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be drawing the same set
-        phantom.draw(draft, subjects=DEMO_SUBJECTS, seed=0)
-        if folder.is_dir():
-            shutil.rmtree(draft)
-        else:
-            os.replace(draft, folder)
-    return folder / "AD_NC"
-
-
-def load_data(args, root):
-    """Index, decode and split; returns (index, images), a row of images uint8 (N, H, W) for each row of the index.
-
-    The index gets a column pixels, the fingerprint of each slice, and attrs["dropped"], the number of scans that
-    --drop-test-subjects left out.
-    """
-    index = dataset.read_index(root)
-    root = index.attrs["root"]
-    if args.folds is not None:  # the official test set is not even read
-        index = index[index.split == "train"].reset_index(drop=True)
-    size = slices.common_size(index.path[index.split == "train"])
-    images, errors = slices.load_slices(index.path.tolist(), size, bar="decoding")
-    bad = [f"{path} {error}" for path, error in zip(index.path, errors) if error]
-    if bad:
-        raise ValueError(f"{len(bad)} files cannot be used; mend or remove them: " + "; ".join(bad[:10]))
-    index["pixels"], dropped = slices.fingerprint_slices(images), None
-    if args.drop_test_subjects:
-        index, dropped = dataset.drop_test_subjects(index)
-        images, index = images[index.index], index.reset_index(drop=True)
-    if args.folds is not None:
-        index = dataset.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
-    index = dataset.split_index(index, args.val_fraction, args.split_by, args.seed)
-    index.attrs |= {"root": root, "dropped": dropped}
-    for split in ("train", "val"):
-        missing = set(dataset.CLASSES) - set(index.label[index.split == split])
-        if missing:
-            raise ValueError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects "
-                             f"or more of each class in train/ and a --val-fraction over 0 (it is {args.val_fraction})")
-    return index, images
-
 
 # ---------------------------------------------------------------- optimisation
 
@@ -216,7 +152,7 @@ def make_optimizer(model, lr, weight_decay):
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def make_mix(args):
@@ -226,29 +162,37 @@ def make_mix(args):
     return v2.RandomChoice(mixes) if mixes else None
 
 
-def train_epoch(state, batches, args, job, *, epoch, mix):
-    """One pass over the training slices. Returns its mean loss and accuracy by slice, and slices a second.
+def train_epoch(state, batches, n, args, job, *, epoch, forward, mix):
+    """One pass over the n training slices; `forward` is the model, or what wraps it. Returns the mean loss and accuracy
+    by slice, and slices a second.
 
     Sums stay on the device; the bar alone asks for one now and then.
     """
     model, ema, optimizer, scaler = state
-    device = job.device
+    device, ranks = job.device, job.ranks
+    utils.seed_everything(args.seed, epoch, *[ranks.rank] * (ranks.rank > 0))  # each process drops other paths ...
+    augmentation = torch.Generator().manual_seed(utils.seed_of(args.seed, epoch, 0))  # ... of the same images
     model.train()
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
     sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
     start = time.perf_counter()
-    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=None)
+    quiet = True if ranks.rank > 0 else None
+    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=quiet)
     for i, (x, y) in enumerate(bar):
+        size = min(args.batch_size, n - seen)  # of the batch, over all processes
+        mine = ranks.share(size)  # the rest of x fills it up, and counts for nothing
         lr = utils.lr_at((epoch - 1) * len(batches) + i, steps_per_epoch=len(batches), **schedule(args))
         for group in optimizer.param_groups:
             group["lr"] = lr
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        x = slices.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip)
+        x = slices.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip,
+                                   generator=augmentation, part=(size, ranks.rank, ranks.world))
         if mix is not None:
             x, y = mix(x, y)  # y becomes (N, 2), a share of each class
         with utils.autocast(device, job.amp):
-            logits = model(x.contiguous(memory_format=torch.channels_last))
-            loss = criterion(logits, y)
+            logits = forward(x.contiguous(memory_format=torch.channels_last))
+            losses = criterion(logits, y)[:mine].float()
+        loss = losses.sum() * (ranks.world / size)  # the mean over processes is the mean over the batch
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -258,12 +202,12 @@ def train_epoch(state, batches, args, job, *, epoch, mix):
         if ema is not None:
             ema.update_parameters(model)
         right = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
-        sums += torch.stack((loss.detach().float() * len(x), right.sum()))
-        seen += len(x)
+        sums += torch.stack((losses.detach().sum(), right[:mine].sum()))
+        seen += size
         if not bar.disable and (i % 10 == 0 or i == len(batches) - 1):  # .item() waits for the device
             rate = seen / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {sums[0].item() / seen:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
-    loss, right = (sums / seen).tolist()
+            bar.set_postfix_str(f"loss {sums[0].item() * ranks.world / seen:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
+    loss, right = (parallel.total(sums, ranks) / seen).tolist()
     rate = seen / (time.perf_counter() - start)
     return {"train_loss": loss, "train_accuracy": right, "lr": lr, "images_per_s": rate}
 
@@ -274,10 +218,11 @@ def schedule(args):
 
 def val_epoch(model, images, table, args, job):
     """Validation through `evaluate`. Returns (figures by slice, scan AUROC and the loss, and a remark or "")."""
-    predictions = with_predictions(utils.evaluate(
-        model, images, table, image_size=args.image_size, device=job.device, amp=job.amp, batch_size=args.batch_size,
-        bar="validation",
-    ))
+    def predict(part):
+        return utils.evaluate(model, images, part, rows=part.index, image_size=args.image_size, device=job.device,
+                              amp=job.amp, batch_size=args.batch_size, bar=None if job.ranks.rank else "validation")
+
+    predictions = with_predictions(parallel.by_parts(table, predict, job.ranks))
     p = predictions.p_AD.where(predictions.label == "AD", 1 - predictions.p_AD)  # of the right class
     by_slice, by_scan = (point_figures(*arrays(predictions, unit)[:3]) for unit in ("slice", "scan"))
     figures = {
@@ -295,12 +240,13 @@ def val_epoch(model, images, table, args, job):
 
 
 class Job(NamedTuple):
-    """Where a run happens: its folder, its log, the device, and the dtype of autocast (None: float32)."""
+    """Where a run happens: its folder, its log, the device, the dtype of autocast (None: float32), the processes."""
 
     out: Path
     log: Callable
     device: torch.device
     amp: torch.dtype | None
+    ranks: parallel.Ranks
 
     @property
     def precision(self):
@@ -363,14 +309,15 @@ def write_start(args, job, index):
 
 
 def main(args):
-    device = utils.pick_device(args.device)
+    ranks, device = parallel.start(utils.pick_device(args.device))
     amp = utils.pick_amp(args.amp, device)
     if args.model not in VARIANTS:
         raise ValueError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}")
-    root = find_data(args)
-    index, images = load_data(args, root)
-    out = open_run(args)
-    job = Job(out, utils.make_log(out / "training_log.txt"), device, amp)
+    bar = "decoding" if ranks.rank == 0 else None
+    index, images = parallel.one_after_the_other(ranks, lambda: load_data(args, find_data(args), bar))
+    out = parallel.from_rank_0(ranks, lambda: open_run(args))
+    log = utils.make_log(out / "training_log.txt") if ranks.rank == 0 else lambda line: None
+    job = Job(out, log, device, amp, ranks)
     torch.backends.cudnn.benchmark = device.type == "cuda"
 
     resumed = args.resume and (out / "last.pth").exists()
@@ -383,14 +330,17 @@ def main(args):
     state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
     facts = utils.describe_model(args, index, images, job.precision, init)
     history = restore(state, args, job, facts) if resumed else []
-    write_start(args, job, index)
+    if ranks.rank == 0:
+        write_start(args, job, index)
     job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
-            f"{device}, {job.precision}; run folder {out}")
+            f"{device}, {job.precision}{f', {ranks.world} processes' * (ranks.world > 1)}; run folder {out}")
     for line in dataset.describe_split(index, args.split_by) + dataset.describe_transfer(index, init):
         job.log(line)
 
     fit(state, index, images, args, job, facts, history)
-    finish(index, images, args, job)
+    parallel.stop()
+    if ranks.rank == 0:
+        finish(index, images, args, job)
 
 
 def restore(state, args, job, facts):
@@ -419,38 +369,50 @@ def fit(state, index, images, args, job, facts, history):
     model, ema = state[:2]
     kept = ema.module if ema is not None else model
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
-    val_images, val_index = images[val], index[val]
     order = torch.Generator()
-    batches = slices.make_loader(images[train], index.label[train] == "AD", args.batch_size, order,
-                                  pin_memory=job.device.type == "cuda")
+    ranks, main = job.ranks, job.ranks.rank == 0
+    # a compiled step needs one shape, several processes need the same number of images
+    size = -(-args.batch_size // ranks.world) if args.compile or ranks.world > 1 else 0
+    batches = slices.make_loader(images, index.index[train], index.label[train] == "AD", args.batch_size, order,
+                                 job.device, (ranks.rank, ranks.world, size))
+    if args.compile:
+        model.compile()  # in place: the names of the weights stay clean
+        job.log("the step is compiled: the first one takes a minute or more")
+    forward = parallel.wrap(model, ranks, job.device)
     mix, best = make_mix(args), None
     for row in history:
         best = row if is_better(row, best) else best
-    write_events = utils.open_tensorboard(job.out) if args.tensorboard else lambda row: None
-    utils.plot_lr(job.out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
+    write_events = utils.open_tensorboard(job.out) if args.tensorboard and main else lambda row: None
+    if main:
+        utils.plot_lr(job.out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
     job.log(HEADER)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if best is not None and 0 < args.patience <= len(history) - best["epoch"]:
             job.log(f"stopped early: no better validation in {args.patience} epochs")
             break
-        utils.seed_everything(args.seed, epoch)
-        order.manual_seed(torch.initial_seed())
-        row = {"epoch": epoch} | train_epoch(state, batches, args, job, epoch=epoch, mix=mix)
+        order.manual_seed(utils.seed_of(args.seed, epoch))
+        row = {"epoch": epoch} | train_epoch(state, batches, int(train.sum()), args, job, epoch=epoch, forward=forward,
+                                             mix=mix)
         if not np.isfinite(row["train_loss"]):
             raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off" +
                              (f". {job.out} keeps the epochs before" if history else ""))
-        figures, remark = val_epoch(kept, val_images, val_index, args, job)
+        figures, remark = val_epoch(kept, images, index[val], args, job)
         row |= figures
         history.append(row)
-        if is_better(row, best):
-            best = row
+        better = is_better(row, best)
+        best = row if better else best
+        if not main:
+            continue
+        if better:
             utils.save_checkpoint(job.out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row, **facts)
         utils.save_state(state, job.out / "last.pth", epoch=epoch, history=history, **facts)
         utils.write_csv(job.out / "training_history.csv", pd.DataFrame(history))
         write_events(row)
         job.log(format_epoch(row, best is row, remark))
     leaky = ", LEAKY split by slice" if args.split_by == "slice" else ""
-    utils.plot_history(job.out / "training_curves.png", pd.DataFrame(history), best["epoch"], f"{args.model}{leaky}")
+    if main:
+        title = f"{args.model}{leaky}"
+        utils.plot_history(job.out / "training_curves.png", pd.DataFrame(history), best["epoch"], title)
 
 
 def finish(index, images, args, job):
@@ -468,12 +430,11 @@ def finish(index, images, args, job):
     for split, title in titles.items():
         rows = (index.split == split).to_numpy()
         # in the order of predict.py, so that its batches, and with them the last digits, are the same
-        table = index.loc[rows, ["path", "scan", "slice", "subject", "label"]].sort_values(["scan", "slice"])
+        table = index.loc[rows, ["path", "scan", "slice", "subject", "label", "pixels"]].sort_values(["scan", "slice"])
         # val was chosen on, and is in checkpoint["seen"]; what is asked of it is whether --init was trained on it
         init = checkpoint.get("init") or {}
         seen = checkpoint["seen"] if split == "test" else init.get("seen") or dataset.remember(index[:0])
-        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images[table.index],
-                                    seen=seen)
+        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images, seen=seen)
         if split == "val":
             checkpoint["calibration"] = calibrate(predictions, args.threshold)
             utils.save_checkpoint(out / "best_model.pth", **checkpoint)

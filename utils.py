@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.special import expit
-from sklearn import metrics as sk
 from tqdm import tqdm
 
 import metrics
 from dataset import CLASSES, remember, split_hash
+from engine import make_engine
 from modules import convnext
 from slices import MEAN, STD, eval_transform, make_loader
 
@@ -43,9 +43,14 @@ def lr_at(step, *, steps_per_epoch, epochs, warmup_epochs, lr):
     return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def seed_of(*seeds):
+    """One seed (32 bits) out of a tuple of whole numbers, such as (seed, epoch)."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
+
+
 def seed_everything(*seeds):
     """Seed Python, NumPy and PyTorch (all devices) from a tuple of whole numbers, such as (seed, epoch)."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    seed = seed_of(*seeds)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -95,20 +100,20 @@ def autocast(device, dtype):
 
 
 @torch.inference_mode()
-def evaluate(model, images, table, *, image_size, mean=MEAN, std=STD, device, amp, batch_size=64, bar=None):
-    """Predict every slice: uint8 images (N, H, W) with a table of N rows (an index, or part of it).
+def evaluate(model, images, table, *, rows=None, image_size, mean=MEAN, std=STD, device, amp, batch_size=64, bar=None):
+    """Predict every slice of a table of N rows (an index, or part of it), whose pixels are the rows `rows` (N,) of
+    uint8 images (M, H, W), or all of these.
 
     Returns the table with logit, the model's z_AD - z_NC, and p_AD, its softmax probability of AD in [0, 1]. Raises
     ValueError if an output is not finite, as happens when fp16 overflows. `bar` is the label of a progress bar, or
     None for no bar.
     """
-    model.eval()
-    logits = []
-    batches = make_loader(images, np.zeros(len(images)), batch_size, pin_memory=device.type == "cuda")
+    engine, logits = make_engine(model, device, amp), []
+    rows = np.arange(len(images)) if rows is None else rows
+    batches = make_loader(images, rows, np.zeros(len(rows)), batch_size, device=device)
     for x, _ in tqdm(batches, bar, unit=" batches", leave=False, disable=None if bar else True):
         x = eval_transform(x.to(device, non_blocking=True), image_size, mean, std)
-        with autocast(device, amp):
-            logits.append(model(x.contiguous(memory_format=torch.channels_last)).float())
+        logits.append(engine(x))
     z = torch.cat(logits).double().cpu().numpy() if logits else np.zeros((0, len(CLASSES)))
     z = z[:, CLASSES.index("AD")] - z[:, CLASSES.index("NC")]
     lost = int((~np.isfinite(z)).sum())
@@ -320,6 +325,8 @@ def plot_history(path, history, best_epoch, title):
 
 def plot_confusion(path, tables, title):
     """Confusion matrices, one a unit, from a dict of labelled tables by unit."""
+    from sklearn import metrics as sk
+
     figure, (row,) = _figure(len(tables))
     for axes, (unit, table) in zip(row, tables.items()):
         sk.ConfusionMatrixDisplay.from_predictions(
@@ -333,6 +340,8 @@ def plot_confusion(path, tables, title):
 
 def plot_roc(path, tables, title):
     """ROC curves, one a unit; grey, the 95 % band of the curve by scan from a bootstrap over subjects."""
+    from sklearn import metrics as sk
+
     figure, ((axes,),) = _figure(height=4.4)
     grid = np.linspace(0, 1, 101)
     for unit, table in tables.items():

@@ -1,6 +1,7 @@
 """Small sets in the AD_NC layout, and one run trained on one of them, for all tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
 
 # scan -> (split, class, subject)
@@ -56,6 +59,7 @@ def oasis():
     return root / "AD_NC"
 
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
          "--val-fraction", "0.25"]  # fmt: skip
 

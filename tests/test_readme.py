@@ -82,7 +82,7 @@ RUN = [path.name for path in SCRIPTS if "\nNot run by itself" not in path.read_t
 def test_help_explains_the_script(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"python {script}" in done.stdout
-    assert {"train.py", "predict.py", "evaluate.py", "dataset.py", "phantom.py"} == set(RUN)
+    assert {"train.py", "predict.py", "evaluate.py", "dataset.py", "phantom.py", "benchmark.py"} == set(RUN)
 
 
 def test_every_test_that_the_readme_names_exists():

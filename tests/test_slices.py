@@ -34,12 +34,22 @@ def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(tmp_path):
 
 def test_a_loader_visits_every_slice_once_an_epoch():
     images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1)
-    shuffled = list(slices.make_loader(images, np.arange(10), 4, torch.Generator().manual_seed(0)))
+    shuffled = list(slices.make_loader(images, np.arange(10), np.arange(10), 4, torch.Generator().manual_seed(0)))
     assert [len(x) for x, _ in shuffled] == [4, 4, 2] and shuffled[0][0].shape == (4, 1, 1, 1)
     order = torch.cat([y for _, y in shuffled])
     assert sorted(order.tolist()) == list(range(10)) != order.tolist()
     assert torch.equal(torch.cat([x for x, _ in shuffled]).flatten(), order.to(torch.uint8))
-    assert torch.cat([y for _, y in slices.make_loader(images, np.arange(10), 4)]).tolist() == list(range(10))
+    (part,) = slices.make_loader(images, [7, 2], [1, 0], 4)  # rows of a larger array
+    assert part[0].flatten().tolist() == [7, 2] and part[1].tolist() == [1, 0]
+
+
+def test_a_set_on_the_device_gives_the_same_batches():
+    images = np.random.default_rng(0).integers(0, 256, (2500, 3, 4), dtype=np.uint8)
+    here = slices._Slices(images, np.arange(2500)[::-1], np.arange(2500))
+    there = slices._OnDevice(here, torch.device("cpu"))
+    assert len(here) == len(there) == 2500
+    for a, b in zip(here[[5, 2001, 3]], there[[5, 2001, 3]]):
+        assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 # ---------------------------------------------------------------- transforms

@@ -1,0 +1,150 @@
+"""Slices are decoded once, and a cache that is not right is never believed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, write_slice
+
+import loading
+import train
+from dataset import read_index
+
+
+@pytest.fixture
+def ours(ad_nc, tmp_path, monkeypatch):
+    """A copy of the set, and a cache of its own. Returns (root, load); load() tells what it decoded."""
+    shutil.copytree(ad_nc.parent, tmp_path / "set")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, decoded, genuine = tmp_path / "set" / "AD_NC", [], loading.slices.load_slices
+
+    def counting(paths, *args):
+        decoded.append(len(paths))
+        return genuine(paths, *args)
+
+    monkeypatch.setattr(loading.slices, "load_slices", counting)
+
+    def load():
+        decoded.clear()
+        paths = read_index(root).path.tolist()
+        images, fingerprints, errors = loading.decode_once(paths, lambda: (40, 48), root, bar=None)
+        expected, _ = genuine(paths, (40, 48), None)
+        assert np.array_equal(images, expected) and len(fingerprints) == len(paths)
+        return sum(decoded), images, errors
+
+    return root, load
+
+
+def cache_file():
+    (file,) = loading.cache_folder().glob("slices-*")
+    return file
+
+
+def test_a_set_is_decoded_once(ours):
+    root, load = ours
+    assert load()[0] == 90
+    count, images, errors = load()
+    assert count == 0 and errors == {} and isinstance(images, np.memmap) and not images.flags.writeable
+    assert oct(cache_file().stat().st_mode)[-3:] == "600"  # slices of patients are not for everybody
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "removed", "renamed", "touched"])
+def test_a_changed_set_is_decoded_anew(ours, change):
+    root, load = ours
+    load()
+    folder = root / "train" / "AD"
+    first = folder / "100_70.jpeg"
+    if change == "changed":  # to another picture, with the old time
+        before = first.stat()
+        write_slice(first, False, 1)
+        os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert first.stat().st_size != before.st_size
+    elif change == "added":
+        write_slice(folder / "100_99.jpeg", True, 5)
+    elif change == "removed":
+        first.unlink()
+    elif change == "renamed":
+        first.rename(folder / "100_99.jpeg")
+    else:
+        os.utime(first)
+    assert load()[0] == len(read_index(root)) and load()[0] == 0
+    cache_file()  # the old one is gone
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "pixel", "trailer", "another file", "swapped blocks"])
+def test_a_damaged_cache_is_rebuilt_and_never_believed(ours, damage, monkeypatch):
+    root, load = ours
+    monkeypatch.setattr(loading, "BLOCK", 4000)
+    load()
+    file = cache_file()
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        content = content[:-100]
+    elif damage == "emptied":
+        content = b""
+    elif damage == "pixel":
+        content[1000] ^= 1
+    elif damage == "trailer":
+        content[-50] ^= 1
+    elif damage == "swapped blocks":
+        start = len(loading.MAGIC)
+        content[start : start + 8000] = content[start + 4000 : start + 8000] + content[start : start + 4000]
+    else:
+        content = os.urandom(5000)
+    file.write_bytes(content)
+    assert load()[0] == 90 and load()[0] == 0
+
+
+def test_files_that_cannot_be_read_are_remembered_with_their_reason(ad_nc, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(ad_nc.parent, tmp_path / "set")
+    root = tmp_path / "set" / "AD_NC"
+    (root / "train" / "AD" / "100_70.jpeg").write_bytes(b"no image")
+    args = train.parse_args(["--data", str(root), *SMALL])
+    for _ in range(2):  # decoded, and out of the cache
+        with pytest.raises(ValueError, match=r"1 files cannot be used.*100_70\.jpeg cannot be read as an image"):
+            loading.load_data(args, root, bar=None)
+
+
+def test_two_processes_may_build_the_cache_at_once(ad_nc, tmp_path):
+    script = ("import sys, loading; from dataset import read_index; paths = read_index(sys.argv[1]).path.tolist();"
+              "images = loading.decode_once(paths, lambda: (40, 48), sys.argv[1], None)[0];"
+              "print(images.shape, int(images.sum()))")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(loading.__file__).parent)}
+    run = dict(stdout=subprocess.PIPE, text=True, env=environment)
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(ad_nc)], **run) for _ in range(4)]
+    answers = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(answers) == 1 and "(90, 40, 48)" in answers.pop()
+    assert len(list((tmp_path / "convnext-ad-nc").iterdir())) == 1  # no draft is left
+
+
+def test_where_the_cache_cannot_be_written_the_slices_are_decoded_into_memory(ours, monkeypatch, capsys):
+    root, load = ours
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert load()[0] == 90
+    assert "decoded into memory" in capsys.readouterr().out
+    monkeypatch.undo()
+    args = train.parse_args(["--data", str(root), "--no-cache", *SMALL])
+    assert not isinstance(loading.load_data(args, root, bar=None)[1], np.memmap)
+
+
+def test_what_a_run_reads_out_of_the_cache_is_what_it_decodes(ours):
+    root, _ = ours
+    flags = ["--data", str(root), *SMALL]
+    one, two, three = (loading.load_data(train.parse_args(flags + more), root, bar=None)
+                       for more in ([], [], ["--no-cache"]))
+    for index, images in (two, three):
+        assert index.equals(one[0]) and np.array_equal(images, one[1])
+
+
+def test_folds_use_only_rows_of_train(ours):
+    root, _ = ours
+    args = train.parse_args(["--data", str(root), "--fold", "1", "--folds", "3", *SMALL])
+    index, images = loading.load_data(args, root, bar=None)
+    assert len(images) == 90 and len(index) == 60 and index.path.str.contains("/train/").all()
+    for row, path in index.path.items():
+        assert np.array_equal(images[row], loading.slices.decode(path))
