@@ -1,9 +1,9 @@
 """From a folder to a split index and its slices, decoded once and kept in a cache.
 
-Not run by itself. The cache holds one file a set: the uint8 array of all its slices, memory-mapped, so that a set larger
-than memory still trains, and behind it a list of the files that it was made of. It is used only while every file still
-has its name, size and time, and only if its own checksums are right; else it is made anew. `train.py --no-cache` decodes
-into memory.
+Not run by itself. The cache holds one file a set: the uint8 array of all its slices, memory-mapped, so that a set
+larger than memory still trains, and behind it a list of the files that it was made of. It is used only while every file
+still has its name, size and time, and only if its own checksums are right; else it is made anew. `train.py --no-cache`
+decodes into memory.
 """
 
 import hashlib

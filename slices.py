@@ -164,8 +164,15 @@ class _OnDevice:
     def __getitem__(self, batch):
         import torch
 
-        batch = torch.tensor(batch, device=self.labels.device)
+        batch = send(torch.tensor(batch), self.labels.device)
         return self.images[batch], self.labels[batch]
+
+
+def send(tensor, device):
+    """A CPU tensor, copied to a device; from pinned memory to a GPU, or each step would wait for all work before it."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- transforms, on whole batches and on any device
@@ -248,5 +255,5 @@ def warp(images, theta, image_size, mean=MEAN, std=STD):
 
     k = max(1, round(min(images.shape[2:]) / image_size))
     x = images.to(torch.float32) / 255
-    grid = F.affine_grid(theta.to(x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
+    grid = F.affine_grid(send(theta, x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
     return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
