@@ -71,7 +71,8 @@ def test_evaluation_is_deterministic_and_does_not_depend_on_the_batch():
     assert one.p_AD.between(0, 1).all() and one.p_AD.std() > 1e-3
     assert one.equals(utils.evaluate(model, images, table, **common))
     by_two = utils.evaluate(model, images, table, **common, batch_size=2)
-    np.testing.assert_allclose(by_two.p_AD, one.p_AD, atol=1e-6)
+    # kernels, and with them the order of sums, depend on the number of rows: some ten roundings of float32
+    np.testing.assert_allclose(by_two.logit, one.logit, atol=2e-6 * one.logit.abs().max())
 
 
 def test_a_checkpoint_rebuilds_the_model(tmp_path):
