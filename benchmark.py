@@ -111,23 +111,23 @@ def p_ad(logits):
     return logits.float().softmax(1)[:, 1]
 
 
-def step(model, optimizer, x, y, device, amp, scaler=None):
+def gradients(model, x, y, device, amp, scale=lambda loss: loss, at_once=2**31):
+    """Of the mean loss of a batch, as the recipe has it; `at_once` images at a time, whose gradients are added."""
+    for part, labels in zip(x.split(at_once), y.split(at_once)):
+        with utils.autocast(device, amp):
+            loss = nn.functional.cross_entropy(model(part), labels, label_smoothing=0.1, reduction="sum")
+        scale(loss / len(x)).backward()
+
+
+def step(model, optimizer, x, y, device, amp, scaler=None, at_once=2**31):
     """A training step of the recipe, written once for both models."""
-    with utils.autocast(device, amp):
-        loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     optimizer.zero_grad(set_to_none=True)
-    if scaler is None:
-        loss.backward()
-    else:
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+    gradients(model, x, y, device, amp, scaler.scale, at_once)
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    return loss
+    scaler.step(optimizer)
+    scaler.update()
 
 
 # ---------------------------------------------------------------- the CPU
@@ -186,22 +186,24 @@ def compare_trained(path):
 
 
 def train_on_cpu(args):
-    """A training step of batch 16 in each precision: torchvision's model and AdamW as one writes it, and ours."""
+    """A training step in each precision: torchvision's model and AdamW as one writes it, and ours, as train.py does."""
     cpu, results = torch.device("cpu"), {}
-    x = slices.eval_transform(some_slices(16), args.image_size)
-    y = torch.arange(16) % 2
+    x = slices.eval_transform(some_slices(args.batch_size), args.image_size)
+    y = torch.arange(args.batch_size) % 2
+    at_once = utils.micro_batch(cpu, args.image_size)
     for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
         theirs, ours = two_models(args.model, "cpu", args.image_size)
         plain = torch.optim.AdamW(theirs.parameters(), lr=1e-6, weight_decay=1e-4)
         fused = make_optimizer(ours, 1e-6, 1e-4)
         x_ours = x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), utils.autocast(cpu, amp):
-            a, b = theirs(x).float(), ours(x_ours).float()
-        require("the logits in training", (p_ad(a) - p_ad(b)).abs().max(), 1e-4 if amp is None else 0.01)
         name = utils.precision_name(amp)
+        gradients(theirs, x, y, cpu, amp)
+        gradients(ours, x_ours, y, cpu, amp, at_once=at_once)
+        a, b = (nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() for model in (theirs, ours))
+        require(f"the norm of the gradient in {name}", abs(a - b) / a, 1e-4 if amp is None else 0.02)
         results[name] = take_turns({
             f"torchvision, {name}": lambda: step(theirs, plain, x, y, cpu, amp),  # noqa: B023
-            f"ours, {name}": lambda: step(ours, fused, x_ours, y, cpu, amp),  # noqa: B023
+            f"ours, {name}": lambda: step(ours, fused, x_ours, y, cpu, amp, at_once=at_once),  # noqa: B023
         }, args.repeats)  # fmt: skip
     return results
 
@@ -246,7 +248,7 @@ def measure_cpu(args):
         print(f"trained {trained['model']}, {trained['image_size']} px, {trained['slices']} slices with p_AD "
               f"from {low:.2f} to {high:.2f} (median {median:.2f}): largest difference of p_AD to the plain model in "
               f"float32 {trained['float32']:.1g} in float32, {trained['bfloat16']:.1g} in bfloat16", flush=True)
-    print(f"training step, {args.model}, {args.image_size} px, batch 16", flush=True)
+    print(f"training step, {args.model}, {args.image_size} px, batch {args.batch_size}", flush=True)
     results["train"] = train_on_cpu(args)
     for rows in results["train"].values():
         show(rows)

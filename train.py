@@ -175,6 +175,7 @@ def train_epoch(state, batches, n, args, job, *, epoch, forward, mix):
     model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
     sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
+    at_once = utils.micro_batch(device, args.image_size)
     start = time.perf_counter()
     quiet = True if ranks.rank > 0 else None
     bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=quiet)
@@ -189,20 +190,22 @@ def train_epoch(state, batches, n, args, job, *, epoch, forward, mix):
                                    generator=augmentation, part=(size, ranks.rank, ranks.world))
         if mix is not None:
             x, y = mix(x, y)  # y becomes (N, 2), a share of each class
-        with utils.autocast(device, job.amp):
-            logits = forward(x.contiguous(memory_format=torch.channels_last))
-            losses = criterion(logits, y)[:mine].float()
-        loss = losses.sum() * (ranks.world / size)  # the mean over processes is the mean over the batch
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for first in range(0, len(x), at_once):
+            part, labels = x[first : first + at_once], y[first : first + at_once]
+            with utils.autocast(device, job.amp):
+                logits = forward(part.contiguous(memory_format=torch.channels_last))
+                losses = criterion(logits, labels)[: max(0, mine - first)].float()
+            # the mean over processes of these, summed over the parts, is the mean over the batch
+            scaler.scale(losses.sum() * (ranks.world / size)).backward()
+            right = logits.detach().argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
+            sums += torch.stack((losses.detach().sum(), right[: len(losses)].sum()))
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         if ema is not None:
             ema.update_parameters(model)
-        right = logits.detach().argmax(1) == (y if y.ndim == 1 else y.argmax(1))
-        sums += torch.stack((losses.detach().sum(), right[:mine].sum()))
         seen += size
         if not bar.disable and (i % 10 == 0 or i == len(batches) - 1):  # .item() waits for the device
             rate = seen / (time.perf_counter() - start)

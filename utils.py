@@ -87,6 +87,12 @@ def pick_amp(mode, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
 
 
+def micro_batch(device, image_size):
+    """How many images of a batch go through a training step at once; their gradients are added. On a CPU 8 of 224 x 224
+    pixels, or as many smaller ones: more do not stay in its cache, and each layer then waits for fresh memory."""
+    return max(1, round(8 * 224**2 / image_size**2)) if device.type == "cpu" else 2**31
+
+
 def precision_name(dtype):
     return str(dtype or torch.float32).removeprefix("torch.")
 
