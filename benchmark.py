@@ -238,6 +238,9 @@ def load_on_cpu(args):
 
 def measure_cpu(args):
     results = {"device": "cpu"}
+    results["load"] = found = load_on_cpu(args)  # first: the system remembers only the most memory that was ever used
+    print(f"loading {found['slices']:,} JPEG slices: first start {found['first_start_s']:.1f} s, later "
+          f"{found['later_start_s']:.2f} s, peak memory {found['peak_GiB']:.2f} GiB beyond what was used before")
     print(f"prediction, {args.model}, {args.image_size} px, batch {args.batch_size}, {torch.get_num_threads()} threads",
           flush=True)  # fmt: skip
     results["predict"], results["difference_of_p_AD"] = predict_on_cpu(args)
@@ -252,9 +255,6 @@ def measure_cpu(args):
     results["train"] = train_on_cpu(args)
     for rows in results["train"].values():
         show(rows)
-    results["load"] = found = load_on_cpu(args)
-    print(f"loading {found['slices']:,} JPEG slices: first start {found['first_start_s']:.1f} s, later "
-          f"{found['later_start_s']:.2f} s, peak memory {found['peak_GiB']:.2f} GiB beyond what was used before")
     return results
 
 
