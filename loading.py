@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +137,9 @@ def describe_files(paths, root):
 def write_cache(file, key, paths, size, bar):
     """Decode `paths` into a cache file; returns what `read_cache` does. Until it is whole it has another name."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f"{file.name}-*.tmp"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            left.unlink(missing_ok=True)
     shape = (len(paths), *size)
     needed = int(np.prod(shape, dtype=np.int64))
     free = shutil.disk_usage(file.parent).free

@@ -99,6 +99,18 @@ def test_a_damaged_cache_is_rebuilt_and_never_believed(ours, damage, monkeypatch
     assert load()[0] == 90 and load()[0] == 0
 
 
+def test_what_a_killed_process_left_in_the_cache_is_removed_after_a_day(ours):
+    root, load = ours
+    load()
+    file = cache_file()
+    old, new = (file.with_name(f"{file.name}-{name}.tmp") for name in ("old", "new"))
+    for draft in (old, new):
+        draft.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    file.unlink()
+    assert load()[0] == 90 and not old.exists() and new.exists()
+
+
 def test_files_that_cannot_be_read_are_remembered_with_their_reason(ad_nc, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(ad_nc.parent, tmp_path / "set")
