@@ -24,7 +24,7 @@ from dataset import Parser, run
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
-    parser.add_argument("--device", default="cuda", help="of --gpu; cpu rehearses it, in small (cuda)")
+    parser.add_argument("--device", help="of --gpu; cpu rehearses it, in small (cuda)")
     parser.add_argument("--model", default="tiny", metavar="V", help="tiny, small, base or large (tiny)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of the model's input (224)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="slices at once; GPU: also 4 N, 8 N")
@@ -37,6 +37,12 @@ def parse_args(argv=None):
     for name, low in (("image_size", 32), ("batch_size", 1), ("slices", 40), ("repeats", 1)):
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} or more")
+    if args.device is not None and not args.gpu:
+        parser.error("--device goes with --gpu; without it the CPU is measured")
+    for name in ("json", "figure"):
+        folder = Path(getattr(args, name) or ".").parent
+        if not folder.is_dir():
+            parser.error(f"--{name} is {getattr(args, name)}, but there is no folder {folder}; make it first")
     return args
 
 
@@ -103,8 +109,8 @@ def two_models(variant, device, image_size):
 
 def some_slices(n):
     """n slices of the phantom, uint8 (n, 1, 240, 256)."""
-    drawn = [phantom.render(scan) for scan in phantom.plan(20, 1)[: -(-n // phantom.SLICES)]]
-    return torch.from_numpy(np.concatenate(drawn)[:n, None])
+    drawn = np.concatenate([phantom.render(scan) for scan in phantom.plan(20, 1)[: -(-n // phantom.SLICES)]])
+    return torch.from_numpy(drawn[np.arange(n) % len(drawn), None])
 
 
 def p_ad(logits):
@@ -238,6 +244,8 @@ def load_on_cpu(args):
 
 def measure_cpu(args):
     results = {"device": "cpu"}
+    if args.checkpoint:  # a wrong one is told at once
+        utils.build_model(utils.load_checkpoint(args.checkpoint))
     results["load"] = found = load_on_cpu(args)  # first: the system remembers only the most memory that was ever used
     print(f"loading {found['slices']:,} JPEG slices: first start {found['first_start_s']:.1f} s, later "
           f"{found['later_start_s']:.2f} s, peak memory {found['peak_GiB']:.2f} GiB beyond what was used before")
@@ -333,7 +341,7 @@ def epoch_on_gpu(args, device):
     from torchvision.transforms import v2
 
     batch = 4 * args.batch_size
-    n = min(args.slices, 10240) // batch * batch
+    n = max(1, min(args.slices, 10240) // batch) * batch
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         from PIL import Image
@@ -407,7 +415,7 @@ def predict_on_gpu(args, device):
 
 
 def measure_gpu(args):
-    device, start = utils.pick_device(args.device), time.perf_counter()
+    device, start = utils.pick_device(args.device or "cuda"), time.perf_counter()
     cuda, large = device.type == "cuda", 4 * args.batch_size
     results = {"device": torch.cuda.get_device_name(device) if cuda else "rehearsal on the CPU", "ladder": {}}
     torch.backends.cudnn.benchmark = True

@@ -30,7 +30,11 @@ BLOCK = 1 << 24  # bytes that one checksum covers
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-ad-nc"
+    """Where decoded slices and the set of --demo are kept. OSError if the user has no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnext-ad-nc"
+    except RuntimeError as problem:
+        raise OSError(f"{problem}; name a folder with XDG_CACHE_HOME") from None
 
 
 def find_data(args):
@@ -57,7 +61,10 @@ def demo_data():
     if not folder.is_dir():
         print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be drawing the same set
-        phantom.draw(draft, subjects=DEMO_SUBJECTS, seed=0)
+        try:
+            phantom.draw(draft, subjects=DEMO_SUBJECTS, seed=0)
+        except OSError as problem:
+            raise OSError(f"{problem}; name a folder that can be written with XDG_CACHE_HOME") from None
         if folder.is_dir():
             shutil.rmtree(draft)
         else:
@@ -107,16 +114,12 @@ def decode_once(paths, find_size, root=None, bar="decoding"):
     Returns (images, fingerprints of the slices, {row: reason} for the files that cannot be read).
     """
     if root is not None:
-        file = cache_folder() / f"slices-{hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16]}"
-        key = describe_files(paths, root)
-        found = read_cache(file, key)
-        if found is None:
-            try:
-                found = write_cache(file, key, paths, find_size(), bar)
-            except OSError as problem:
-                print(f"the decoded slices cannot be kept ({problem}); they are decoded into memory", flush=True)
-        if found is not None:
-            return found
+        try:
+            where = os.fsencode(os.path.abspath(root))
+            file, key = cache_folder() / f"slices-{hashlib.sha256(where).hexdigest()[:16]}", describe_files(paths, root)
+            return read_cache(file, key) or write_cache(file, key, paths, find_size(), bar)
+        except OSError as problem:
+            print(f"the decoded slices cannot be kept ({problem}); they are decoded into memory", flush=True)
     images, errors = slices.load_slices(paths, find_size(), bar)
     return images, slices.fingerprint_slices(images), {row: error for row, error in enumerate(errors) if error}
 
@@ -125,7 +128,10 @@ def describe_files(paths, root):
     """What a cache was made of, as text: a line a file with its path below `root`, its size and its time."""
 
     def line(path):
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError:  # decoding it says why
+            return f"{os.path.relpath(path, root)!r} is not there"
         return f"{os.path.relpath(path, root)!r} {stat.st_size} {stat.st_mtime_ns}"
 
     return "\n".join([f"format {FORMAT}", *map(line, paths)])
@@ -135,7 +141,8 @@ def describe_files(paths, root):
 
 
 def write_cache(file, key, paths, size, bar):
-    """Decode `paths` into a cache file; returns what `read_cache` does. Until it is whole it has another name."""
+    """Decode `paths` into a cache file; returns what `decode_once` does. Until it is whole it has another name; where a
+    file could not be read it never is, for that may be mended without a trace."""
     file.parent.mkdir(parents=True, exist_ok=True)
     for left in file.parent.glob(f"{file.name}-*.tmp"):  # by a process that was killed
         if time.time() - left.stat().st_mtime > 24 * 3600:
@@ -153,8 +160,8 @@ def write_cache(file, key, paths, size, bar):
             out.flush()
             images = np.memmap(draft, np.uint8, "r+", len(MAGIC), shape)
             _, errors = slices.load_slices(paths, size, bar, images)
-            trailer = {"key": key, "size": size, "fingerprints": slices.fingerprint_slices(images),
-                       "errors": {row: error for row, error in enumerate(errors) if error}}
+            errors = {row: error for row, error in enumerate(errors) if error}
+            trailer = {"key": key, "size": size, "fingerprints": slices.fingerprint_slices(images)}
             images.flush()
             trailer["checksums"] = checksums(draft, needed)
             text = json.dumps(trailer).encode()
@@ -162,16 +169,20 @@ def write_cache(file, key, paths, size, bar):
             out.write(text + zlib.crc32(text).to_bytes(8, "little") + len(text).to_bytes(8, "little"))
             out.flush()
             os.fsync(out.fileno())
-        os.replace(draft, file)  # who has the old one mapped keeps it
+        images = np.memmap(draft, np.uint8, "r", len(MAGIC), shape)
+        if not errors:
+            os.replace(draft, file)  # who has the old one mapped keeps it
+            print(f"the decoded slices are kept in {file}", flush=True)
     finally:
         Path(draft).unlink(missing_ok=True)
-    return _open(file, shape, trailer)
+    return images, trailer["fingerprints"], errors
 
 
 def read_cache(file, key):
-    """(images, fingerprints, errors) of a cache file that was made of `key` and is whole, else None."""
+    """(images, fingerprints, no errors) of a cache file that was made of `key` and is whole, else None."""
     try:
         with open(file, "rb") as cache:
+            magic = cache.read(len(MAGIC))
             size = cache.seek(-16, os.SEEK_END)
             end = cache.read()
             length = int.from_bytes(end[8:], "little")
@@ -180,20 +191,15 @@ def read_cache(file, key):
         if zlib.crc32(text) != int.from_bytes(end[:8], "little"):
             return None
         trailer = json.loads(text)
-        if trailer["key"] != key:
+        if trailer["key"] != key or magic != MAGIC:
             return None
         shape = len(trailer["fingerprints"]), *trailer["size"]
         needed = int(np.prod(shape, dtype=np.int64))
         if len(MAGIC) + needed != size - length or checksums(file, needed) != trailer["checksums"]:
             return None
-        return _open(file, shape, trailer)
+        return np.memmap(file, np.uint8, "r", len(MAGIC), shape), trailer["fingerprints"], {}
     except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or no cache at all
         return None
-
-
-def _open(file, shape, trailer):
-    images = np.memmap(file, np.uint8, "r", len(MAGIC), shape)
-    return images, trailer["fingerprints"], {int(row): error for row, error in trailer["errors"].items()}
 
 
 def checksums(file, length):

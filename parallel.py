@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
 def start(device):
     """Join the processes of torchrun, if there are any. Returns (Ranks, device), the device being this process's."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if world == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # a scheduler may set the first alone
         return Ranks(), device
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -60,20 +60,28 @@ def wrap(model, ranks, device):
 
 def one_after_the_other(ranks, work):
     """`work()` in process 0, then in the others: what the first leaves in a cache, they find."""
-    if ranks.rank > 0:
-        dist.barrier()
-    result = work()
-    if ranks.rank == 0 and ranks.world > 1:
-        dist.barrier()
-    return result
+    first = []
+    from_rank_0(ranks, lambda: first.append(work()))
+    return first[0] if first else work()
 
 
 def from_rank_0(ranks, work):
-    """What `work()` returns in process 0, in all of them."""
-    values = [work() if ranks.rank == 0 else None]
-    if ranks.world > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+    """What `work()` returns in process 0, in all of them. If it fails on wrong input, the others end without a word."""
+    if ranks.world == 1:
+        return work()
+    value, problem = None, None
+    if ranks.rank == 0:
+        try:
+            value = work()
+        except (ValueError, OSError) as found:
+            problem = found
+    answer = [value, problem is not None]
+    dist.broadcast_object_list(answer)
+    if problem is not None:
+        raise problem
+    if answer[1]:
+        raise SystemExit(2)
+    return answer[0]
 
 
 def total(values, ranks):

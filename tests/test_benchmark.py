@@ -50,6 +50,19 @@ def test_the_cpu_part_runs_in_small_and_writes_its_numbers(run_folder, tmp_path)
     assert set(results["train"]) >= {"float32"} and (tmp_path / "cpu.png").stat().st_size > 5000
 
 
+def test_slices_are_repeated_where_more_are_asked_for_than_are_drawn():
+    few = benchmark.some_slices(40)
+    assert few.shape == (40, 1, 240, 256) and len(benchmark.some_slices(1500)) == 1500
+
+
+@pytest.mark.parametrize("words", [["--json", "nowhere/x.json"], ["--figure", "nowhere/x.png"], ["--device", "cpu"],
+                                   ["--batch-size", "0"]])  # fmt: skip
+def test_wrong_flags_are_told_before_anything_is_measured(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.parse_args(words)
+    assert stop.value.code == 2 and f"error: {words[0]}" in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_not_there_is_said(tmp_path):
     words = [sys.executable, ROOT / "benchmark.py", "--gpu"]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -111,15 +111,40 @@ def test_what_a_killed_process_left_in_the_cache_is_removed_after_a_day(ours):
     assert load()[0] == 90 and not old.exists() and new.exists()
 
 
-def test_files_that_cannot_be_read_are_remembered_with_their_reason(ad_nc, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(ad_nc.parent, tmp_path / "set")
-    root = tmp_path / "set" / "AD_NC"
-    (root / "train" / "AD" / "100_70.jpeg").write_bytes(b"no image")
+def test_a_set_with_files_that_cannot_be_read_is_not_kept_for_they_may_be_mended(ours, monkeypatch):
+    root, load = ours
+    first, genuine = str(root / "train" / "AD" / "100_70.jpeg"), loading.slices.decode
+
+    def locked(path, size=None):
+        if path == first:
+            raise PermissionError(13, "Permission denied")
+        return genuine(path, size)
+
     args = train.parse_args(["--data", str(root), *SMALL])
-    for _ in range(2):  # decoded, and out of the cache
-        with pytest.raises(ValueError, match=r"1 files cannot be used.*100_70\.jpeg cannot be read as an image"):
-            loading.load_data(args, root, bar=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading.slices, "decode", locked)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"1 files cannot be used.*100_70\.jpeg .*Permission denied"):
+                loading.load_data(args, root, bar=None)
+    assert not list(loading.cache_folder().iterdir())
+    assert load()[2] == {}  # mended, though neither size nor time have changed
+
+
+def test_a_dangling_link_is_named(ours):
+    root, _ = ours
+    (root / "train" / "AD" / "100_99.jpeg").symlink_to("nowhere.jpeg")
+    with pytest.raises(ValueError, match=r"1 files cannot be used.*100_99\.jpeg"):
+        loading.load_data(train.parse_args(["--data", str(root), *SMALL]), root, bar=None)
+
+
+def test_without_a_home_the_slices_are_decoded_into_memory(ad_nc, monkeypatch, capsys):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(loading.Path, "home", homeless)
+    images, _, errors = loading.decode_once(read_index(ad_nc).path.tolist(), lambda: (40, 48), ad_nc, None)
+    assert images.shape == (90, 40, 48) and errors == {} and "XDG_CACHE_HOME" in capsys.readouterr().out
 
 
 def test_two_processes_may_build_the_cache_at_once(ad_nc, tmp_path):
@@ -129,7 +154,7 @@ def test_two_processes_may_build_the_cache_at_once(ad_nc, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(loading.__file__).parent)}
     run = dict(stdout=subprocess.PIPE, text=True, env=environment)
     processes = [subprocess.Popen([sys.executable, "-c", script, str(ad_nc)], **run) for _ in range(4)]
-    answers = {process.communicate(timeout=120)[0] for process in processes}
+    answers = {process.communicate(timeout=120)[0].splitlines()[-1] for process in processes}
     assert len(answers) == 1 and "(90, 40, 48)" in answers.pop()
     assert len(list((tmp_path / "convnext-ad-nc").iterdir())) == 1  # no draft is left
 

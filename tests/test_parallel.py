@@ -55,6 +55,13 @@ def test_a_run_of_several_processes_is_resumed_by_one(ad_nc, tmp_path):
 def test_wrong_input_ends_all_processes(ad_nc, run_folder):
     done = torchrun(2, "--data", ad_nc, "--out", run_folder, *SMALL, timeout=120)
     assert done.returncode != 0 and done.stderr.count("is not empty, and a run never overwrites another") == 1
+    assert "train.py\", line" not in done.stderr  # of none of the processes there is a traceback
+
+
+def test_a_scheduler_that_names_only_the_number_of_processes_starts_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert parallel.start(torch.device("cpu")) == (parallel.Ranks(0, 1, 0), torch.device("cpu"))
 
 
 def test_shares_cover_a_batch_once():
