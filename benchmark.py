@@ -24,6 +24,7 @@ from dataset import Parser, run
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
+    parser.add_argument("--compile", action="store_true", help="also predict with torch.compile on the CPU")
     parser.add_argument("--device", help="of --gpu; cpu rehearses it, in small (cuda)")
     parser.add_argument("--model", default="tiny", metavar="V", help="tiny, small, base or large (tiny)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of the model's input (224)")
@@ -174,6 +175,20 @@ def predict_on_cpu(args):
         candidates |= {"torchvision, bfloat16": reference_bf16, "ours, bfloat16": lambda: short(x)}
         difference = (p_ad(short(x)) - p_ad(reference())).abs().max()
         differences["ours, bfloat16"] = require("the engine in bfloat16", difference, 0.01)
+    if args.compile:
+        compiled = two_models(args.model, "cpu", args.image_size)[1].eval()
+        compiled.compile()
+        parts = x.contiguous(memory_format=torch.channels_last).split(utils.micro_batch(cpu, args.image_size))
+
+        @torch.inference_mode()
+        def compiled_in(amp):
+            with utils.autocast(cpu, amp):
+                return torch.cat([compiled(part) for part in parts]).float()
+
+        for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
+            name = f"ours without the engine, compiled, {utils.precision_name(amp)}"
+            candidates[name] = lambda amp=amp: compiled_in(amp)
+            differences[name] = require(name, (p_ad(compiled_in(amp)) - p_ad(reference())).abs().max(), 0.01)
     return take_turns(candidates, args.repeats), differences
 
 
@@ -271,7 +286,7 @@ def show(rows, differences=None, images=None):
         rate = f"  {images / row['seconds']:>9,.0f} images/s" if images else ""
         difference = (differences or {}).get(name)
         note = f"  (largest difference of p_AD {difference:.1g})" if difference is not None else ""
-        print(f"  {name:<34}{row['ratio']:>6.2f} x{rate}{note}", flush=True)
+        print(f"  {name:<50}{row['ratio']:>6.2f} x{rate}{note}", flush=True)
 
 
 # ---------------------------------------------------------------- a GPU
