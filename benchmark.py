@@ -59,7 +59,7 @@ import loading  # noqa: E402
 import phantom  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
-from engine import make_engine  # noqa: E402
+from engine import make_engine, micro_batch  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
 from train import make_optimizer  # noqa: E402
 
@@ -95,7 +95,7 @@ def require(what, difference, limit):
     return float(difference)
 
 
-def two_models(variant, device, image_size):
+def two_models(variant, device):
     """(torchvision's model, ours) of one grey channel and two classes, with the same random weights that let every
     block speak (LayerScale about 0.1). Neither drops paths, for that would be random."""
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def step(model, optimizer, x, y, device, amp, scaler=None, at_once=2**31):
 
 def predict_on_cpu(args):
     """The engine of predict.py against torchvision's model, both from normalised slices to p_AD."""
-    theirs, ours = two_models(args.model, "cpu", args.image_size)
+    theirs, ours = two_models(args.model, "cpu")
     theirs.eval()
     x, cpu = slices.eval_transform(some_slices(args.batch_size), args.image_size), torch.device("cpu")
 
@@ -176,9 +176,10 @@ def predict_on_cpu(args):
         difference = (p_ad(short(x)) - p_ad(reference())).abs().max()
         differences["ours, bfloat16"] = require("the engine in bfloat16", difference, 0.01)
     if args.compile:
-        compiled = two_models(args.model, "cpu", args.image_size)[1].eval()
-        compiled.compile()
-        parts = x.contiguous(memory_format=torch.channels_last).split(utils.micro_batch(cpu, args.image_size))
+        compiled = two_models(args.model, "cpu")[1].eval()
+        compiled.compile(dynamic=False)
+        at_once = micro_batch(cpu, args.image_size, args.image_size)
+        parts = x.contiguous(memory_format=torch.channels_last).split(at_once)
 
         @torch.inference_mode()
         def compiled_in(amp):
@@ -211,9 +212,9 @@ def train_on_cpu(args):
     cpu, results = torch.device("cpu"), {}
     x = slices.eval_transform(some_slices(args.batch_size), args.image_size)
     y = torch.arange(args.batch_size) % 2
-    at_once = utils.micro_batch(cpu, args.image_size)
+    at_once = micro_batch(cpu, args.image_size, args.image_size)
     for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
-        theirs, ours = two_models(args.model, "cpu", args.image_size)
+        theirs, ours = two_models(args.model, "cpu")
         plain = torch.optim.AdamW(theirs.parameters(), lr=1e-6, weight_decay=1e-4)
         fused = make_optimizer(ours, 1e-6, 1e-4)
         x_ours = x.contiguous(memory_format=torch.channels_last)
@@ -293,8 +294,8 @@ def show(rows, differences=None, images=None):
 
 
 def step_on_gpu(kind, variant, batch, image_size, device):
-    """A function that takes one training step of a rung of the ladder, and the number of images it takes."""
-    theirs, ours = two_models(variant, device, image_size)
+    """A function that takes one training step of a rung of the ladder, once its gradients are right."""
+    theirs, ours = two_models(variant, device)
     x = torch.randn(batch, 1, image_size, image_size, device=device)
     y = torch.arange(batch, device=device) % 2
     amp = torch.bfloat16 if "bf16" in kind else half_of(device)
@@ -305,9 +306,15 @@ def step_on_gpu(kind, variant, batch, image_size, device):
         model, optimizer = ours, make_optimizer(ours, 1e-6, 1e-4)
         x = x.contiguous(memory_format=torch.channels_last)
     if "compiled" in kind:
-        model.compile()
+        model.compile(dynamic=False)
     if "tuned" in kind:
-        model.compile(mode="max-autotune-no-cudagraphs")
+        model.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+    norms = []
+    for tried, how in ((theirs, None), (model, amp)):
+        tried.zero_grad(set_to_none=True)
+        gradients(tried, x, y, device, how, lambda loss: loss * 1024)  # so that none is too small for fp16
+        norms.append(nn.utils.get_total_norm([p.grad for p in tried.parameters()]).item())
+    require(f"the norm of the gradient of {kind}", abs(norms[1] - norms[0]) / norms[0], 0.05)
     return lambda: step(model, optimizer, x, y, device, amp, scaler)
 
 
@@ -380,12 +387,12 @@ def epoch_on_gpu(args, device):
         }  # fmt: skip
         results = {}
         for name, batches in loaders.items():
-            models = two_models(args.model, device, args.image_size)
+            models = two_models(args.model, device)
             model = models[name == "ours"]
             optimizer = make_optimizer(model, 1e-6, 1e-4) if name == "ours" else torch.optim.AdamW(model.parameters())
             scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
             if name == "ours":
-                model.compile()
+                model.compile(dynamic=False)
             for _ in range(2):  # the first one warms up
                 start, seen, waited = time.perf_counter(), 0, 0.0
                 before = time.perf_counter()
@@ -408,7 +415,7 @@ def epoch_on_gpu(args, device):
 
 def predict_on_gpu(args, device):
     batch = 4 * args.batch_size
-    theirs, ours = two_models(args.model, device, args.image_size)
+    theirs, ours = two_models(args.model, device)
     theirs.eval()
     x = torch.randn(batch, 1, args.image_size, args.image_size, device=device)
     run = make_engine(ours, device, half_of(device))
@@ -421,8 +428,8 @@ def predict_on_gpu(args, device):
     with torch.inference_mode():
         exact = p_ad(theirs(x))
     require("prediction in fp16", (p_ad(run(x)) - exact).abs().max(), 0.01)
-    _, fast = two_models(args.model, device, args.image_size)
-    fast.compile()
+    _, fast = two_models(args.model, device)
+    fast.compile(dynamic=False)
     compiled = make_engine(fast, device, half_of(device))
     require("compiled prediction in fp16", (p_ad(compiled(x)) - exact).abs().max(), 0.01)
     candidates = {"torchvision fp16": reference, "ours fp16": lambda: run(x), "ours fp16 compiled": lambda: compiled(x)}
@@ -451,6 +458,7 @@ def measure_gpu(args):
             print(f"out of time before batch {batch}, {', '.join(names)}")
             continue
         print(f"training step, batch {batch}")
+        torch._dynamo.reset()  # or it takes another batch size for a size that varies
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         candidates = {name: step_on_gpu(name, args.model, batch, args.image_size, device) for name in names}
@@ -475,23 +483,12 @@ def keep(args, results):
         utils.write_json(args.json, results)
 
 
-def draw(path, results):
-    """Bars of the ratios to torchvision."""
-    if results["device"] == "cpu":
-        rows = {f"predict: {name}": row for name, row in results["predict"].items()}
-        rows |= {f"train: {name}": row for part in results["train"].values() for name, row in part.items()}
-    else:
-        rows = {f"predict: {name}": row for name, row in results["predict"].items()}
-        rows |= {f"train, batch {batch}: {name}": row for batch, part in results["ladder"].items()
-                 for name, row in part.items()}  # fmt: skip
-    figure, ((axes,),) = utils._figure(height=0.3 * len(rows) + 1.2, width=6)
-    ratios = [row["ratio"] for row in rows.values()]
-    bars = axes.barh(list(rows), ratios, color=["0.4" if "ours" in name else "0.8" for name in rows])
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2)
-    axes.invert_yaxis()
-    axes.set(xlabel="speed, times torchvision's (the first bar of each group)")
-    utils._title(figure, f"{results['model']}, {results['image_size']} px, {results['machine']}")
-    utils._save(figure, path)
+def ratios_of(results):
+    """What --figure draws."""
+    steps = results["train"] if "train" in results else {f"batch {n}": part for n, part in results["ladder"].items()}
+    rows = {f"predict: {name}": row for name, row in results["predict"].items()}
+    rows |= {f"train, {group}: {name}": row for group, part in steps.items() for name, row in part.items()}
+    return {name: row["ratio"] for name, row in rows.items()}
 
 
 def machine():
@@ -512,7 +509,8 @@ def main(args):
     results = measure_gpu(args) if args.gpu else measure_cpu(args)
     keep(args, results)
     if args.figure:
-        draw(args.figure, results)
+        title = f"{args.model}, {args.image_size} px, {results['machine']}"
+        utils.plot_speed(args.figure, ratios_of(results), title)
     print(json.dumps({name: results[name] for name in ("machine", "python", "torch", "torchvision")}))
 
 

@@ -9,7 +9,6 @@ that activations stay in its cache and no memory is given back and faulted in ag
 """
 
 import copy
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,9 +16,14 @@ import torch.nn.functional as F
 
 from modules import ConvNeXt
 
-MICRO_BATCH = 8  # images of 224 x 224 on a core at once
 HIDDEN_BYTES = 2**20  # of the widest activations of a block at once: a core's share of the cache
 MOST_WORKERS = 8  # beyond, threads wait for the interpreter's lock; they get more than one core each instead
+
+
+def micro_batch(device, height, width):
+    """How many images of a batch go through the model at once. On a CPU 8 of 224 x 224 pixels, or as many smaller ones:
+    more do not stay in its cache, and each layer then waits for fresh memory. On a GPU all of them."""
+    return max(1, round(8 * 224**2 / (height * width))) if device.type == "cpu" else 2**31
 
 
 def make_engine(model, device, amp=None):
@@ -64,6 +68,7 @@ class _Folded:
         weight, bias = block.pwconv2.weight * block.gamma[:, None], block.pwconv2.bias * block.gamma
         return self._copy(block.dwconv), self._copy(block.norm), expand, make_linear(weight, bias, self.dtype)
 
+    @torch.inference_mode()  # a mode of the thread
     def _forward(self, x):
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         for number, (kernel, stride, norm, blocks) in enumerate(self.stages):
@@ -83,28 +88,18 @@ class _Folded:
                     into.add_(project(expand(part)))
         return self.head(self.norm(x.float().mean((2, 3))))
 
-    @torch.inference_mode()
     def __call__(self, x):
         threads = torch.get_num_threads()
         workers = min(threads, MOST_WORKERS)
-        size = max(1, round(MICRO_BATCH * 224 * 224 / (x.shape[2] * x.shape[3])))
-        parts = x.split(max(1, min(size, -(-len(x) // workers))))
+        parts = x.split(max(1, min(micro_batch(x.device, *x.shape[2:]), -(-len(x) // workers))))
         if workers == 1 or len(parts) == 1:
             return torch.cat([self._forward(part) for part in parts])
-        with _one_at_a_time:  # the number of threads is the process's
-            torch.set_num_threads(threads // workers)
-            try:
-                with ThreadPoolExecutor(workers) as pool:
-                    return torch.cat(list(pool.map(self._work, parts)))
-            finally:
-                torch.set_num_threads(threads)
-
-    def _work(self, part):
-        with torch.inference_mode():  # a mode of the thread
-            return self._forward(part)
-
-
-_one_at_a_time = threading.Lock()
+        torch.set_num_threads(threads // workers)
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                return torch.cat(list(pool.map(self._forward, parts)))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _normalise(x, norm):

@@ -131,7 +131,7 @@ def predict_table(checkpoint, table, *, device, amp, batch_size=64, images=None,
     and its column pixels holds their fingerprints.
     """
     if images is not None:
-        good = table.path.notna()
+        good = pd.Series(True, table.index)
         rows, at, pixels, table = table, table.index, table.pixels, table.drop(columns="pixels")
     else:
         images, errors = load_slices(table.path.tolist(), checkpoint["slice_size"], bar="decoding")

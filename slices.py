@@ -183,6 +183,7 @@ def eval_transform(images, image_size, mean=MEAN, std=STD):
     import torch
     import torch.nn.functional as F
 
+    # torchvision's resize and center_crop; to import these takes longer than to predict a slice
     height, width = images.shape[2:]
     short = min(height, width)
     size = image_size * height // short, image_size * width // short

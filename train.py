@@ -138,6 +138,7 @@ import parallel  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
 from baselines import fit_baselines  # noqa: E402
+from engine import micro_batch  # noqa: E402
 from evaluate import PARTS, cell, format_assessment, write_results  # noqa: E402
 from loading import find_data, load_data  # noqa: E402
 from metrics import arrays, calibrate, conformal_quantile, point_figures, with_predictions  # noqa: E402
@@ -175,7 +176,7 @@ def train_epoch(state, batches, n, args, job, *, epoch, forward, mix):
     model.train()
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
     sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
-    at_once = utils.micro_batch(device, args.image_size)
+    at_once = micro_batch(device, args.image_size, args.image_size)
     start = time.perf_counter()
     quiet = True if ranks.rank > 0 else None
     bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=quiet)
@@ -379,7 +380,7 @@ def fit(state, index, images, args, job, facts, history):
     batches = slices.make_loader(images, index.index[train], index.label[train] == "AD", args.batch_size, order,
                                  job.device, (ranks.rank, ranks.world, size))
     if args.compile:
-        model.compile()  # in place: the names of the weights stay clean
+        model.compile(dynamic=False)  # in place: the names of the weights stay clean
         job.log("the step is compiled: the first one takes a minute or more")
     forward = parallel.wrap(model, ranks, job.device)
     mix, best = make_mix(args), None

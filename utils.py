@@ -87,12 +87,6 @@ def pick_amp(mode, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
 
 
-def micro_batch(device, image_size):
-    """How many images of a batch go through a training step at once; their gradients are added. On a CPU 8 of 224 x 224
-    pixels, or as many smaller ones: more do not stay in its cache, and each layer then waits for fresh memory."""
-    return max(1, round(8 * 224**2 / image_size**2)) if device.type == "cpu" else 2**31
-
-
 def precision_name(dtype):
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -416,5 +410,16 @@ def plot_risk(path, tables, title, sets=None):
     axes.set(xlabel="share of units that are answered, the surest first", ylabel="error rate among them",
              xlim=(0, 1.02), ylim=(-0.01, None))
     axes.legend()
+    _title(figure, title)
+    _save(figure, path)
+
+
+def plot_speed(path, ratios, title):
+    """Bars of speeds as multiples of torchvision's, a dict by name; ours are dark."""
+    figure, ((axes,),) = _figure(height=0.3 * len(ratios) + 1.2, width=6)
+    bars = axes.barh(list(ratios), list(ratios.values()), color=["0.4" if "ours" in name else "0.8" for name in ratios])
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios.values()], padding=2)
+    axes.invert_yaxis()
+    axes.set(xlabel="speed, times torchvision's (the first bar of each group)", xlim=(0, 1.1 * max(ratios.values())))
     _title(figure, title)
     _save(figure, path)

@@ -149,3 +149,11 @@ def test_evaluation_transform_equals_torchvisions_and_is_deterministic(smooth):
     x = slices.eval_transform(smooth, 224)
     assert x.shape == (1, 1, 224, 224) and (x - expected).abs().max() < 1e-6
     assert torch.equal(x, slices.eval_transform(smooth, 224))
+
+
+@pytest.mark.parametrize("shape, size", [((40, 48), 32), ((33, 97), 64), ((300, 101), 50), ((57, 57), 33)])
+def test_evaluation_transform_equals_torchvisions_at_odd_sizes(shape, size):
+    images = torch.randint(0, 256, (2, 1, *shape), dtype=torch.uint8)
+    x = TF.resize(TF.to_dtype(images, torch.float32, scale=True), [size], antialias=True)
+    expected = (TF.center_crop(x, [size, size]) - slices.MEAN) / slices.STD
+    assert (slices.eval_transform(images, size) - expected).abs().max() < 1e-6

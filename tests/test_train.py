@@ -276,12 +276,29 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
 
 
 def test_parts_of_a_batch_add_up_to_the_step_of_the_whole(ad_nc, tmp_path, monkeypatch):
-    assert utils.micro_batch(torch.device("cpu"), 224) == 8 < utils.micro_batch(torch.device("cpu"), 64)
+    assert train.micro_batch(torch.device("cpu"), 224, 224) == 8 < train.micro_batch(torch.device("cpu"), 64, 64)
     flags = ["--epochs", "2", "--amp", "off"]
     whole = train_small(ad_nc, tmp_path / "whole", *flags)
-    monkeypatch.setattr(utils, "micro_batch", lambda device, image_size: 5)  # of batches of 16
+    monkeypatch.setattr(train, "micro_batch", lambda device, height, width: 5)  # of batches of 16
     parts = train_small(ad_nc, tmp_path / "parts", *flags)
     a, b = history(whole), history(parts)
     np.testing.assert_allclose(a.train_loss[0], b.train_loss[0], rtol=1e-4)
     np.testing.assert_allclose(a.train_accuracy, b.train_accuracy)
     assert not a.train_loss.equals(b.train_loss)  # other roundings: it was indeed taken in parts
+
+
+def test_a_compiled_run_has_one_shape_and_clean_names(ad_nc, tmp_path, monkeypatch):
+    shapes, genuine = set(), torch.nn.Module.compile
+
+    def backend(graph, inputs):  # without a compiler: it only looks
+        shapes.update(value.shape for value in inputs if torch.is_tensor(value) and value.ndim == 4)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: genuine(self, backend=backend, **how))
+    flags = ["--epochs", "2", "--amp", "off"]
+    plain = train_small(ad_nc, tmp_path / "plain", *flags)
+    run = train_small(ad_nc, tmp_path / "compiled", *flags, "--compile")
+    assert {shape for shape in shapes if shape[1:] == (1, 32, 32)} == {(16, 1, 32, 32)}  # the last batch has 13
+    a, b = (utils.load_checkpoint(folder / "last.pth")["weights"] for folder in (plain, run))
+    assert list(a) == list(b)
+    np.testing.assert_allclose(history(plain).train_loss, history(run).train_loss, rtol=1e-3)
