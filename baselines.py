@@ -23,7 +23,7 @@ def shrink(images, rows=None):
     """Rows `rows` (N,), or all, of uint8 (M, H, W) -> float32 (N, pixels) in [0, 1]: means of square blocks, about SIDE
     on the short side."""
     if rows is not None:  # in parts: together they may not fit into memory
-        parts = np.array_split(np.asarray(rows), 1 + len(rows) // 1024)
+        parts = np.array_split(np.asarray(rows, int), 1 + len(rows) // 1024)
         return np.concatenate([shrink(images[part]) for part in parts])
     block = max(1, min(images.shape[1:]) // SIDE)
     height, width = (side // block for side in images.shape[1:])

@@ -59,9 +59,10 @@ import loading  # noqa: E402
 import phantom  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
+from checkpoint import build_model, load_checkpoint  # noqa: E402
 from engine import make_engine, micro_batch  # noqa: E402
+from epoch import make_optimizer  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from train import make_optimizer  # noqa: E402
 
 BUDGET = 520  # seconds that --gpu may take
 
@@ -195,8 +196,8 @@ def predict_on_cpu(args):
 
 def compare_trained(path):
     """The largest difference of p_AD on slices of the phantom between float32 and bfloat16, and the spread of p_AD."""
-    checkpoint = utils.load_checkpoint(path)
-    model, cpu = utils.build_model(checkpoint).eval(), torch.device("cpu")
+    checkpoint = load_checkpoint(path)
+    model, cpu = build_model(checkpoint).eval(), torch.device("cpu")
     x = slices.eval_transform(some_slices(400), checkpoint["image_size"])
     with torch.inference_mode():
         plain = torch.cat([p_ad(model(part)) for part in x.split(40)])
@@ -216,7 +217,7 @@ def train_on_cpu(args):
     for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
         theirs, ours = two_models(args.model, "cpu")
         plain = torch.optim.AdamW(theirs.parameters(), lr=1e-6, weight_decay=1e-4)
-        fused = make_optimizer(ours, 1e-6, 1e-4)
+        fused, scaler = make_optimizer(ours, 1e-6, 1e-4), utils.make_scaler(cpu, amp)
         x_ours = x.contiguous(memory_format=torch.channels_last)
         name = utils.precision_name(amp)
         gradients(theirs, x, y, cpu, amp)
@@ -225,7 +226,7 @@ def train_on_cpu(args):
         require(f"the norm of the gradient in {name}", abs(a - b) / a, 1e-4 if amp is None else 0.02)
         results[name] = take_turns({
             f"torchvision, {name}": lambda: step(theirs, plain, x, y, cpu, amp),  # noqa: B023
-            f"ours, {name}": lambda: step(ours, fused, x_ours, y, cpu, amp, at_once=at_once),  # noqa: B023
+            f"ours, {name}": lambda: step(ours, fused, x_ours, y, cpu, amp, scaler, at_once),  # noqa: B023
         }, args.repeats)  # fmt: skip
     return results
 
@@ -261,7 +262,7 @@ def load_on_cpu(args):
 def measure_cpu(args):
     results = {"device": "cpu"}
     if args.checkpoint:  # a wrong one is told at once
-        utils.build_model(utils.load_checkpoint(args.checkpoint))
+        build_model(load_checkpoint(args.checkpoint))
     results["load"] = found = load_on_cpu(args)  # first: the system remembers only the most memory that was ever used
     print(f"loading {found['slices']:,} JPEG slices: first start {found['first_start_s']:.1f} s, later "
           f"{found['later_start_s']:.2f} s, peak memory {found['peak_GiB']:.2f} GiB beyond what was used before")

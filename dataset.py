@@ -38,15 +38,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {printable(message)}\n")
+
+
+def printable(text, breaks="\n"):
+    """Text for a terminal: what does not print (control characters, bytes that are no UTF-8) becomes an escape."""
+    return "".join(c if c.isprintable() or c in breaks else ascii(c)[1:-1] for c in str(text))
 
 
 def run(main, args):
     """Run a script's main; wrong input ends it with one `error: ...` line and status 2, without a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
     try:
         main(args)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, MemoryError) as problem:
+        print(f"error: {printable(problem) or type(problem).__name__}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -110,7 +119,7 @@ def _subjects_from_json(path):
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         items = list(entries.items())
-    except (ValueError, AttributeError) as problem:
+    except (ValueError, AttributeError, RecursionError) as problem:
         raise ValueError(f"{path} is not a JSON object of scans ({problem}); mend it or move it away") from None
     subjects, labels = {}, {}
     for scan, entry in items:
@@ -126,14 +135,25 @@ def _subjects_from_json(path):
     return subjects, labels
 
 
-def read_index(root):
+def describe_bad(bad, advice="mend or remove them"):
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
+    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
+    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
+
+
+def read_index(root, bad=None):
     """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
 
     Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
     ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan) and split ("train" or "test").
     `index.attrs` tells the root and the file the subjects came from. Raises ValueError on a folder of another form.
+
+    Files of another name, folders, slices that are there twice and scans that stand in two classes, in train and test,
+    or in another class than the metadata say, cannot be used: a ValueError, or with a list `bad` they are left out and
+    (path, reason) is appended to it. Whether the files hold images is not looked at.
     """
-    root = Path(root)
+    root, found = Path(root), [] if bad is None else bad
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
     rows = []
@@ -144,45 +164,46 @@ def read_index(root):
                 raise ValueError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
             images = list_images(folder)
             nested = sorted(e.path for e in os.scandir(folder) if e.is_dir() and not is_junk(e.name))
-            if nested:
-                raise ValueError(f"{nested[0]} is a folder; expected only files <scan>_<slice>.jpeg in {label}")
-            if not images:
+            found += [(path, f"is a folder; expected only files <scan>_<slice>.jpeg in {label}") for path in nested]
+            if not images and not nested:
                 raise ValueError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
             for path in images:
                 name = parse_name(path)
                 if name is None:
-                    raise ValueError(f"{path} is not named <scan>_<slice>, as 218391_78.jpeg is; rename or remove it")
-                rows.append((path, label, *name, split))
+                    found.append((path, "is not named <scan>_<slice>, as 218391_78.jpeg is"))
+                else:
+                    rows.append((path, label, *name, split))
     index = pd.DataFrame(rows, columns=["path", "label", "scan", "slice", "split"])
     subjects, labels, source = read_subjects(root)
     index["subject"] = index.scan.map(subjects).astype("string")
-    _check_scans(index, labels, source)
+    index = _consistent(index, labels, source, found)
+    if found and (bad is None or index.empty):
+        raise ValueError(describe_bad(found))
     index = index.sort_values(["split", "label", "scan", "slice"], ignore_index=True)
     index = index[["path", "label", "scan", "slice", "subject", "split"]]
     index.attrs = {"root": str(root), "subjects_from": str(source) if source else None}
     return index
 
 
-def _check_scans(index, labels, source):
-    """A scan has one class, stands in one of train and test, and agrees with the metadata; else a ValueError."""
-    for column, what in (("label", "of both classes"), ("split", "in both train and test")):
-        count = index.groupby("scan")[column].nunique()
-        if (count > 1).any():
-            scan = count.index[count > 1][0]
-            paths = index[index.scan == scan].drop_duplicates(column).path
-            raise ValueError(f"scan {scan} stands {what}: {' and '.join(paths)}; keep one of them")
-    twice = index[index.duplicated(["scan", "slice"], keep=False)]
-    if len(twice):
-        same = twice[(twice.scan == twice.scan.iloc[0]) & (twice.slice == twice.slice.iloc[0])]
-        raise ValueError(f"the slice {' and '.join(same.path)} stands there twice; keep one of them")
-    known = index.scan.map(labels)
-    wrong = index[known.notna() & (known != index.label)]
-    if len(wrong):
-        row = wrong.iloc[0]
-        raise ValueError(
-            f"{row.path} is in folder {row.label}, but {source} says {labels[row.scan]}; "
-            f"this is so for {wrong.scan.nunique()} scans: correct one or the other"
-        )
+def _consistent(index, labels, source, found):
+    """The index without what contradicts itself or the metadata; appends (path, reason) of that to `found`."""
+    reason = pd.Series("", index=index.index)
+    for column, what in (("label", "both classes"), ("split", "both train and test")):
+        several = index.groupby("scan")[column].transform("nunique") > 1
+        others = index[several].groupby(["scan", column]).path.first()
+        for row in index[several].itertuples():
+            other = next(path for value, path in others[row.scan].items() if value != getattr(row, column))
+            reason[row.Index] = f"is of scan {row.scan}, which stands in {what} (there as {other})"
+    twice = index.duplicated(["scan", "slice"], keep=False) & (reason == "")
+    for _, paths in index[twice].groupby(["scan", "slice"]).path:
+        others = [paths.iloc[1]] + [paths.iloc[0]] * (len(paths) - 1)
+        reason[paths.index] = [f"is the same slice of a scan as {other}" for other in others]
+    told = index.scan.map(labels)
+    wrong = told.notna() & (told != index.label) & (reason == "")
+    reason[wrong] = [f"is in folder {label}, but {source} says {other}"
+                     for label, other in zip(index.label[wrong], told[wrong])]
+    found += zip(index.path[reason != ""], reason[reason != ""])
+    return index[reason == ""]
 
 
 # ---------------------------------------------------------------- audit
@@ -439,8 +460,11 @@ def describe_transfer(index, init):
 
 
 def main(args):
-    for line in audit(read_index(args.root)):
+    bad = []
+    for line in audit(read_index(args.root, bad)):
         print(line)
+    if bad:
+        raise ValueError(describe_bad(bad, "mend or remove them, or train without them with --skip-bad"))
 
 
 if __name__ == "__main__":

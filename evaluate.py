@@ -41,7 +41,7 @@ import utils  # noqa: E402
 from baselines import BASELINES  # noqa: E402
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, aggregate, sample, score  # noqa: E402
 
-COLUMNS = ["path", "scan", "slice", "subject", "p_AD", "prediction", "label", "error"]  # of predictions.csv
+COLUMNS = ["path", "scan", "slice", "subject", "p_AD", "prediction", "label", "error", "unlike"]  # of predictions.csv
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
 
@@ -76,6 +76,8 @@ def find_leaks(predictions, leaks, notes):
         leaks.append(f"{(seen == 'yes').sum()} of {len(seen)} scans are of subjects seen in training")
     if (seen == "unknown").any():
         notes.append(f"whether training saw the subjects of {(seen == 'unknown').sum()} scans is unknown")
+    if "unlike" in predictions and predictions.unlike.notna().any():
+        notes.append(f"{predictions.unlike.notna().sum()} of {len(predictions)} slices are unlike those of training")
     return leaks, notes
 
 
@@ -184,7 +186,7 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
     utils.write_csv(out / "predictions.csv", predictions[[name for name in COLUMNS if name in predictions]])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
-    columns = ["p_AD", "n_slices", "prediction", "prediction_set", "label", "seen"]
+    columns = ["p_AD", "n_slices", "prediction", "prediction_set", "label", "seen", "n_unlike"]
     if "threshold" in predictions and (predictions.threshold != metrics.THRESHOLD).any():
         columns.append("threshold")
     for unit, keys in (("scan", ["scan", "subject"]), ("subject", ["subject"])):
@@ -216,12 +218,6 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
 # ---------------------------------------------------------------- finished runs
 
 
-def _read_csv(path):
-    """A table of strings as `utils.write_csv` wrote it; an empty cell is missing, but a scan may be named NA."""
-    table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
-    return table.mask(table == "")
-
-
 def read_run(folder, part="test"):
     """Predictions by slice of a run's `part`, or of a folder that predict.py wrote.
 
@@ -233,12 +229,13 @@ def read_run(folder, part="test"):
         folder = folder / part
     try:
         facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        table, scans = _read_csv(folder / "predictions.csv"), _read_csv(folder / "scans.csv").set_index("scan")
+        table = utils.read_csv(folder / "predictions.csv")
+        scans = utils.read_csv(folder / "scans.csv").set_index("scan")
         missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(facts) | (
             {"scan", "slice", "subject", "p_AD", "prediction", "label"} - set(table)) | ({"seen"} - set(scans))
         if missing:
             raise ValueError(f"there is no {', no '.join(sorted(missing))}")
-        rest = _read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else pd.DataFrame()
+        rest = utils.read_csv(folder / "baselines.csv") if (folder / "baselines.csv").exists() else pd.DataFrame()
         table = table[table.p_AD.notna()].reset_index(drop=True)
         table = table.join(rest[[name for name in BASELINES if name in rest]])
         # text to numbers by Python's float: pandas' fast parser may be off in the last digit

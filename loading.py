@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import dataset
 import slices
 
 DEMO_SUBJECTS = 70
-FORMAT = 1  # of a cache file; raise it when decoding changes
+FORMAT = 2  # of a cache file; raise it when decoding changes
 MAGIC = b"slices, decoded\n"
 BLOCK = 1 << 24  # bytes that one checksum covers
 
@@ -78,26 +79,31 @@ def demo_data():
 def load_data(args, root, bar="decoding"):
     """Index, decode and split; returns (index, images), the row of images uint8 (N, H, W) being the index's label.
 
-    The index gets a column pixels, the fingerprint of each slice, and attrs["dropped"], the number of scans that
-    --drop-test-subjects left out. Rows of the array that no label names belong to files that are not used.
+    The index gets the columns pixels, the fingerprint of each slice, and slices.FACTS; in attrs "dropped", the number
+    of scans that --drop-test-subjects left out, and "bad", a (path, reason) for each file that --skip-bad left out;
+    without that flag such files are a ValueError. Rows of the array that no label names belong to files not used.
     """
-    index = dataset.read_index(root)
+    bad = []
+    index = dataset.read_index(root, bad)
     root = index.attrs["root"]
     paths, train = index.path.tolist(), index.path[index.split == "train"]
-    images, index["pixels"], errors = decode_once(paths, lambda: slices.common_size(train),
-                                                  None if args.no_cache else root, bar)
+    if train.empty:
+        raise ValueError(f"no slice is left in train/; {dataset.describe_bad(bad)}")
+    images, known, errors = decode_once(paths, lambda: slices.common_size(train), None if args.no_cache else root, bar)
+    index = index.join(known)
+    bad += [(paths[row], errors[row]) for row in sorted(errors)]
+    if bad and not args.skip_bad:
+        raise ValueError(dataset.describe_bad(bad, "mend or remove them, or leave them out with --skip-bad"))
+    index = index.drop(index=list(errors))
     if args.folds is not None:  # the official test set takes part in nothing
         index = index[index.split == "train"]
-    bad = [f"{index.path[row]} {errors[row]}" for row in index.index if row in errors]
-    if bad:
-        raise ValueError(f"{len(bad)} files cannot be used; mend or remove them: " + "; ".join(bad[:10]))
     dropped = None
     if args.drop_test_subjects:
         index, dropped = dataset.drop_test_subjects(index)
     if args.folds is not None:
         index = dataset.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
     index = dataset.split_index(index, args.val_fraction, args.split_by, args.seed)
-    index.attrs |= {"root": root, "dropped": dropped}
+    index.attrs |= {"root": root, "dropped": dropped, "bad": bad}
     for split in ("train", "val"):
         missing = set(dataset.CLASSES) - set(index.label[index.split == split])
         if missing:
@@ -111,7 +117,8 @@ def decode_once(paths, find_size, root=None, bar="decoding"):
     `root` where it is right, else decoded and cached; without `root`, or where the cache cannot be written, decoded
     into memory.
 
-    Returns (images, fingerprints of the slices, {row: reason} for the files that cannot be read).
+    Returns (images, a table with the columns pixels, the fingerprints of the slices, and slices.FACTS,
+    {row: reason} for the files that cannot be read).
     """
     if root is not None:
         try:
@@ -120,8 +127,12 @@ def decode_once(paths, find_size, root=None, bar="decoding"):
             return read_cache(file, key) or write_cache(file, key, paths, find_size(), bar)
         except OSError as problem:
             print(f"the decoded slices cannot be kept ({problem}); they are decoded into memory", flush=True)
-    images, errors = slices.load_slices(paths, find_size(), bar)
-    return images, slices.fingerprint_slices(images), {row: error for row, error in enumerate(errors) if error}
+    images, errors, facts = slices.load_slices(paths, find_size(), bar)
+    return images, with_pixels(facts, images), {row: error for row, error in enumerate(errors) if error}
+
+
+def with_pixels(facts, images):
+    return facts.assign(pixels=slices.fingerprint_slices(images))
 
 
 def describe_files(paths, root):
@@ -159,9 +170,10 @@ def write_cache(file, key, paths, size, bar):
             out.truncate(len(MAGIC) + needed)
             out.flush()
             images = np.memmap(draft, np.uint8, "r+", len(MAGIC), shape)
-            _, errors = slices.load_slices(paths, size, bar, images)
+            _, errors, facts = slices.load_slices(paths, size, bar, images)
             errors = {row: error for row, error in enumerate(errors) if error}
-            trailer = {"key": key, "size": size, "fingerprints": slices.fingerprint_slices(images)}
+            known = with_pixels(facts, images)
+            trailer = {"key": key, "size": size, "known": known.to_dict("list")}
             images.flush()
             trailer["checksums"] = checksums(draft, needed)
             text = json.dumps(trailer).encode()
@@ -175,11 +187,11 @@ def write_cache(file, key, paths, size, bar):
             print(f"the decoded slices are kept in {file}", flush=True)
     finally:
         Path(draft).unlink(missing_ok=True)
-    return images, trailer["fingerprints"], errors
+    return images, known, errors
 
 
 def read_cache(file, key):
-    """(images, fingerprints, no errors) of a cache file that was made of `key` and is whole, else None."""
+    """(images, table, no errors) of a cache file that was made of `key` and is whole, else None."""
     try:
         with open(file, "rb") as cache:
             magic = cache.read(len(MAGIC))
@@ -193,11 +205,12 @@ def read_cache(file, key):
         trailer = json.loads(text)
         if trailer["key"] != key or magic != MAGIC:
             return None
-        shape = len(trailer["fingerprints"]), *trailer["size"]
+        known = pd.DataFrame(trailer["known"])
+        shape = len(known), *trailer["size"]
         needed = int(np.prod(shape, dtype=np.int64))
         if len(MAGIC) + needed != size - length or checksums(file, needed) != trailer["checksums"]:
             return None
-        return np.memmap(file, np.uint8, "r", len(MAGIC), shape), trailer["fingerprints"], {}
+        return np.memmap(file, np.uint8, "r", len(MAGIC), shape), known, {}
     except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or no cache at all
         return None
 

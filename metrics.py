@@ -43,6 +43,7 @@ def aggregate(predictions, unit):
     columns = {"p_AD": ("p_AD", "mean"), "n_slices": ("p_AD", "size")}
     carried = ["label", "threshold", "seen"] + (["subject", "prediction_set"] if unit == "scan" else [])
     columns |= {name: (name, "first") for name in carried if name in predictions}
+    columns |= {"n_unlike": ("unlike", "count")} if "unlike" in predictions else {}  # those with a reason
     return with_predictions(predictions.groupby(unit).agg(**columns).reset_index())
 
 

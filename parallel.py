@@ -42,7 +42,7 @@ def start(device):
                                  f"{torch.cuda.device_count()}; start as many with --nproc-per-node")
             device = torch.device("cuda", ranks.local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return ranks, device
 
 
@@ -82,6 +82,37 @@ def from_rank_0(ranks, work):
     if answer[1]:
         raise SystemExit(2)
     return answer[0]
+
+
+def agree(signals, ranks):
+    """Whether a signal has reached any of the processes; then it counts as having reached all, so that they stop after
+    the same step. The number goes by way of the CPU: it makes no GPU wait."""
+    number = torch.tensor(signals.caught or 0)
+    if ranks.world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    signals.asked = number.item() or None
+    return signals.asked is not None
+
+
+def gather(value, ranks):
+    """A list of what each process has, in all of them."""
+    if ranks.world == 1:
+        return [value]
+    values = [None] * ranks.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def why_it_ended(problem):
+    """A sentence for a RuntimeError that says that another process has ended; None for others."""
+    text = str(problem)
+    if "DataLoader worker" in text:
+        return (f"a process that fetches batches has ended ({text.splitlines()[0]}), most often because memory ran out;"
+                " take fewer --workers, or a machine with more memory, and go on with --resume")
+    if dist.is_initialized() and (isinstance(problem, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return ("another process of this run has ended or cannot be reached, its own message may say why; go on with "
+                "--resume")
+    return None
 
 
 def total(values, ranks):

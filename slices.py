@@ -1,27 +1,67 @@
 """From files to batches: decoding, fingerprints, whole batches, and the transforms that work on them on any device.
 
 Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py says whose they are.
+
+What a file may be: a JPEG or PNG of one picture, from 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour
+(RGB, palette, CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black, and
+16 bits become 8 by their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing is guessed.
 """
 
 import hashlib
+import os
+import signal
+import stat
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
+SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
+Image.MAX_IMAGE_PIXELS = None  # this limit is looked at before any pixel is decoded
+warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, in files that can be read
+NEAR_BLACK = 16  # grey levels below are background
+FACTS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 # ---------------------------------------------------------------- files
+
+
+class Unfit(ValueError):
+    """A file that this project does not take for a slice, whatever it is; the text goes on after its name."""
+
+
+def _open(path):
+    """An image file, its pixels not yet read. OSError or Unfit if it is not one that is read here."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+        raise Unfit("is no regular file")
+    try:
+        image = Image.open(path, formats=("JPEG", "PNG"))
+    except UnidentifiedImageError:
+        size = os.path.getsize(path)
+        raise Unfit(f"cannot be read as an image: its {size:,} bytes are neither JPEG nor PNG") from None
+    if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
+        image.close()
+        raise Unfit(f"is {image.width} x {image.height} pixels; expected {SMALLEST} to {LARGEST} a side")
+    if getattr(image, "n_frames", 1) > 1:
+        image.close()
+        raise Unfit(f"holds {image.n_frames} pictures; expected one")
+    return image
 
 
 def header(path):
     """(width, height, mode) of an image file, or None if it is none. Reads only the header."""
     try:
-        with Image.open(path) as image:
-            return image.width, image.height, image.mode
+        with _open(path) as image:
+            return *_turned_size(image), image.mode
     except Exception:  # PIL raises nearly anything on a damaged file; decoding it says what
         return None
+
+
+def _turned_size(image):
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if sideways else image.size
 
 
 def fingerprint_slice(pixels):
@@ -49,14 +89,72 @@ def fingerprint_file(path):
 
 def decode(path, size=None):
     """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
-    about its centre. Raises OSError or ValueError if the file is not an image."""
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":  # convert("L") would clip it at 255
-            raise ValueError(f"the pixels have mode {image.mode}; expected 8 bits, scale it to 0..255 first")
-        image = image.convert("L")
-        if size is not None and image.size != (size[1], size[0]):
+    about its centre. Raises OSError or ValueError if the file is not an image as the docstring of this file says."""
+    return _decode(path, size)[0]
+
+
+def _decode(path, size):
+    """(pixels of `decode`, their FACTS)"""
+    with _open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        colour = 0.0
+        if image.mode[0] == "I":  # 16 bits; convert("L") would clip them at 255
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+        elif image.mode != "L":
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            image = image.convert("RGB")
+            colour = float(np.ptp(np.asarray(image), axis=2).mean())
+            image = image.convert("L")
+        original = image.height, image.width
+        if size is not None and original != tuple(size):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        return pixels, (*original, colour, *_describe(pixels, image.histogram()))
+
+
+# ---------------------------------------------------------------- what slices are like
+
+
+def _describe(pixels, histogram):
+    """The FACTS of pixels uint8 (H, W) beside size and colour: the share of near-black pixels, the quantiles 0.5, 0.9
+    and 0.99 of the grey levels, and the mean grey level of the outermost tenth of rows and columns."""
+    share = np.cumsum(histogram) / pixels.size
+    height, width = (max(1, side // 10) for side in pixels.shape)
+    inside = pixels[height:-height, width:-width]
+    frame = (float(pixels.sum()) - float(inside.sum())) / (pixels.size - inside.size)
+    return share[NEAR_BLACK - 1], *np.searchsorted(share, (0.5, 0.9, 0.99)), frame
+
+
+def summarise(facts):
+    """The smallest and largest of each of FACTS over the slices of a table, as a checkpoint keeps them."""
+    return {name: [float(facts[name].min()), float(facts[name].max())] for name in FACTS}
+
+
+# How far beyond the range of training a slice is still taken for one of its kind: a share of that range, plus so much.
+SLACK = {"colour": (0.25, 5), "near_black": (0.25, 0.02), "median": (0.25, 5), "bright": (0.25, 10),
+         "brightest": (0.25, 16), "border": (0.25, 5)}
+SCALE = 1.5  # the same for height and width, as a factor
+WORDS = {"colour": "colour (mean difference of channels)", "near_black": "share of near-black", "median": "median grey",
+         "bright": "90 % quantile of grey", "brightest": "99 % quantile of grey", "border": "mean grey of the border"}
+
+
+def unlike(facts, statistics):
+    """What sets slices apart from those of training: "" or a text for each row of a table with FACTS. `statistics` is
+    what `summarise` said of training."""
+    told = pd.Series("", index=facts.index)
+    for name in FACTS:
+        low, high = statistics[name]
+        least, most = low / SCALE, high * SCALE
+        if name in SLACK:
+            slack = SLACK[name][0] * (high - low) + SLACK[name][1]
+            least, most = low - slack, high + slack
+        for row in facts.index[(facts[name] < least) | (facts[name] > most)]:
+            text = f"{WORDS.get(name, name)} {facts[name][row]:.3g}, in training {low:.3g} to {high:.3g}"
+            told[row] += f"; {text}" if told[row] else text
+    return told
 
 
 def common_size(paths):
@@ -64,7 +162,7 @@ def common_size(paths):
     with ThreadPoolExecutor() as pool:
         headers = pd.Series([header for header in pool.map(header, paths) if header])
     if headers.empty:
-        raise ValueError(f"none of the {len(paths)} files can be read as an image, first {list(paths)[0]}")
+        raise ValueError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
     width, height, _ = headers.mode()[0]
     return height, width
 
@@ -72,32 +170,38 @@ def common_size(paths):
 def load_slices(paths, size, bar="decoding", images=None):
     """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given.
 
-    Returns (images, errors): errors[i] is None, or the reason why file i could not be read and images[i] is black.
+    Returns (images, errors, facts): errors[i] is None, or the reason why file i could not be read and images[i] is
+    black; facts, a DataFrame of N rows with FACTS, says what the slices are like.
     """
     from tqdm import tqdm
 
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
+    facts = np.zeros((len(paths), len(FACTS)))
 
     def load(i):
         try:
-            images[i] = decode(paths[i], size)
+            images[i], facts[i] = _decode(paths[i], size)
+        except Unfit as problem:
+            return str(problem)
         except Exception as problem:  # PIL raises nearly anything on a damaged file
-            return f"cannot be read as an image: {problem}"
+            reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+            return f"cannot be read as an image: {reason}"
 
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         work = pool.map(load, range(len(paths)))
         errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
-    return images, errors
+    return images, errors, pd.DataFrame(facts.round(4), columns=FACTS)
 
 
-def make_loader(images, rows, labels, batch_size, generator=None, device=None, share=None):
+def make_loader(images, rows, labels, batch_size, generator=None, device=None, share=None, workers=0):
     """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
 
     `images` is uint8 (M, H, W); the set is made of its rows `rows` (N,), with `labels` int (N,). With a generator the
     order is a random permutation drawn from it, without one it is the given order. The last batch may be smaller. For
-    a CUDA `device` the set is put there once if it fits into half of the free memory; if not, processes of their own
-    fetch and pin batches ahead. `share` = (rank, world, size) makes of each batch the part of one process of several:
+    a CUDA `device` the set is put there once if it fits into half of the free memory; if not, two processes of their
+    own fetch and pin batches ahead. With `workers` so many processes fetch them, on any device: the batches are the
+    same. `share` = (rank, world, size) makes of each batch the part of one process of several:
     the rows rank, rank + world, ..., filled up to `size` with the first row of the batch.
     """
     import torch
@@ -105,18 +209,27 @@ def make_loader(images, rows, labels, batch_size, generator=None, device=None, s
 
     cuda = device is not None and device.type == "cuda"
     slices = _Slices(images, rows, labels)
-    ahead = {}
-    if cuda:
+    if cuda and not workers:
         if len(slices) * images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             slices = _OnDevice(slices, device)
         else:
-            ahead = dict(num_workers=2, persistent_workers=True, pin_memory=True)
+            workers = 2
+    ahead = {}
+    if workers:
+        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals)
     order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
     # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
     batches = BatchSampler(order, batch_size, drop_last=False)
     if share is not None:
         batches = _Share(batches, *share)
     return DataLoader(slices, batch_size=None, sampler=batches, **ahead)
+
+
+def _leave_signals(worker):
+    """A signal to a whole group of processes is the first one's to answer."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Share:

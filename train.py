@@ -6,14 +6,15 @@
 
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
-once, at the end. `--out RUN --resume` goes on with a run that was stopped.
+once, at the end. `--out RUN --resume` goes on with a run that was stopped, at any moment, and ends where it would have
+ended. Ctrl-C, SIGTERM and SIGUSR1 end the step, save and say so (exit status 130, 143, 138).
 """
 
+import contextlib
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from importlib import metadata
@@ -24,10 +25,9 @@ from dataset import Parser, run
 
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
 DEMO = dict(model="atto", image_size=64, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
-COVERAGE = 0.9  # that the prediction sets of a run's own evaluation promise
 # What may differ when a run goes on: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard", "threshold", "no_cache",
-                  "compile"}
+                  "compile", "workers"}
 
 
 def make_parser():
@@ -37,6 +37,7 @@ def make_parser():
     add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
     add("--out", metavar="RUN", help="run folder, must be new (default: runs/<time>-<model>)")
     add("--resume", action="store_true", help="go on with the run in --out; its flags are taken from config.json")
+    add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
     add("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     add = parser.add_argument_group("split").add_argument
@@ -70,6 +71,9 @@ def make_parser():
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="auto: fp16 on CUDA, native bf16 on CPU")
     add("--compile", action="store_true", help="compile the step; for long runs, and needs a C++ compiler or CUDA")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA if there is one)")
+    add("--workers", type=int, default=0, metavar="N",
+        help="processes that fetch batches; the result is the same (0: none, two if a set does not fit onto the GPU)")
+    add("--deterministic", action="store_true", help="on CUDA only kernels that give the same bits again; slower")
     add("--seed", type=int, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
     return parser
 
@@ -98,7 +102,10 @@ def parse_args(argv=None):
         if changed:
             words = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}" for name in changed)
             parser.error(f"a resumed run keeps its flags ({words}); leave them out, or start a new run")
-    _check(parser, args)
+    try:
+        _check(parser, args)
+    except TypeError:  # of a config.json that was changed by hand
+        parser.error(f"{args.out}/config.json holds flags that are no numbers; mend it, or start a new run")
     return args
 
 
@@ -108,7 +115,7 @@ def _check(parser, args):
     limit = 1e6  # beyond it, and at inf, is a slip of the finger
     ranges = {name: (0, limit) for name in at_least_0}
     ranges |= {name: (0, 0.999999) for name in ("val_fraction", "drop_path", "label_smoothing", "ema")}
-    ranges |= {"image_size": (32, 4096), "seed": (0, 2**32 - 1)}
+    ranges |= {"image_size": (32, 4096), "seed": (0, 2**32 - 1), "workers": (0, 256)}
     for name in (*positive, *ranges):
         value, (low, high) = getattr(args, name), ranges.get(name, (0, limit))
         if not low <= value <= high or (name in positive and value == 0):
@@ -125,136 +132,40 @@ def _check(parser, args):
 # Read before torch is imported, so that --help and a mistyped flag answer at once.
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
-from torchvision.transforms import v2  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
+import checkpoint  # noqa: E402
 import dataset  # noqa: E402
 import parallel  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
-from baselines import fit_baselines  # noqa: E402
-from engine import micro_batch  # noqa: E402
-from evaluate import PARTS, cell, format_assessment, write_results  # noqa: E402
+from epoch import make_mix, make_optimizer, schedule, start_of_epoch, train_epoch, val_epoch  # noqa: E402
 from loading import find_data, load_data  # noqa: E402
-from metrics import arrays, calibrate, conformal_quantile, point_figures, with_predictions  # noqa: E402
 from modules import VARIANTS, convnext, load_weights  # noqa: E402
-from predict import calibrated, predict_table, run_leaks, run_notes  # noqa: E402
-
-# ---------------------------------------------------------------- optimisation
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW (Loshchilov & Hutter 2019) with decay on matrices and kernels only, not on biases, norms and gamma."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def make_mix(args):
-    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them a batch; None if both are off."""
-    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    mixes = [kind(alpha=alpha, num_classes=len(dataset.CLASSES)) for kind, alpha in kinds if alpha > 0]
-    return v2.RandomChoice(mixes) if mixes else None
-
-
-def train_epoch(state, batches, n, args, job, *, epoch, forward, mix):
-    """One pass over the n training slices; `forward` is the model, or what wraps it. Returns the mean loss and accuracy
-    by slice, and slices a second.
-
-    Sums stay on the device; the bar alone asks for one now and then.
-    """
-    model, ema, optimizer, scaler = state
-    device, ranks = job.device, job.ranks
-    utils.seed_everything(args.seed, epoch, *[ranks.rank] * (ranks.rank > 0))  # each process drops other paths ...
-    augmentation = torch.Generator().manual_seed(utils.seed_of(args.seed, epoch, 0))  # ... of the same images
-    model.train()
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing, reduction="none")
-    sums, seen = torch.zeros(2, device=device), 0  # of loss and of right answers
-    at_once = micro_batch(device, args.image_size, args.image_size)
-    start = time.perf_counter()
-    quiet = True if ranks.rank > 0 else None
-    bar = tqdm(batches, f"epoch {epoch}/{args.epochs}", unit=" steps", leave=False, disable=quiet)
-    for i, (x, y) in enumerate(bar):
-        size = min(args.batch_size, n - seen)  # of the batch, over all processes
-        mine = ranks.share(size)  # the rest of x fills it up, and counts for nothing
-        lr = utils.lr_at((epoch - 1) * len(batches) + i, steps_per_epoch=len(batches), **schedule(args))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        x = slices.train_transform(x, args.image_size, augment=not args.no_augment, flip=not args.no_flip,
-                                   generator=augmentation, part=(size, ranks.rank, ranks.world))
-        if mix is not None:
-            x, y = mix(x, y)  # y becomes (N, 2), a share of each class
-        optimizer.zero_grad(set_to_none=True)
-        for first in range(0, len(x), at_once):
-            part, labels = x[first : first + at_once], y[first : first + at_once]
-            with utils.autocast(device, job.amp):
-                logits = forward(part.contiguous(memory_format=torch.channels_last))
-                losses = criterion(logits, labels)[: max(0, mine - first)].float()
-            # the mean over processes of these, summed over the parts, is the mean over the batch
-            scaler.scale(losses.sum() * (ranks.world / size)).backward()
-            right = logits.detach().argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
-            sums += torch.stack((losses.detach().sum(), right[: len(losses)].sum()))
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        if ema is not None:
-            ema.update_parameters(model)
-        seen += size
-        if not bar.disable and (i % 10 == 0 or i == len(batches) - 1):  # .item() waits for the device
-            rate = seen / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {sums[0].item() * ranks.world / seen:.4f}, lr {lr:.2e}, {rate:.0f} images/s")
-    loss, right = (parallel.total(sums, ranks) / seen).tolist()
-    rate = seen / (time.perf_counter() - start)
-    return {"train_loss": loss, "train_accuracy": right, "lr": lr, "images_per_s": rate}
-
-
-def schedule(args):
-    return dict(epochs=args.epochs, warmup_epochs=args.warmup_epochs, lr=args.lr)
-
-
-def val_epoch(model, images, table, args, job):
-    """Validation through `evaluate`. Returns (figures by slice, scan AUROC and the loss, and a remark or "")."""
-    def predict(part):
-        return utils.evaluate(model, images, part, rows=part.index, image_size=args.image_size, device=job.device,
-                              amp=job.amp, batch_size=args.batch_size, bar=None if job.ranks.rank else "validation")
-
-    predictions = with_predictions(parallel.by_parts(table, predict, job.ranks))
-    p = predictions.p_AD.where(predictions.label == "AD", 1 - predictions.p_AD)  # of the right class
-    by_slice, by_scan = (point_figures(*arrays(predictions, unit)[:3]) for unit in ("slice", "scan"))
-    figures = {
-        "val_loss": float(-np.log(p.clip(lower=1e-12)).mean()),
-        "val_accuracy": by_slice["accuracy"],
-        "val_balanced_accuracy": by_slice["balanced_accuracy"],
-        "val_scan_auroc": by_scan["auroc"],
-    }
-    if predictions.prediction.nunique() == 1:
-        return figures, f"predicts {predictions.prediction.iloc[0]} for every slice: not learning yet"
-    return figures, ""
-
-
-# ---------------------------------------------------------------- the run
+from predict import COVERAGE, assess_run  # noqa: E402
 
 
 class Job(NamedTuple):
-    """Where a run happens: its folder, its log, the device, the dtype of autocast (None: float32), the processes."""
+    """Where a run happens: its folder, its log, the device, the dtype of autocast (None: float32), the processes, and
+    the signals that may end it."""
 
     out: Path
     log: Callable
     device: torch.device
     amp: torch.dtype | None
     ranks: parallel.Ranks
+    signals: utils.Signals
 
     @property
     def precision(self):
         return utils.precision_name(self.amp)
+
+    @property
+    def how_to_go_on(self):
+        words = [utils.near(sys.executable), utils.near(__file__), "--out", self.out, "--resume"]
+        return f"go on with:\n  {shlex.join(map(str, words))}"
 
 
 def open_run(args):
@@ -267,10 +178,9 @@ def open_run(args):
     if args.out is None:
         leaky = "-LEAKY" if args.split_by == "slice" else ""
         return utils.new_folder(f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
+    out = utils.make_folder(args.out)
+    if any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -278,18 +188,21 @@ HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC  
 
 
 def format_epoch(row, best, remark):
+    if row["skipped_steps"]:
+        remark = "; ".join(filter(None, [f"{row['skipped_steps']} steps skipped, not finite", remark]))
     auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
     return (f"{row['epoch']:>5}  {row['lr']:>8.2e}  {row['train_loss']:>7.4f}  {row['train_accuracy']:>6.3f}  "
             f"{row['val_loss']:>8.4f}  {row['val_accuracy']:>7.3f}  {row['val_balanced_accuracy']:>7.3f}  {auroc:>6}  "
             f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
 
 
-def make_model(args, job, resumed):
+def make_model(args, job, last):
     """The model with fresh weights, or those of --init, on the device; and what is known of the latter: None, or the
-    file and whom it was trained on, as `dataset.remember` has it (None where it does not say)."""
-    model, init = convnext(args.model, drop_path_rate=args.drop_path), None
-    if args.init and not resumed:
-        state = utils.load_tensors(args.init)
+    file and whom it was trained on, as `dataset.remember` has it (None where it does not say). A run that goes on from
+    the checkpoint `last` knows the latter from there."""
+    model, init = convnext(args.model, drop_path_rate=args.drop_path), last["init"] if last else None
+    if args.init and not last:
+        state = checkpoint.load_tensors(args.init)
         loaded, left = load_weights(model, state)
         init = {"file": os.path.basename(args.init), "seen": state.get("seen")}
         job.log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
@@ -300,19 +213,40 @@ def make_model(args, job, resumed):
 
 
 def write_start(args, job, index):
-    """config.json with every flag, and split.csv with who is where."""
+    """config.json with every flag, split.csv with who is where, and with --skip-bad skipped.csv."""
     packages = ("torchvision", "numpy", "pandas", "pillow", "scikit-learn")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     versions |= {name: metadata.version(name) for name in packages}
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
     used = {"data": os.path.abspath(index.attrs["root"]), "device": name, "amp": job.precision,
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "processes": job.ranks.world}
     utils.write_json(job.out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
     paths = [os.path.relpath(path, index.attrs["root"]) for path in index.path]
-    utils.write_csv(job.out / "split.csv", index.drop(columns="pixels").assign(path=paths))
+    table = index[["path", "label", "scan", "slice", "subject", "split"]].assign(path=paths)
+    utils.write_csv(job.out / "split.csv", table)
+    if args.skip_bad:
+        utils.write_csv(job.out / "skipped.csv", pd.DataFrame(index.attrs["bad"], columns=["path", "reason"]))
 
 
 def main(args):
+    with utils.Signals() as signals:
+        try:
+            train(args, signals)
+        except RuntimeError as problem:  # of somebody else's end; what is meant for developers passes
+            reason = parallel.why_it_ended(problem)
+            if reason is None:
+                raise
+            raise OSError(reason) from None
+        except utils.Stopped as stop:
+            if not stop.told:
+                print(f"stopped by {stop} before anything was trained", file=sys.stderr)
+            raise
+
+
+def train(args, signals):
+    """Everything from the flags to the evaluation on test."""
+    if args.deterministic:
+        utils.make_deterministic()
     ranks, device = parallel.start(utils.pick_device(args.device))
     amp = utils.pick_amp(args.amp, device)
     if args.model not in VARIANTS:
@@ -321,45 +255,63 @@ def main(args):
     index, images = parallel.one_after_the_other(ranks, lambda: load_data(args, find_data(args), bar))
     out = parallel.from_rank_0(ranks, lambda: open_run(args))
     log = utils.make_log(out / "training_log.txt") if ranks.rank == 0 else lambda line: None
-    job = Job(out, log, device, amp, ranks)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    job = Job(out, log, device, amp, ranks, signals)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
 
-    resumed = args.resume and (out / "last.pth").exists()
-    utils.seed_everything(args.seed)
-    model, init = make_model(args, job, resumed)
-    if resumed:
-        init = utils.load_checkpoint(out / "last.pth").get("init")
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    state = model, ema, make_optimizer(model, args.lr, args.weight_decay), scaler
-    facts = utils.describe_model(args, index, images, job.precision, init)
-    history = restore(state, args, job, facts) if resumed else []
-    if ranks.rank == 0:
+    last = checkpoint.load_checkpoint(out / "last.pth") if args.resume and (out / "last.pth").exists() else None
+    if not last and ranks.rank == 0:
         write_start(args, job, index)
+    utils.seed_everything(args.seed)
+    model, init = make_model(args, job, last)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    state = model, ema, make_optimizer(model, args.lr, args.weight_decay), utils.make_scaler(device, amp)
+    facts = checkpoint.describe_model(args, index, images, job, init)
+    history, progress = [], start_of_epoch(job)
+    if last:
+        progress = checkpoint.restore_run(state, last, args, job, facts)
+        history = last["history"]
+        if ranks.rank == 0:
+            write_start(args, job, index)
+    elif ranks.rank == 0:  # so that a run that was stopped in its first epoch goes on, too, on the same slices
+        checkpoint.save_run(state, job, facts, history, progress)
     job.log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
             f"{device}, {job.precision}{f', {ranks.world} processes' * (ranks.world > 1)}; run folder {out}")
     for line in dataset.describe_split(index, args.split_by) + dataset.describe_transfer(index, init):
         job.log(line)
+    if args.skip_bad:
+        job.log(f"left out, and listed in skipped.csv: {len(index.attrs['bad'])} files that cannot be used")
 
-    fit(state, index, images, args, job, facts, history)
-    parallel.stop()
-    if ranks.rank == 0:
-        finish(index, images, args, job)
+    try:
+        fit(state, index, images, args, job, facts, history, progress)
+        parallel.stop()
+        if ranks.rank == 0:
+            finish(index, images, args, job)
+    except utils.Stopped as stop:
+        job.log(f"stopped by {stop}; {job.how_to_go_on}")
+        stop.told = True
+        raise
+    except (ValueError, OSError) as problem:
+        kind = OSError if isinstance(problem, OSError) else ValueError
+        raise kind(f"{problem}\n{where_it_stands(job, history)}") from None
 
 
-def restore(state, args, job, facts):
-    """Put last.pth back into `state`; returns the history up to it. Another set of slices is a ValueError."""
-    last = utils.load_checkpoint(job.out / "last.pth")
-    if last["split_hash"] != facts["split_hash"]:
-        raise ValueError(f"these slices are not those that {job.out} was trained on; expected the same files and split")
-    utils.restore_state(state, last)
-    job.log(f"resumed after epoch {last['epoch']}")
-    if last["flags"]["epochs"] != args.epochs:
-        job.log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
-                "learning rate jumps here, and the run is not the one that started with this length")
-    if last["precision"] != job.precision:
-        job.log(f"the run so far was in {last['precision']}, it goes on in {job.precision}")
-    return last["history"]
+def finish(index, images, args, job):
+    """The evaluation of the best model, and how to repeat it."""
+    assess_run(index, images, args, job)
+    job.log(f"pictures in {job.out} and {job.out / 'test'}")
+    if args.folds is None:
+        predict, test = Path(__file__).with_name("predict.py"), Path(index.attrs["root"]) / "test"
+        words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", job.out / "best_model.pth",
+                 "--coverage", COVERAGE]
+        job.log("predict again with:\n  " + shlex.join(map(str, words)))
+
+
+def where_it_stands(job, history):
+    """What is left of a run that had to end, for its error."""
+    if not (job.out / "last.pth").exists():
+        return f"nothing is left of the run: {job.out / 'last.pth'} is gone"
+    best = f", and {job.out / 'best_model.pth'} the best epoch so far" * (job.out / "best_model.pth").exists()
+    return (f"the last good checkpoint is {job.out / 'last.pth'}, after epoch {len(history)}{best}; {job.how_to_go_on}")
 
 
 def is_better(row, best):
@@ -367,18 +319,27 @@ def is_better(row, best):
     return best is None or (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
 
 
-def fit(state, index, images, args, job, facts, history):
-    """Train up to args.epochs, keep the best epoch by validation accuracy, stop early. Everything random in an epoch
-    comes from (seed, epoch), so that a resumed run repeats what an unbroken one does."""
+def save_where_it_is(state, job, facts, history, progress, steps):
+    """last.pth of a run that was asked to stop, within the epoch behind `history`."""
+    with contextlib.suppress(utils.Stopped), job.signals.held():
+        everybody = parallel.gather(progress["sums"].tolist(), job.ranks)
+        if job.ranks.rank == 0:
+            checkpoint.save_run(state, job, facts, history, progress, everybody)
+        job.log(f"saved after step {progress['step']} of {steps} of epoch {len(history) + 1}")
+
+
+def fit(state, index, images, args, job, facts, history, progress):
+    """Train up to args.epochs, keep the best epoch by validation accuracy, stop early. What is saved is always a whole
+    state: a signal waits for the end of the step, or of a save."""
     model, ema = state[:2]
     kept = ema.module if ema is not None else model
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
-    order = torch.Generator()
+    order, n = torch.Generator(), int(train.sum())
     ranks, main = job.ranks, job.ranks.rank == 0
     # a compiled step needs one shape, several processes need the same number of images
     size = -(-args.batch_size // ranks.world) if args.compile or ranks.world > 1 else 0
     batches = slices.make_loader(images, index.index[train], index.label[train] == "AD", args.batch_size, order,
-                                 job.device, (ranks.rank, ranks.world, size))
+                                 job.device, (ranks.rank, ranks.world, size), args.workers)
     if args.compile:
         model.compile(dynamic=False)  # in place: the names of the weights stay clean
         job.log("the step is compiled: the first one takes a minute or more")
@@ -389,80 +350,42 @@ def fit(state, index, images, args, job, facts, history):
     write_events = utils.open_tensorboard(job.out) if args.tensorboard and main else lambda row: None
     if main:
         utils.plot_lr(job.out / "lr_schedule.png", steps_per_epoch=len(batches), **schedule(args))
+        if history:  # a killed run may have saved an epoch and not yet listed it
+            utils.write_csv(job.out / "training_history.csv", pd.DataFrame(history))
     job.log(HEADER)
+    job.signals.alone = ranks.world == 1
     for epoch in range(len(history) + 1, args.epochs + 1):
         if best is not None and 0 < args.patience <= len(history) - best["epoch"]:
             job.log(f"stopped early: no better validation in {args.patience} epochs")
             break
         order.manual_seed(utils.seed_of(args.seed, epoch))
-        row = {"epoch": epoch} | train_epoch(state, batches, int(train.sum()), args, job, epoch=epoch, forward=forward,
-                                             mix=mix)
-        if not np.isfinite(row["train_loss"]):
-            raise ValueError(f"the loss of epoch {epoch} is {row['train_loss']}; lower --lr, or try --amp off" +
-                             (f". {job.out} keeps the epochs before" if history else ""))
-        figures, remark = val_epoch(kept, images, index[val], args, job)
-        row |= figures
-        history.append(row)
-        better = is_better(row, best)
-        best = row if better else best
-        if not main:
-            continue
-        if better:
-            utils.save_checkpoint(job.out / "best_model.pth", weights=kept.state_dict(), epoch=epoch, val=row, **facts)
-        utils.save_state(state, job.out / "last.pth", epoch=epoch, history=history, **facts)
-        utils.write_csv(job.out / "training_history.csv", pd.DataFrame(history))
-        write_events(row)
-        job.log(format_epoch(row, best is row, remark))
+        try:
+            with job.signals.held():
+                row = {"epoch": epoch} | train_epoch(state, batches, n, args, job, epoch=epoch, forward=forward,
+                                                     mix=mix, progress=progress)
+            figures, remark = val_epoch(kept, images, index[val], args, job)
+            with job.signals.held():
+                row |= figures
+                history.append(row)
+                better = is_better(row, best)
+                best, progress = row if better else best, start_of_epoch(job, progress["sums"][4].item())
+                if main:
+                    if better:
+                        content = dict(weights=kept.state_dict(), epoch=epoch, val=row)
+                        checkpoint.save_checkpoint(job.out / "best_model.pth", **content, **facts)
+                    checkpoint.save_run(state, job, facts, history, progress)
+                    utils.write_csv(job.out / "training_history.csv", pd.DataFrame(history))
+                    write_events(row)
+                    job.log(format_epoch(row, better, remark))
+                parallel.agree(job.signals, ranks)
+        except utils.Stopped:
+            save_where_it_is(state, job, facts, history, progress, len(batches))
+            raise
+    job.signals.alone = True
     leaky = ", LEAKY split by slice" if args.split_by == "slice" else ""
     if main:
         title = f"{args.model}{leaky}"
         utils.plot_history(job.out / "training_curves.png", pd.DataFrame(history), best["epoch"], title)
-
-
-def finish(index, images, args, job):
-    """Calibrate the best model on val, then evaluate it on val and, once, on test, by the road that predict.py takes.
-
-    What is learned here, from train and val alone, goes into best_model.pth: the baselines and the calibration.
-    """
-    out, log = job.out, job.log
-    checkpoint = utils.load_checkpoint(out / "best_model.pth")
-    log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
-    checkpoint["baselines"] = fit_baselines(index, images)
-    titles = dict(PARTS)
-    if args.folds is not None:
-        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
-    for split, title in titles.items():
-        rows = (index.split == split).to_numpy()
-        # in the order of predict.py, so that its batches, and with them the last digits, are the same
-        table = index.loc[rows, ["path", "scan", "slice", "subject", "label", "pixels"]].sort_values(["scan", "slice"])
-        # val was chosen on, and is in checkpoint["seen"]; what is asked of it is whether --init was trained on it
-        init = checkpoint.get("init") or {}
-        seen = checkpoint["seen"] if split == "test" else init.get("seen") or dataset.remember(index[:0])
-        predictions = predict_table(checkpoint, table, device=job.device, amp=job.amp, images=images, seen=seen)
-        if split == "val":
-            checkpoint["calibration"] = calibrate(predictions, args.threshold)
-            utils.save_checkpoint(out / "best_model.pth", **checkpoint)
-            log("calibrated on the {subjects} subjects of validation: temperature {temperature:.3f}, threshold "
-                "{threshold:.3f}".format(**checkpoint["calibration"]))
-            if conformal_quantile(checkpoint["calibration"], COVERAGE) == float("inf"):
-                log(f"these are too few subjects to promise a coverage of {COVERAGE}: every prediction set is AD|NC")
-        leaks = run_leaks(checkpoint)
-        if leaks and split == "val":
-            leaks = ["split by slice, its scans were trained on"]
-        figures = write_results(calibrated(predictions, checkpoint, COVERAGE), out / split, title=title, leaks=leaks,
-                                notes=run_notes(checkpoint), coverage=COVERAGE, calibration=checkpoint["calibration"])
-        if split == "val":  # it was chosen on: a line is enough
-            log(f"{figures['title']}: accuracy by slice {cell(figures['slice'], 'accuracy')}, "
-                f"by scan {cell(figures['scan'], 'accuracy')}")
-            continue
-        for line in format_assessment(figures):
-            log(line)
-    log(f"pictures in {out} and {out / 'test'}")
-    if args.folds is None:
-        predict, test = Path(__file__).with_name("predict.py"), Path(index.attrs["root"]) / "test"
-        words = [utils.near(sys.executable), utils.near(predict), test, "--checkpoint", out / "best_model.pth",
-                 "--coverage", COVERAGE]
-        log("predict again with:\n  " + shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What training and prediction share: the schedule, seeds, precision, evaluation, checkpoints, files, pictures.
+"""What training and prediction share: the schedule, seeds, precision, signals, evaluation, files, pictures.
 
 Not run by itself. `evaluate` is the one road from a model to predictions; metrics.py is the one from there to figures.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,22 +11,21 @@ import os
 import platform
 import random
 import re
+import signal
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.special import expit
 from tqdm import tqdm
 
 import metrics
-from dataset import CLASSES, remember, split_hash
+from dataset import CLASSES, printable
 from engine import make_engine
-from modules import convnext
 from slices import MEAN, STD, eval_transform, make_loader
-
-FORMAT = 1  # of a checkpoint; raise it when an older one can no longer be read
-
 
 # ---------------------------------------------------------------- schedule, seeds, devices
 
@@ -87,6 +87,21 @@ def pick_amp(mode, device):
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
 
 
+def make_scaler(device, dtype):
+    """GradScaler: skips a step whose gradient is not finite. It scales the loss for float16 only; elsewhere by 1 (after
+    a skipped step by 1/2, which changes no bit)."""
+    if dtype == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+def make_deterministic():
+    """On CUDA take only kernels that give the same bits again, or fail. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def precision_name(dtype):
     return str(dtype or torch.float32).removeprefix("torch.")
 
@@ -94,6 +109,61 @@ def precision_name(dtype):
 def autocast(device, dtype):
     """A context that casts to `dtype`; for None it does nothing."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+# ---------------------------------------------------------------- signals
+
+
+class Stopped(SystemExit):
+    """Somebody asked the process to end. `code` is the exit status, 128 + the number of the signal; `told` whether it
+    has been said."""
+
+    told = False
+
+    def __str__(self):
+        return signal.Signals(self.code - 128).name
+
+
+class Signals:
+    """Turns SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a warning of SLURM's) into the exception Stopped while the context is
+    open. Within `held` it is put off to the end of that block; who sends a second signal ends the process at once.
+
+    A process that is not `alone` stops only at the end of such a block, and if the others do, too: if `asked` has been
+    set by `parallel.agree`.
+    """
+
+    def __init__(self):
+        self.caught, self.asked, self.alone, self.holding, self.before = None, None, True, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
+                if number is not None:
+                    self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.alone and not self.holding:
+            raise Stopped(128 + number)
+        if self.caught is not None:
+            raise SystemExit(128 + number)
+        self.caught = number
+
+    @contextlib.contextmanager
+    def held(self):
+        """A block that a signal does not tear apart."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        number = self.caught if self.alone else self.asked
+        if number is not None:
+            raise Stopped(128 + number)
 
 
 # ---------------------------------------------------------------- from a model to predictions
@@ -127,14 +197,24 @@ def evaluate(model, images, table, *, rows=None, image_size, mean=MEAN, std=STD,
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then move it into place, so that no reader meets half a file."""
+    """`write(temporary path)`, then move it into place, so that no reader meets half a file. OSError if it cannot be;
+    what stood there is then untouched."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         os.replace(temporary, path)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        if not path.parent.is_dir():
+            reason = f"the folder {path.parent} is gone"
+        kept = "; what stood there before is untouched" if path.exists() else ""
+        raise OSError(f"{path} cannot be written: {reason}{kept}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -142,89 +222,40 @@ def write_json(path, value):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+# What a spreadsheet would take for a formula, and what `disarm` itself put before one.
+FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+
+
+def disarm(cell):
+    """A cell of text that a spreadsheet cannot take for a formula: one more ' before what looks like one."""
+    return "'" + cell if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def rearm(cell):
+    """What `disarm` was given."""
+    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell) else cell
+
+
 def write_csv(path, table):
+    """Write a table for people and spreadsheets; `read_csv` is its inverse."""
+    text = [name for name in table if table[name].dtype == object or isinstance(table[name].dtype, pd.StringDtype)]
+    table = table.assign(**{name: table[name].map(disarm, na_action="ignore") for name in text})
     # names of files may hold bytes that are no UTF-8; they are written back as they came
     form = dict(index=False, float_format="%.7g", errors="surrogateescape")
     write_atomically(path, lambda temporary: table.to_csv(temporary, **form))
 
 
-def save_checkpoint(path, **content):
-    """Save plain Python values and tensors, so that they load with weights_only=True."""
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
-
-
-def load_tensors(path):
-    """What torch.save wrote, on the CPU, as data and never as code. ValueError if it is not there or something else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
-    except Exception as problem:  # torch.load raises nearly anything on a foreign file
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # torch colours its advice
-        reason = re.split(r"[.:]\s|\n", text)[0] or type(problem).__name__
-        raise ValueError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save") from None
-
-
-def load_checkpoint(path):
-    """Load a checkpoint of `save_checkpoint`. A file of another kind is a ValueError."""
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this project; expected best_model.pth of a run")
-    if checkpoint["format"] != FORMAT:
-        raise ValueError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; train it anew")
-    if tuple(checkpoint["classes"]) != CLASSES:
-        raise ValueError(f"{path} knows the classes {checkpoint['classes']}; expected {list(CLASSES)}")
-    return checkpoint
-
-
-def build_model(checkpoint):
-    """The model that a checkpoint describes, with its weights."""
-    arguments = dict(checkpoint["model"])
-    model = convnext(arguments.pop("variant"), **arguments)
-    model.load_state_dict(checkpoint["weights"])
-    return model
-
-
-def describe_model(args, index, images, precision, init=None):
-    """What a checkpoint says of its model beside the weights: all that predict.py needs. `init` tells of the weights of
-    --init: {"file", "seen"}, the latter None where the file does not say. Whom they have seen, this model has seen."""
-    seen = remember(index[index.split != "test"])  # trained and chosen on
-    if init and init["seen"]:
-        theirs = init["seen"]
-        seen = {name: value or theirs[name] if name == "unknown" else sorted({*value, *theirs.get(name, [])})
-                for name, value in seen.items()}
-    return {
-        "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
-        "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(images.shape[1:]),
-        "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": split_hash(index),
-        "seen": seen, "init": init, "flags": vars(args), "precision": precision,
-    }
-
-
-def save_state(state, path, **content):
-    """Save all that a run needs to go on: `state` is (model, ema or None, optimizer, scaler)."""
-    model, ema, optimizer, scaler = state
-    save_checkpoint(
-        path, weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-        ema=ema.state_dict() if ema is not None else None, **content,
-    )
-
-
-def restore_state(state, last):
-    """Put a checkpoint of `save_state` back into `state`."""
-    model, ema, optimizer, scaler = state
-    model.load_state_dict(last["weights"])
-    optimizer.load_state_dict(last["optimizer"])
-    if last["scaler"]:  # empty where the run had no scaler, on a CPU
-        scaler.load_state_dict(last["scaler"])
-    if ema is not None:
-        ema.load_state_dict(last["ema"])
+def read_csv(path):
+    """A table of strings as `write_csv` wrote it; an empty cell is missing, but a scan may be named NA."""
+    table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
+    return table.mask(table == "").map(rearm, na_action="ignore").astype("string")
 
 
 def make_log(path):
     """A function that prints a line past the bars and appends it to the file."""
 
     def log(line):
+        line = printable(line)
         tqdm.write(line)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -245,6 +276,20 @@ def open_tensorboard(out):
         writer.flush()
 
     return write_events
+
+
+def make_folder(path):
+    """The folder `path`, made if it is not there. OSError if it cannot be, or not be written into."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OSError(f"{path} is no folder, or lies in a file; name another") from None
+    except OSError as problem:
+        raise OSError(f"the folder {path} cannot be made: {problem.strerror}; name another") from None
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OSError(f"the folder {path} cannot be written into; name another")
+    return path
 
 
 def new_folder(path):
@@ -288,6 +333,7 @@ def _figure(columns=1, height=3.2, width=4.2, ratios=(1,)):
 def _title(figure, text):
     """A title as wide as the figure; what it says of leaks must not be cut off."""
     width = int(figure.get_figwidth() * 14)
+    text = printable(text).replace("$", r"\$")  # a name is no formula
     figure.suptitle("\n".join(textwrap.wrap(text, width)), fontsize=9)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import engine
 import utils
+from checkpoint import build_model, load_checkpoint
 from modules import convnext
 
 CPU = torch.device("cpu")
@@ -75,8 +76,8 @@ def test_in_bf16_p_ad_moves_by_less_than_a_hundredth_on_a_trained_model(run_fold
 
     index = read_index(ad_nc)
     index = index[index.split == "test"].reset_index(drop=True)
-    images, _ = load_slices(index.path.tolist(), (40, 48), bar=None)
-    model = utils.build_model(utils.load_checkpoint(run_folder / "best_model.pth"))
+    images, _, _ = load_slices(index.path.tolist(), (40, 48), bar=None)
+    model = build_model(load_checkpoint(run_folder / "best_model.pth"))
     recipe = dict(image_size=32, device=CPU)
     exact, short = (utils.evaluate(model, images, index, amp=amp, **recipe).p_AD for amp in (None, torch.bfloat16))
     assert 0 < (exact - short).abs().max() < 0.01 and exact.std() > 0.2

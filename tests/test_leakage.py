@@ -15,7 +15,7 @@ import dataset
 import phantom
 import predict
 import slices
-import utils
+from checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def test_slices_of_a_test_scan_in_train_are_refused(planted):
 def test_a_scan_of_both_classes_is_refused(planted):
     root, index, audit = planted
     shutil.copy(index.path[(index.split == "train") & (index.label == "AD")].iloc[0], root / "train" / "NC")
-    with pytest.raises(ValueError, match="stands of both classes"):
+    with pytest.raises(ValueError, match="stands in both classes"):
         audit()
 
 
@@ -133,7 +133,7 @@ def test_black_slices_are_nobodys(tmp_path):
 def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp_path):
     shutil.copy(ad_nc / "train" / "AD" / "100_70.jpeg", tmp_path / "somebody_1.jpeg")
     write_slice(tmp_path / "other_1.jpeg", True, 5)
-    checkpoint = utils.load_checkpoint(run_folder / "best_model.pth")
+    checkpoint = load_checkpoint(run_folder / "best_model.pth")
     table = predict.predict_table(checkpoint, predict.read_inputs([tmp_path]), device=torch.device("cpu"), amp=None)
     assert table.set_index("scan").seen.to_dict() == {"somebody": "yes", "other": "unknown"}
 
@@ -184,7 +184,7 @@ def test_a_transfer_from_a_model_that_knows_the_test_subjects_is_a_leak(ad_nc, t
     assert json.loads((run / "val" / "metrics.json").read_text())["leaks"] == []
     assert "LEAKY" not in json.loads((first / "test" / "metrics.json").read_text())["title"]
 
-    torch.save(utils.load_checkpoint(first / "best_model.pth")["weights"], tmp_path / "bare.pth")
+    torch.save(load_checkpoint(first / "best_model.pth")["weights"], tmp_path / "bare.pth")
     bare = train_small(ad_nc, tmp_path / "bare", "--epochs", "1", "--init", str(tmp_path / "bare.pth"))
     title = json.loads((bare / "test" / "metrics.json").read_text())["title"]
     assert title == "test; starts from bare.pth, which does not say on whom it was trained"
@@ -192,7 +192,7 @@ def test_a_transfer_from_a_model_that_knows_the_test_subjects_is_a_leak(ad_nc, t
 
 def learned(run):
     """All that best_model.pth has learned: weights, calibration, baselines, epoch."""
-    checkpoint = utils.load_checkpoint(run / "best_model.pth")
+    checkpoint = load_checkpoint(run / "best_model.pth")
     weights = {name: tensor.tolist() for name, tensor in checkpoint["weights"].items()}
     return [weights, checkpoint["calibration"], checkpoint["baselines"], checkpoint["epoch"]]
 
@@ -215,7 +215,7 @@ def test_the_test_set_influences_nothing(ad_nc, tmp_path):
 
 def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(ad_nc):
     index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
-    images, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
+    images, _, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
     fitted = baselines.fit_baselines(index, images)
     test = (index.split == "test").to_numpy()
     noise = images.copy()
@@ -227,7 +227,7 @@ def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(ad_nc):
 def test_baselines_are_what_their_names_say(ad_nc):
     index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
     index["slice"] += np.where((index.label == "AD") & (index.split != "test"), 10, 0)  # a window tied to the class
-    images, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
+    images, _, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
     fitted = baselines.fit_baselines(index, images)
     test = index[index.split == "test"]
     p = baselines.predict_baselines(fitted, images[test.index], test)

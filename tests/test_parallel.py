@@ -1,8 +1,12 @@
 """Several processes take the steps that one would take, and only the first writes."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +15,7 @@ import torch
 from conftest import ROOT, SMALL, train_small
 
 import parallel
-import utils
+from checkpoint import load_checkpoint
 
 EXACT = ["--amp", "off", "--no-flip", "--warmup-epochs", "0"]
 
@@ -71,5 +75,54 @@ def test_shares_cover_a_batch_once():
 
 
 def test_the_optimizer_of_a_run_is_the_fused_one(run_folder):
-    groups = utils.load_checkpoint(run_folder / "last.pth")["optimizer"]["param_groups"]
+    groups = load_checkpoint(run_folder / "last.pth")["optimizer"]["param_groups"]
     assert all(group["fused"] for group in groups)
+
+
+def start(run, ad_nc, *flags):
+    """Two processes under torchrun that have trained two epochs and go on. Returns (launcher, {rank: process id})."""
+    words = ["--standalone", "--nproc-per-node", "2", ROOT / "train.py", "--data", ad_nc, "--out", run, *SMALL, *flags]
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, words)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    history, patience = run / "training_history.csv", time.monotonic() + 120
+    while not history.exists() or len(history.read_text().splitlines()) < 3:
+        assert launcher.poll() is None and time.monotonic() < patience, launcher.communicate()
+        time.sleep(0.05)
+    ranks = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher.pid:
+                rank = re.search(r"\0RANK=(\d+)\0", (folder / "environ").read_text())[1]
+                ranks[int(rank)] = int(folder.name)
+        except (OSError, TypeError, UnicodeDecodeError):
+            continue
+    return launcher, ranks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_all_within_a_minute(ad_nc, tmp_path, rank):
+    launcher, ranks = start(tmp_path / "run", ad_nc, "--epochs", "5000")
+    assert set(ranks) == {0, 1}
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and "train.py\", line" not in told
+    assert not any(Path(f"/proc/{number}").exists() for number in ranks.values())
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2  # and the run can go on
+
+
+def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_goes_on(ad_nc, tmp_path):
+    launcher, ranks = start(tmp_path / "run", ad_nc, "--epochs", "5000")
+    os.kill(ranks[1], signal.SIGTERM)  # to one alone: the others must not wait for it in vain
+    launcher.communicate(timeout=60)
+    log = (tmp_path / "run" / "training_log.txt").read_text()
+    last = load_checkpoint(tmp_path / "run" / "last.pth")
+    stopped = re.search(r"saved after step (\d+) of 4 of epoch (\d+)", log)
+    assert "stopped by SIGTERM; go on with" in log and launcher.returncode != 0
+    if stopped:  # within an epoch; else it was asked between two
+        assert (last["progress"]["step"], last["epoch"] + 1) == tuple(map(int, stopped.groups()))
+        assert len(last["progress"]["sums"]) == 2
+    import train
+
+    train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume", "--epochs", str(last["epoch"] + 1)]))
+    assert len(pd.read_csv(tmp_path / "run" / "training_history.csv")) == last["epoch"] + 1

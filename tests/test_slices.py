@@ -18,7 +18,7 @@ def test_decoding_gives_the_files_pixels_and_reports_what_it_cannot_read(ad_nc, 
     paths = read_index(ad_nc).path.tolist()[:4]
     (tmp_path / "x_1.jpeg").write_bytes(b"not an image")
     assert slices.common_size(paths) == (40, 48)
-    images, errors = slices.load_slices([*paths, str(tmp_path / "x_1.jpeg")], (40, 48), bar=None)
+    images, errors, _ = slices.load_slices([*paths, str(tmp_path / "x_1.jpeg")], (40, 48), bar=None)
     assert images.shape == (5, 40, 48) and images.dtype == np.uint8
     for image, path in zip(images, paths):
         assert np.array_equal(image, np.asarray(Image.open(path)))

@@ -1,0 +1,485 @@
+"""Files that people copied by hand: each is used as documented, or refused with a reason, and nothing else happens."""
+
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, SMALL, train_small, write_set, write_slice
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+import checkpoint
+import dataset
+import evaluate
+import loading
+import phantom
+import predict
+import slices
+import utils
+
+GREY = np.random.default_rng(0).integers(0, 256, (40, 48), dtype=np.uint8)
+
+
+def encoded(image, form="PNG", **how):
+    file = io.BytesIO()
+    image.save(file, form, **how)
+    return file.getvalue()
+
+
+def rotated():
+    """A JPEG that says: turn me a quarter clockwise to see me upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(Image.fromarray(GREY), "JPEG", quality=95, exif=exif)
+
+
+def bomb():
+    """A PNG of 20,000 x 20,000 pixels in 50 kB; decoded it would be 400 MB."""
+    import zlib
+
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    head = (20_000).to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
+    pixels = zlib.compress(bytes(2501 * 20_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+L = Image.fromarray(GREY)
+JPEG = encoded(L, "JPEG", quality=95)
+REFUSED = {  # name: (bytes, what the reason says)
+    "truncated.jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "empty.jpeg": (b"", "its 0 bytes are neither JPEG nor PNG"),
+    "text.jpeg": (b"no image, but a text", "neither JPEG nor PNG"),
+    "picture.png": (encoded(L, "GIF"), "neither JPEG nor PNG"),
+    "animated.png": (encoded(L, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "holds 2 pictures"),
+    "1x1.png": (encoded(Image.new("L", (1, 1))), "is 1 x 1 pixels; expected 16 to 4096 a side"),
+    "bomb.png": (bomb(), "is 20000 x 20000 pixels"),
+    "cut.png": (encoded(L)[:200], "cannot be read as an image"),
+}
+RGB = np.stack([GREY, 255 - GREY, np.roll(GREY, 5, 0)], 2)
+ALPHA = np.tile(np.where(np.arange(48) < 24, 255, 0).astype(np.uint8), (40, 1))
+LUMA = np.asarray(Image.fromarray(RGB).convert("L"))
+CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
+    "grey.png": (encoded(L), GREY, 0),
+    "16bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY, 0),
+    "16bit-dark.png": (encoded(Image.fromarray(GREY.astype(np.uint16))), (GREY > 128).astype(np.uint8), 0),
+    "rgb.png": (encoded(Image.fromarray(RGB)), LUMA, 0),
+    "rgba.png": (encoded(Image.fromarray(np.dstack([RGB, ALPHA]))), np.where(ALPHA, LUMA, 0), 0),
+    "grey-alpha.png": (encoded(Image.merge("LA", [L, Image.fromarray(ALPHA)])), np.where(ALPHA, GREY, 0), 0),
+    "palette.png": (encoded(L.convert("P")), GREY, 1),
+    "bit.png": (encoded(Image.fromarray(GREY > 99)), np.where(GREY > 99, 255, 0), 0),
+    "cmyk.jpeg": (encoded(Image.fromarray(np.dstack([GREY] * 3)).convert("CMYK"), "JPEG", quality=100), GREY, 40),
+    "exif.jpeg": (rotated(), np.rot90(GREY, -1), 40),
+}
+
+
+def use(path, size):
+    images, (error,), facts = slices.load_slices([str(path)], size, bar=None)
+    return images[0], error, facts.iloc[0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_slice_is_refused_with_the_reason(tmp_path, name):
+    (tmp_path / name).write_bytes(REFUSED[name][0])
+    pixels, error, _ = use(tmp_path / name, (40, 48))
+    assert REFUSED[name][1] in error and pixels.max() == 0 and "\n" not in error
+    with pytest.raises((ValueError, OSError)):
+        slices.decode(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_other_kinds_of_pixels_are_converted_as_documented(tmp_path, name):
+    data, expected, most = CONVERTED[name]
+    (tmp_path / name).write_bytes(data)
+    pixels, error, facts = use(tmp_path / name, expected.shape)
+    assert error is None and np.abs(pixels.astype(int) - expected).max() <= most
+    assert (facts.height, facts.width) == expected.shape and (facts.colour > 30) == (name in ("rgb.png", "rgba.png"))
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (("folder.png", "is no regular file"), ("pipe.png", "is no regular file"),
+                         ("link.png", "No such file"), ("gone.png", "No such file")):
+        assert reason in use(tmp_path / name, (40, 48))[1] and slices.header(tmp_path / name) is None
+
+
+def test_a_file_that_must_not_be_read_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "1_1.png"
+        path.write_bytes(encoded(L))
+        path.chmod(0)
+        os.seteuid(65534 if os.getuid() == 0 else os.getuid())  # root may read everything
+        try:
+            assert "Permission denied" in use(path, (40, 48))[1]
+        finally:
+            os.seteuid(os.getuid())
+
+
+# ---------------------------------------------------------------- training
+
+
+def spoiled(tmp_path):
+    """A set with one of everything. Returns (AD_NC, names of the files that cannot be used)."""
+    root = write_set(tmp_path)
+    bad = set()
+    for number, (name, (data, _)) in enumerate(REFUSED.items()):
+        path = root / "train" / "AD" / f"100_{200 + number}{Path(name).suffix}"
+        path.write_bytes(data)
+        bad.add(path.name)
+    (root / "test" / "NC" / "400_99.jpeg").symlink_to("nowhere")
+    (root / "test" / "NC" / "4 00.jpeg").mkdir()
+    write_slice(root / "train" / "AD" / "a holiday\n.jpeg", True, 1)
+    write_slice(root / "train" / "NC" / "101_70.png", False, 1)  # scan 101 is AD
+    write_slice(root / "train" / "NC" / "200_70.png", False, 1)  # there as 200_70.jpeg
+    write_slice(root / "test" / "NC" / "205_99.jpeg", False, 1)  # scan 205 stands in train
+    bad |= {"400_99.jpeg", "4 00.jpeg", "a holiday\n.jpeg", "101_70.png", "200_70.png", "205_99.jpeg", "200_70.jpeg"}
+    bad |= {f"{scan}_{number}.jpeg" for scan in (101, 205) for number in range(70, 75)}
+    return root, bad
+
+
+def test_training_lists_all_offenders_before_the_first_step(tmp_path):
+    root, bad = spoiled(tmp_path)
+    words = ["--data", root, "--out", tmp_path / "run", *SMALL, "--epochs", "1"]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"error: {len(bad)} files cannot be used; mend or remove them, or leave them out")
+    assert len(lines) == 12 and lines[-1] == f"  ... and {len(bad) - 10} more"
+    audit = subprocess.run([sys.executable, ROOT / "dataset.py", root], capture_output=True, text=True)
+    assert audit.returncode == 2 and "slices a scan" in audit.stdout and "files cannot be used" in audit.stderr
+
+
+def test_skip_bad_goes_on_without_them_and_records_them(tmp_path):
+    root, bad = spoiled(tmp_path)
+    run = train_small(root, tmp_path / "run", "--epochs", "1", "--skip-bad")
+    skipped = pd.read_csv(run / "skipped.csv")
+    assert {os.path.basename(path) for path in skipped.path} == bad and skipped.reason.notna().all()
+    assert f"skipped.csv: {len(bad)} files that cannot be used" in (run / "training_log.txt").read_text()
+    used = pd.read_csv(run / "split.csv").path.map(os.path.basename)
+    assert not bad & set(used) and len(used) == 90 - 11
+    import train
+
+    (root / "train" / "AD" / "102_70.jpeg").write_bytes(b"")  # another one, later
+    with pytest.raises(ValueError, match="these slices are not those"):
+        train.main(train.parse_args(["--out", str(run), "--resume"]))
+
+
+def test_a_label_that_is_not_known_is_named(tmp_path):
+    root = write_set(tmp_path, subjects=False)
+    (tmp_path / "meta_data_with_label.json").write_text('{"100": {"label": 7}, "101": {"label": null}, "102": 3}')
+    with pytest.raises(ValueError, match=r"(?s)10 files cannot .*100_70.jpeg is in folder AD, but .* says label 7"):
+        dataset.read_index(root)
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def run_predict(run_folder, out, *inputs):
+    words = [*map(str, inputs), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(out)]
+    return subprocess.run([sys.executable, ROOT / "predict.py", *words], capture_output=True, text=True)
+
+
+NAMES = ["with space_1.png", "new\nline_2.png", "ümläut-腦_3.png", "=1+1_4.png", "@x_5.png", "-x_6.png",
+         "\x1b[31m_7.png", "a,b\"c'_8.png"]  # fmt: skip
+
+
+def test_prediction_goes_on_and_writes_a_row_with_the_reason(run_folder, ad_nc, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, (name, (data, _)) in enumerate(REFUSED.items()):
+        (folder / f"9_{number}{Path(name).suffix}").write_bytes(data)
+    for name in NAMES:
+        shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", folder / name)
+    raw = os.fsencode(folder) + b"/\xff\xfe_9.png"  # bytes that are no UTF-8
+    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", raw)
+    (folder / "9_90.jpeg").symlink_to("nowhere")
+    (folder / "9_91.jpeg").mkdir()
+    done = run_predict(run_folder, tmp_path / "out", folder, tmp_path / "nowhere.png", folder / "9_90.jpeg")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert f"{len(REFUSED) + 2} of {len(REFUSED) + 2 + len(NAMES) + 1} files could not be read" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    table = utils.read_csv(tmp_path / "out" / "predictions.csv")
+    assert table.error.notna().sum() == len(REFUSED) + 2 and (table.error.isna() == table.p_AD.notna()).all()
+    good = table[table.error.isna()]
+    assert {os.fsencode(os.path.basename(path)) for path in good.path} == {
+        *map(os.fsencode, NAMES), b"\xff\xfe_9.png"}  # fmt: skip
+    assert good.p_AD.nunique() == 1
+    cells = pd.read_csv(tmp_path / "out" / "predictions.csv", dtype=str, encoding_errors="replace").stack()
+    assert not cells.str.match(r"[=+\-@\t\r]").any() and "'=1+1" in set(cells)
+
+
+def test_prediction_of_nothing_exits_with_2(run_folder, tmp_path):
+    (tmp_path / "9_1.jpeg").write_bytes(b"")
+    done = run_predict(run_folder, tmp_path / "out", tmp_path / "9_1.jpeg", tmp_path / "gone")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert len(pd.read_csv(tmp_path / "out" / "predictions.csv").error.dropna()) == 2
+    done = run_predict(run_folder, tmp_path / "more", tmp_path / "gone")
+    assert done.returncode == 2 and re.fullmatch(r"error: .*gone does not exist; expected .*\n", done.stderr)
+    assert not (tmp_path / "more").exists()
+
+
+def test_broken_metadata_cost_a_prediction_its_subjects_only(run_folder, ad_nc, tmp_path, capsys):
+    shutil.copytree(ad_nc / "test", tmp_path / "AD_NC" / "test")
+    words = ["--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
+    for content, sentence in (('{"300": ', "subjects are not known: .* is not a JSON object of scans"),
+                              ('{"300": {"label": 0}}', "1 scans stand in a folder of another class than the meta")):
+        (tmp_path / "meta_data_with_label.json").write_text(content)
+        predict.main(predict.parse_args([str(tmp_path / "AD_NC" / "test"), *words]))
+        assert re.search(sentence, capsys.readouterr().err)
+        assert len(pd.read_csv(tmp_path / "out" / "scans.csv")) == 6
+
+
+def test_a_name_is_neither_a_formula_of_a_spreadsheet_nor_of_a_picture(run_folder, ad_nc, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "$\\frac{$")
+    (tmp_path / "in").mkdir()
+    for label in ("AD", "NC"):
+        (tmp_path / "in" / label).mkdir()
+        for path in (ad_nc / "test" / label).iterdir():
+            shutil.copy(path, tmp_path / "in" / label / f"={path.name}")
+    done = run_predict(run, tmp_path / "out", tmp_path / "in")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "roc_curve.png").exists()
+    table, _ = evaluate.read_run(tmp_path / "out")  # what is read back is what was there
+    assert set(table.scan) == {"=300", "=301", "=302", "=400", "=401", "=402"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\r\x00", exclude_categories=["Cs"])), min_size=1))
+def test_a_table_is_read_back_as_it_was_and_holds_no_formula(cells):
+    cells = ["'=2", *cells]
+    with tempfile.TemporaryDirectory() as folder:
+        utils.write_csv(Path(folder) / "a.csv", pd.DataFrame({"cell": cells, "n": range(len(cells))}))
+        again = utils.read_csv(Path(folder) / "a.csv")
+        raw = pd.read_csv(Path(folder) / "a.csv", dtype=str, keep_default_na=False)
+    assert again.cell.fillna("").tolist() == cells
+    assert not raw.cell.str.match(r"[=+\-@\t\n]").any()
+
+
+# ---------------------------------------------------------------- unlike the training data
+
+
+@pytest.fixture(scope="module")
+def brains(tmp_path_factory):
+    """(a run of an epoch on a small phantom, its AD_NC)"""
+    root = phantom.draw(tmp_path_factory.mktemp("phantom"), subjects=12, progress=False)
+    return train_small(root, tmp_path_factory.mktemp("run") / "run", "--epochs", "1"), root
+
+
+def with_skull_and_neck(pixels):
+    """The head that a brain was stripped of: dark skull, bright scalp, and a neck down to the border."""
+    brain = ndimage.binary_fill_holes(ndimage.binary_closing(pixels >= 20, iterations=3))
+    distance = ndimage.distance_transform_edt(~brain)
+    head = pixels.copy()
+    head[(distance > 7) & (distance <= 18)] = 190
+    y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
+    head[(y > 150) & (np.abs(x - 130) < 40) & (distance > 18)] = 120
+    return head
+
+
+def photograph(pixels):
+    noise = ndimage.gaussian_filter(np.random.default_rng(int(pixels.sum())).normal(size=(*pixels.shape, 3)), (9, 9, 0))
+    return np.interp(noise, (noise.min(), noise.max()), (0, 255)).astype(np.uint8)
+
+
+def coloured(pixels):
+    return np.stack([pixels, pixels // 2, 255 - pixels], 2)
+
+
+@pytest.mark.parametrize("change", [
+    with_skull_and_neck, photograph, coloured, lambda pixels: 255 - pixels, lambda pixels: pixels * 0,
+    lambda pixels: np.kron(pixels, np.ones((3, 3), np.uint8)),
+], ids=["head", "photograph", "colour", "inverted", "black", "larger"])  # fmt: skip
+def test_an_input_unlike_the_training_slices_gets_a_warning_and_no_verdict(brains, tmp_path, capsys, change):
+    run, root = brains
+    paths = sorted((root / "test" / "AD").iterdir())[:40]
+    for path in paths:
+        Image.fromarray(change(np.asarray(Image.open(path)))).save(tmp_path / f"{path.stem}.png")
+    words = [str(tmp_path), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path / "out")]
+    predict.main(predict.parse_args([*words, "--coverage", "0.5"]))
+    told = capsys.readouterr()
+    assert "40 of 40 files are unlike the slices of training" in told.err
+    assert told.err.count("is unlike those of training: ") == 10  # each has its row, ten a line
+    assert told.out.count("no verdict") == 2 and "AD," not in told.out
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert table.unlike.str.contains("in training").all()
+    scans = pd.read_csv(tmp_path / "out" / "scans.csv")
+    assert (scans.n_unlike == 20).all() and (scans.prediction_set == "AD|NC").all()
+
+
+def test_slices_like_those_of_training_get_no_warning(brains, tmp_path, capsys):
+    run, root = brains
+    words = [str(root / "test"), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path)]
+    predict.main(predict.parse_args(words))
+    told = capsys.readouterr()
+    assert "unlike" not in told.out + told.err and "unlike" not in pd.read_csv(tmp_path / "predictions.csv")
+
+
+def test_real_slices_of_other_subjects_get_no_warning(oasis):
+    index = dataset.read_index(oasis)
+    _, _, facts = slices.load_slices(index.path.tolist(), slices.common_size(index.path), bar=None)
+    train = (index.split == "train").to_numpy()
+    told = slices.unlike(facts[~train], slices.summarise(facts[train]))
+    assert (told != "").mean() < 0.005
+
+
+# ---------------------------------------------------------------- fuzzing
+
+SEEDS = [JPEG, rotated(), *(data for data, *_ in CONVERTED.values()), *(data for data, _ in REFUSED.values() if
+                                                                     len(data) < 10_000)]  # fmt: skip
+FUZZ = settings(deadline=20_000, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+MUTATION = st.tuples(st.sampled_from(["flip", "set", "cut", "insert", "repeat", "swap"]), st.integers(0, 2**31),
+                     st.binary(max_size=12))  # fmt: skip
+
+
+def mutated(data, mutations):
+    data = bytearray(data)
+    for kind, at, extra in mutations:
+        at %= len(data) + 1
+        if kind == "flip" and at < len(data):
+            data[at] ^= 1 << (len(extra) % 8)
+        elif kind == "set":
+            data[at : at + len(extra)] = extra
+        elif kind == "cut":
+            del data[at : at + 1 + 7 * len(extra)]
+        elif kind == "insert":
+            data[at:at] = extra
+        elif kind == "repeat":
+            data[at:at] = data[: 10 * len(extra)]
+        elif kind == "swap":
+            data[at:], data[:at] = data[:at], data[at:]
+    return bytes(data)
+
+
+def test_five_thousand_mutated_files_are_used_or_refused_in_a_sentence(tmp_path):
+    outcomes = {True: 0, False: 0}
+
+    @settings(FUZZ, max_examples=5000)
+    @given(st.sampled_from(SEEDS), st.lists(MUTATION, min_size=1, max_size=6), st.sampled_from(["png", "jpeg"]))
+    def fuzz(seed, mutations, extension):
+        path = tmp_path / f"1_1.{extension}"
+        path.write_bytes(mutated(seed, mutations))
+        pixels, error, facts = use(path, (40, 48))
+        slices.header(path)
+        slices.fingerprint_file(path)
+        assert pixels.shape == (40, 48) and np.isfinite(facts).all()
+        assert error is None or (isinstance(error, str) and 5 < len(error) < 300)
+        outcomes[error is None] += 1
+
+    fuzz()
+    assert min(outcomes.values()) > 300  # neither a toy of a mutation nor only noise
+
+
+NAME = st.one_of(
+    st.sampled_from(["100_70.jpeg", "100_70.png", "200_70.jpeg", "x.jpeg", ".DS_Store", "1_1.JPG", "a_b_3.jpg"]),
+    st.text(st.characters(exclude_characters="/\x00", exclude_categories=["Cs"]), min_size=1, max_size=12).map(
+        lambda text: f"{text}_1.png"),
+)  # fmt: skip
+ENTRY = st.tuples(st.sampled_from(["train/AD", "train/NC", "test/AD", "test/NC", "train", "."]), NAME,
+                  st.sampled_from(["good", "good", "empty", "text", "folder", "link", "pipe"]))  # fmt: skip
+METADATA = st.sampled_from([
+    None, "", "[]", "{", '{"100": 1}', '{"100": {"label": 9}}', '{"1": {"raw": "ADNI_001_S_0001_x ADNI_002_S_0002_"}}',
+    '{"100": {"label": [1], "raw": null}}', "\ufeff{}", '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
+])  # fmt: skip
+
+
+def build(folder, entries, metadata, table):
+    for place in ("train/AD", "train/NC", "test/AD", "test/NC"):
+        (folder / "AD_NC" / place).mkdir(parents=True)
+    for place, name, kind in entries:
+        path = folder / "AD_NC" / place / name
+        try:
+            if os.path.lexists(path):
+                continue
+            if kind in ("good", "empty", "text"):
+                path.write_bytes({"good": encoded(L), "empty": b"", "text": b"text"}[kind])
+            elif kind == "folder":
+                path.mkdir()
+            elif kind == "link":
+                path.symlink_to("nowhere")
+            else:
+                os.mkfifo(path)
+        except OSError:  # a name that this file system does not take
+            continue
+    for name, content in (("meta_data_with_label.json", metadata), ("subjects.csv", table)):
+        if content is not None:
+            (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    return folder / "AD_NC"
+
+
+def test_five_hundred_mutated_folders_are_used_or_refused_in_a_sentence(monkeypatch):
+    outcomes = {True: 0, False: 0}
+    args = __import__("train").parse_args([*SMALL, "--skip-bad", "--no-cache"])
+
+    @settings(FUZZ, max_examples=500)
+    @given(st.lists(ENTRY, max_size=12), METADATA,
+           st.one_of(st.none(), st.text(max_size=20), st.just("scan,subject\n100,a\n100,b\n")),
+           st.booleans())  # fmt: skip
+    def fuzz(entries, metadata, table, whole):
+        with tempfile.TemporaryDirectory() as folder:
+            if whole:  # something to go on with
+                entries = [(f"{split}/{label}", f"{scan}_1.png", "good") for split, label, scans in (
+                    ("train", "AD", (1, 2, 3)), ("train", "NC", (4, 5, 6)), ("test", "AD", (7,)), ("test", "NC", (8,)))
+                    for scan in scans] + entries  # fmt: skip
+            root = build(Path(folder), entries, metadata, table)
+            for work in (lambda: loading.load_data(args, root, None), lambda: predict.read_inputs([root / "test"]),
+                         lambda: list(dataset.audit(dataset.read_index(root, []))),
+                         lambda: predict.read_inputs([root / "train" / name for _, name, _ in entries] or [root])):
+                try:
+                    work()
+                    outcomes[True] += 1
+                except (ValueError, OSError) as problem:
+                    assert 5 < len(str(problem)) and "\x00" not in str(problem)
+                    outcomes[False] += 1
+
+    fuzz()
+    assert min(outcomes.values()) > 100
+
+
+def test_mutated_checkpoints_are_refused_in_a_sentence_or_equal(run_folder, tmp_path):
+    """The small parts of a checkpoint, each byte of which says something."""
+    small = checkpoint.load_checkpoint(run_folder / "best_model.pth")
+    small["weights"] = {"head.bias": small["weights"]["head.bias"]}
+    small.pop("format")
+    checkpoint.save_checkpoint(tmp_path / "m.pth", **small)
+    data = (tmp_path / "m.pth").read_bytes()
+
+    @settings(FUZZ, max_examples=300)
+    @given(st.lists(MUTATION, min_size=1, max_size=3))
+    def fuzz(mutations):
+        (tmp_path / "x.pth").write_bytes(mutated(data, mutations))
+        try:
+            checkpoint.load_checkpoint(tmp_path / "x.pth")
+        except ValueError as problem:
+            assert str(tmp_path / "x.pth") in str(problem) and len(str(problem)) < 400
+
+    fuzz()
+
+
+def test_a_whole_prediction_of_many_mutated_files_ends_with_a_table(run_folder, ad_nc, tmp_path, capsys):
+    generator = random.Random(0)
+    (tmp_path / "in").mkdir()
+    for number in range(400):
+        changes = [(generator.choice(["flip", "set", "cut", "insert", "swap"]), generator.randrange(2**31),
+                    generator.randbytes(generator.randrange(12))) for _ in range(generator.randrange(1, 4))]
+        (tmp_path / "in" / f"{number}_1.{generator.choice(['png', 'jpeg'])}").write_bytes(
+            mutated(generator.choice(SEEDS), changes))
+    words = [str(tmp_path / "in"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
+    predict.main(predict.parse_args(words))
+    table = utils.read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(table) == 400 and (table.error.notna() ^ table.p_AD.notna()).all()
+    assert table.error.notna().sum() > 20 < table.p_AD.notna().sum()

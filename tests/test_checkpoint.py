@@ -1,0 +1,131 @@
+"""Checkpoints are data, never code, and what does not fit is said in a sentence."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+from checkpoint import build_model, load_checkpoint, save_checkpoint
+from modules import convnext
+
+
+def content(run_folder, name="best_model.pth"):
+    """What a checkpoint holds, to be saved again with a change."""
+    loaded = load_checkpoint(run_folder / name)
+    loaded.pop("format")
+    return loaded
+
+
+def test_a_checkpoint_rebuilds_the_model(run_folder, tmp_path):
+    model = convnext("femto", drop_path_rate=0.1)
+    facts = {"variant": "femto", "in_chans": 1, "num_classes": 2, "drop_path_rate": 0.1}
+    save_checkpoint(tmp_path / "m.pth", **content(run_folder) | {"weights": model.state_dict(), "model": facts})
+    again = build_model(load_checkpoint(tmp_path / "m.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a checkpoint ran code')",))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(run_folder, tmp_path):
+    file = tmp_path / "m.pth"
+    file.write_bytes(pickle.dumps(Bomb(), protocol=2))
+    with pytest.raises(ValueError, match="cannot be read as tensors"):
+        load_checkpoint(file)
+    torch.save({"format": checkpoint.FORMAT, **content(run_folder), "flags": Bomb()}, file)
+    with pytest.raises(SystemExit, match="ran code"):  # it is loaded, as code, by whoever trusts it
+        torch.load(file, weights_only=False)
+    with pytest.raises(ValueError, match="cannot be read as tensors"):
+        load_checkpoint(file)
+
+
+def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
+    file = tmp_path / "m.pth"
+    with pytest.raises(ValueError, match="there is no file"):
+        load_checkpoint(file)
+    whole = (run_folder / "best_model.pth").read_bytes()
+    for part in (b"", b"text", whole[:2000], whole[: len(whole) // 2], whole[:-1000]):
+        file.write_bytes(part)
+        with pytest.raises(ValueError, match="cannot be read as tensors"):
+            load_checkpoint(file)
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(file)
+    for version in (checkpoint.FORMAT - 1, 99, "new"):
+        torch.save({**content(run_folder), "format": version}, file)
+        with pytest.raises(ValueError, match=f"has format {version}, this version reads {checkpoint.FORMAT}"):
+            load_checkpoint(file)
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_checkpoint(tmp_path / "folder.pth")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_byte_is_found_or_harmless(run_folder, tmp_path, seed):
+    """torch.load does not look at the checksums of its own files: weights would silently be others."""
+    raw = bytearray((run_folder / "best_model.pth").read_bytes())
+    raw[int(np.random.default_rng(seed).integers(len(raw)))] ^= 0x40
+    (tmp_path / "m.pth").write_bytes(raw)
+    try:
+        again = load_checkpoint(tmp_path / "m.pth")
+    except ValueError:
+        return
+    before = load_checkpoint(run_folder / "best_model.pth")  # in the padding between tensors
+    assert all(torch.equal(before["weights"][name], again["weights"][name]) for name in before["weights"])
+    assert {name: before[name] for name in before if name != "weights"} == {
+        name: again[name] for name in again if name != "weights"}  # fmt: skip
+
+
+GARBAGE = [None, "text", -5, float("nan"), [], {}, [[1]], {"a": 1}, 10**9, True]
+
+
+@pytest.mark.parametrize("file", ["best_model.pth", "last.pth"])
+def test_every_entry_is_checked(run_folder, tmp_path, file):
+    rules = checkpoint.SCHEMA | (
+        checkpoint.OF_A_FINISHED_RUN if file == "best_model.pth" else checkpoint.OF_A_RUN_THAT_GOES_ON)
+    good = content(run_folder, file)
+    assert set(rules) <= set(good)
+    for name, (fits, _) in rules.items():
+        assert fits(good[name])
+        bad = [value for value in GARBAGE if not fits(value)]
+        assert len(bad) >= 5, name
+        for value in bad[:2]:
+            with pytest.raises(ValueError, match=f"its {name} is not"):
+                checkpoint.check({"format": checkpoint.FORMAT, **good, name: value}, file)
+        if name in checkpoint.SCHEMA or file == "last.pth" and name != "optimizer":
+            without = {key: value for key, value in good.items() if key != name}
+            with pytest.raises(ValueError, match=f"it has no {name}"):
+                checkpoint.check({"format": checkpoint.FORMAT, **without}, file)
+    checkpoint.check({"format": checkpoint.FORMAT, **good}, file)
+
+
+def test_weights_of_another_model_are_a_sentence_at_the_command_line(run_folder, ad_nc, tmp_path):
+    changed = content(run_folder)
+    changed["model"]["variant"] = "pico"
+    save_checkpoint(tmp_path / "m.pth", **changed)
+    words = [ad_nc / "test", "--checkpoint", tmp_path / "m.pth", "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, ROOT / "predict.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: the weights are not those of a ConvNeXt pico")
+
+
+def test_a_state_that_does_not_fit_is_refused_on_resume(run_folder, tmp_path):
+    import shutil
+
+    import train
+
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    changed = content(run, "last.pth")
+    changed["optimizer"]["param_groups"] = changed["optimizer"]["param_groups"][:1]
+    save_checkpoint(run / "last.pth", **changed)
+    before = (run / "config.json").read_text()
+    with pytest.raises(ValueError, match="last.pth does not fit the run"):
+        train.main(train.parse_args(["--out", str(run), "--resume"]))
+    assert (run / "config.json").read_text() == before
