@@ -137,6 +137,8 @@ def load_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; expected a file, such as best_model.pth of a run") from None
     except Exception as problem:  # torch.load raises nearly anything on a foreign file
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # torch colours its advice
         reason = re.split(r"[.:]\s|\n", text)[0] or type(problem).__name__
@@ -208,6 +210,8 @@ def restore_run(state, last, args, job, facts):
     ValueError where it is of other slices, or does not fit."""
     model, ema, optimizer, scaler = state
     path = job.out / "last.pth"
+    if args.epochs < last["epoch"]:
+        raise ValueError(f"--epochs is {args.epochs}, but {job.out} has trained {last['epoch']}; expected no fewer")
     if last["split_hash"] != facts["split_hash"]:
         raise ValueError(f"these slices are not those that {job.out} was trained on; expected the same files and split")
     try:

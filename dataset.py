@@ -19,10 +19,19 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 
-from slices import fingerprint_file, header
+def _end_quietly(kind, problem, trace):
+    """Ctrl-C while a script still imports is no error to be looked into; its exit status is 130 all the same."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, problem, trace)
+
+
+sys.excepthook = _end_quietly  # before the imports that take time
+
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from slices import fingerprint_file, header  # noqa: E402
 
 CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
 EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -118,11 +127,12 @@ def read_subjects(root):
 def _subjects_from_json(path):
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        items = list(entries.items())
-    except (ValueError, AttributeError, RecursionError) as problem:
+        if not isinstance(entries, dict):
+            raise ValueError(f"but a {type(entries).__name__}")
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is not a JSON object of scans ({problem}); mend it or move it away") from None
     subjects, labels = {}, {}
-    for scan, entry in items:
+    for scan, entry in entries.items():
         entry = entry if isinstance(entry, dict) else {}
         names = " ".join(os.path.basename(value) for value in entry.values() if isinstance(value, str))
         found = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", names))

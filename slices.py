@@ -188,7 +188,8 @@ def load_slices(paths, size, bar="decoding", images=None):
             reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
             return f"cannot be read as an image: {reason}"
 
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
+    # PIL decodes outside the interpreter's lock; more threads than cores only fight for it
+    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         work = pool.map(load, range(len(paths)))
         errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
     return images, errors, pd.DataFrame(facts.round(4), columns=FACTS)

@@ -90,8 +90,9 @@ def parse_args(argv=None):
         try:
             config = json.loads((Path(args.out) / "config.json").read_text())
             saved = config["flags"]
-            if not saved["demo"]:
-                saved["data"] = config["used"]["data"]  # absolute, so that a run goes on from anywhere
+            where = config["used"]["data"]
+            if not saved["demo"] and os.path.abspath(saved["data"] or "AD_NC") != where:
+                saved["data"] = where  # it goes on from another folder
         except (OSError, ValueError, KeyError, TypeError) as problem:
             parser.error(f"{args.out} holds no run to go on with ({problem})")
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})

@@ -63,7 +63,7 @@ def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
         with pytest.raises(ValueError, match=f"has format {version}, this version reads {checkpoint.FORMAT}"):
             load_checkpoint(file)
     (tmp_path / "folder.pth").mkdir()
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="folder.pth is a folder; expected a file"):
         load_checkpoint(tmp_path / "folder.pth")
 
 

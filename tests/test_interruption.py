@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -183,6 +184,39 @@ def test_a_run_stopped_in_its_first_epoch_goes_on_on_its_own_slices_only(ad_nc, 
         resume(tmp_path / "run", "--data", str(other))
     assert (tmp_path / "run" / "split.csv").read_bytes() == split
     resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("after", [0.1, 0.4, 1.5])
+def test_ctrl_c_while_a_script_imports_ends_it_quietly(tmp_path, after):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tmp_path, "--out", tmp_path / "run"],
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not Path(f"/proc/{process.pid}/maps").read_text().count("_multiarray") and process.poll() is None:
+        time.sleep(0.01)  # until it imports NumPy, so that it is past Python's own start
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and process.returncode in (-signal.SIGINT, 130, 2)  # 2: it has seen that folder
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_epochs_than_there_are_is_refused(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="--epochs is 3, but .* has trained 6; expected no fewer"):
+        resume(run, "--epochs", "3")
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_run_on_a_relative_path_is_resumed_with_it(ad_nc, tmp_path, monkeypatch):
+    monkeypatch.chdir(ad_nc.parent)
+    run = train_small(ad_nc.name, tmp_path / "run", "--epochs", "1")
+    before = (run / "test" / "predictions.csv").read_bytes()
+    assert b"\nAD_NC/test" in before
+    resume(run)
+    assert (run / "test" / "predictions.csv").read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    resume(run)  # from elsewhere it has to be absolute
+    assert str(ad_nc).encode() + b"/test" in (run / "test" / "predictions.csv").read_bytes()
 
 
 def test_a_run_that_is_done_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path):
