@@ -307,14 +307,15 @@ def main(args):
         warnings.append(f"{k} validation subjects can promise a coverage of at most {k / (k + 1):.3f}: "
                         "every set is AD|NC")
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
-    unlabelled = table.label.isna().sum() if "label" in table else 0
+    read = predictions[predictions.p_AD.notna()]
+    unlabelled = read.label.isna().sum() if "label" in read else 0
     if unlabelled:
-        warnings.append(f"{unlabelled} of {len(table)} slices have no label: no figures are computed")
+        warnings.append(f"{unlabelled} of {len(read)} slices have no label: no figures are computed")
     figures = write_results(predictions, out, title=title, leaks=run_leaks(checkpoint), notes=run_notes(checkpoint),
                             coverage=args.coverage, calibration=calibration)
     warnings += tell(predictions, "error", "could not be read")
     warnings += tell(predictions, "unlike", "are unlike the slices of training, do not rely on what is said of them")
-    scans = aggregate(predictions.dropna(subset="p_AD"), "scan")
+    scans = aggregate(read, "scan")
     if (scans.seen == "yes").any():
         warnings.append(f"{(scans.seen == 'yes').sum()} of {len(scans)} scans are of subjects that training has seen: "
                         "memory, no test (column seen of scans.csv)")

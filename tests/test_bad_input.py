@@ -223,6 +223,12 @@ def test_prediction_goes_on_and_writes_a_row_with_the_reason(run_folder, ad_nc, 
     assert not cells.str.match(r"[=+\-@\t\r]").any() and "'=1+1" in set(cells)
 
 
+def test_an_input_that_is_not_there_costs_the_others_no_figures(run_folder, ad_nc, tmp_path):
+    done = run_predict(run_folder, tmp_path, ad_nc / "test", tmp_path / "gone.png")
+    assert done.returncode == 0 and "have no label" not in done.stderr and "1 of 31 files could not" in done.stderr
+    assert (tmp_path / "metrics.json").exists()
+
+
 def test_prediction_of_nothing_exits_with_2(run_folder, tmp_path):
     (tmp_path / "9_1.jpeg").write_bytes(b"")
     done = run_predict(run_folder, tmp_path / "out", tmp_path / "9_1.jpeg", tmp_path / "gone")
