@@ -240,7 +240,7 @@ def main(args):
             raise OSError(reason) from None
         except utils.Stopped as stop:
             if not stop.told:
-                print(f"stopped by {stop} before anything was trained", file=sys.stderr)
+                print(f"stopped by {stop} before the first step", file=sys.stderr)
             raise
 
 
@@ -293,7 +293,7 @@ def train(args, signals):
         raise
     except (ValueError, OSError) as problem:
         kind = OSError if isinstance(problem, OSError) else ValueError
-        raise kind(f"{problem}\n{where_it_stands(job, history)}") from None
+        raise kind(f"{problem}\n{where_it_stands(job)}") from None
 
 
 def finish(index, images, args, job):
@@ -307,12 +307,13 @@ def finish(index, images, args, job):
         job.log("predict again with:\n  " + shlex.join(map(str, words)))
 
 
-def where_it_stands(job, history):
-    """What is left of a run that had to end, for its error."""
+def where_it_stands(job):
+    """What is left of a run that had to end, for its error: what the file holds, not what was to be written."""
     if not (job.out / "last.pth").exists():
         return f"nothing is left of the run: {job.out / 'last.pth'} is gone"
+    epoch = checkpoint.load_checkpoint(job.out / "last.pth")["epoch"]
     best = f", and {job.out / 'best_model.pth'} the best epoch so far" * (job.out / "best_model.pth").exists()
-    return (f"the last good checkpoint is {job.out / 'last.pth'}, after epoch {len(history)}{best}; {job.how_to_go_on}")
+    return (f"the last good checkpoint is {job.out / 'last.pth'}, after epoch {epoch}{best}; {job.how_to_go_on}")
 
 
 def is_better(row, best):
