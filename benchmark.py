@@ -59,6 +59,7 @@ import loading  # noqa: E402
 import phantom  # noqa: E402
 import slices  # noqa: E402
 import utils  # noqa: E402
+from anatomy import SLICES, render  # noqa: E402
 from checkpoint import build_model, load_checkpoint  # noqa: E402
 from engine import make_engine, micro_batch  # noqa: E402
 from epoch import make_optimizer  # noqa: E402
@@ -111,7 +112,7 @@ def two_models(variant, device):
 
 def some_slices(n):
     """n slices of the phantom, uint8 (n, 1, 240, 256)."""
-    drawn = np.concatenate([phantom.render(scan) for scan in phantom.plan(20, 1)[: -(-n // phantom.SLICES)]])
+    drawn = np.concatenate([render(scan) for scan in phantom.plan(20, 1)[: -(-n // SLICES)]])
     return torch.from_numpy(drawn[np.arange(n) % len(drawn), None])
 
 

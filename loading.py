@@ -54,10 +54,12 @@ def find_data(args):
 
 
 def demo_data():
-    """The phantom set of --demo, drawn on the first call. A changed phantom.py draws another one."""
+    """The phantom set of --demo, drawn on the first call. Where its code has changed, another one is drawn."""
+    import anatomy
     import phantom
 
-    version = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()[:8]
+    code = b"".join(Path(module.__file__).read_bytes() for module in (anatomy, phantom))
+    version = hashlib.sha256(code).hexdigest()[:8]
     folder = cache_folder() / f"phantom-{DEMO_SUBJECTS}-{version}"
     if not folder.is_dir():
         print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
