@@ -13,8 +13,6 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
-             "logistic_regression": "logistic regression"}  # fmt: skip
 SIDE = 16  # pixels of the short side after averaging
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation
 
@@ -23,7 +21,7 @@ def shrink(images, rows=None):
     """Rows `rows` (N,), or all, of uint8 (M, H, W) -> float32 (N, pixels) in [0, 1]: means of square blocks, about SIDE
     on the short side."""
     if rows is not None:  # in parts: together they may not fit into memory
-        parts = np.array_split(np.asarray(rows, int), 1 + len(rows) // 1024)
+        parts = np.array_split(rows, 1 + len(rows) // 1024)
         return np.concatenate([shrink(images[part]) for part in parts])
     block = max(1, min(images.shape[1:]) // SIDE)
     height, width = (side // block for side in images.shape[1:])
@@ -31,17 +29,18 @@ def shrink(images, rows=None):
     return images.mean((2, 4), dtype=np.float32).reshape(len(images), height * width) / 255
 
 
-def fit_baselines(index, images):
-    """Fit all three on split "train" of the index, whose labels are rows of images uint8 (N, H, W). The penalty of the
-    logistic regression is chosen by the log loss of the validation scans. Returns plain values for the checkpoint."""
+def fit_baselines(slices):
+    """Fit all three on split "train" of a SliceSet. The penalty of the logistic regression is chosen by the log loss of
+    the validation scans. Returns plain values for the checkpoint."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.preprocessing import StandardScaler
 
+    index, y = slices.index, slices.is_ad
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
     scans = index[train].groupby("scan").agg(ad=("label", lambda labels: labels.iloc[0] == "AD"), at=("slice", "min"))
     windows = scans.groupby("at").ad.agg(["sum", "size"])
-    x, y = shrink(images, index.index), (index.label == "AD").to_numpy()
+    x = shrink(slices.images, slices.rows)
     scale = StandardScaler().fit(x[train])
     standard = scale.transform(x)
     best, best_loss = None, np.inf
@@ -61,16 +60,14 @@ def fit_baselines(index, images):
     }  # fmt: skip
 
 
-def predict_baselines(fitted, images, table, rows=None):
-    """p_AD of each baseline, a DataFrame with a column each, for the slices of a table (N rows with scan and slice)
-    whose pixels are `rows` (N,), or all, of images uint8 (M, H, W) of the size that the fit had. A window that training
-    did not have gets the majority."""
+def predict_baselines(fitted, slices):
+    """p_AD of each baseline, a DataFrame with a column each and the index of the SliceSet's, whose pixels have the size
+    that the fit had. A window that training did not have gets the majority."""
     windows = {int(at): p for at, p in fitted["windows"].items()}
-    at = table.groupby("scan").slice.transform("min")
-    z = shrink(images, rows).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
-    table = pd.DataFrame({
+    at = slices.index.groupby("scan").slice.transform("min")
+    z = shrink(slices.images, slices.rows).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
+    return pd.DataFrame({
         "majority_class": fitted["share_AD"],
         "window_vote": at.map(windows).astype(float).fillna(fitted["share_AD"]).to_numpy(),
         "logistic_regression": expit(z),
-    }, index=table.index)  # fmt: skip
-    return table.round(7)  # as baselines.csv has them
+    }, index=slices.index.index).round(7)  # as predictions.csv has them  # fmt: skip

@@ -1,8 +1,7 @@
 """Measure the speed, side by side with torchvision's ConvNeXt in one process.
 
     python benchmark.py --json cpu.json                # the CPU: prediction, training step, loading; some minutes
-    python benchmark.py --gpu --json gpu.json          # a CUDA GPU: ladder of the step, kernels, an epoch; 9 minutes
-    python benchmark.py --figure figures/benchmark.png
+    python benchmark.py --gpu --json gpu.json          # a CUDA GPU: prediction, an epoch, ladder of the step; 9 minutes
 
 The reference is what one would write without this project: torchvision.models.convnext_tiny and, end to end,
 ImageFolder with PIL transforms and a DataLoader with a worker a core. Candidates take turns, so that a machine that
@@ -10,21 +9,24 @@ slows down slows all of them; printed is the ratio to the reference, the median 
 answer is not timed but refused.
 """
 
+import argparse
+import functools
 import json
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from dataset import Parser, run
+from utils import InputError, Parser, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
-    parser.add_argument("--compile", action="store_true", help="also predict with torch.compile on the CPU")
     parser.add_argument("--device", help="of --gpu; cpu rehearses it, in small (cuda)")
     parser.add_argument("--model", default="tiny", metavar="V", help="tiny, small, base or large (tiny)")
     parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of the model's input (224)")
@@ -47,23 +49,27 @@ def parse_args(argv=None):
     return args
 
 
-# Read before torch is imported, so that --help and a mistyped flag answer at once.
-ARGS = parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torchvision  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
 
-import loading  # noqa: E402
-import phantom  # noqa: E402
-import slices  # noqa: E402
-import utils  # noqa: E402
-from anatomy import SLICES, render  # noqa: E402
-from checkpoint import build_model, load_checkpoint  # noqa: E402
-from engine import make_engine, micro_batch  # noqa: E402
-from epoch import make_optimizer  # noqa: E402
-from modules import VARIANTS, convnext, load_weights  # noqa: E402
+import cache
+import plots
+import slices
+from anatomy import SLICES, Scan, render
+from checkpoint import build_model, load_checkpoint
+from dataset import SliceSet, make_loader
+from engine import TrainState, train_one_epoch, train_step
+from inference import make_engine
+from modules import VARIANTS, convnext, load_weights
+from runtime import Runtime, StopRequest, has_native_bf16, pick_device, precision_name
+from utils import write_json
 
 BUDGET = 520  # seconds that --gpu may take
 
@@ -93,7 +99,7 @@ def take_turns(candidates, repeats, sync=lambda: None):
 def require(what, difference, limit):
     """A wrong answer is not worth timing."""
     if not difference <= limit:
-        raise ValueError(f"{what}: the largest difference is {difference:.2g}; expected at most {limit:.2g}")
+        raise InputError(f"{what}: the largest difference is {difference:.2g}; expected at most {limit:.2g}")
     return float(difference)
 
 
@@ -111,8 +117,10 @@ def two_models(variant, device):
 
 
 def some_slices(n):
-    """n slices of the phantom, uint8 (n, 1, 240, 256)."""
-    drawn = np.concatenate([render(scan) for scan in phantom.plan(20, 1)[: -(-n // SLICES)]])
+    """n slices of the phantom, uint8 (n, 1, 240, 256), of a few brains from little to much atrophy."""
+    latent = np.linspace(-2, 2, min(20, -(-n // SLICES)))
+    scans = [Scan(i, f"001_S_{i:04d}", "AD", "train", 67, float(a), 0) for i, a in enumerate(latent)]
+    drawn = np.concatenate([render(scan) for scan in scans])
     return torch.from_numpy(drawn[np.arange(n) % len(drawn), None])
 
 
@@ -120,79 +128,78 @@ def p_ad(logits):
     return logits.float().softmax(1)[:, 1]
 
 
-def gradients(model, x, y, device, amp, scale=lambda loss: loss, at_once=2**31):
-    """Of the mean loss of a batch, as the recipe has it; `at_once` images at a time, whose gradients are added."""
-    for part, labels in zip(x.split(at_once), y.split(at_once)):
-        with utils.autocast(device, amp):
-            loss = nn.functional.cross_entropy(model(part), labels, label_smoothing=0.1, reduction="sum")
-        scale(loss / len(x)).backward()
-
-
-def step(model, optimizer, x, y, device, amp, scaler=None, at_once=2**31):
-    """A training step of the recipe, written once for both models."""
-    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+def plain_step(model, optimizer, x, y, runtime, scaler):
+    """A training step of the recipe as one writes it without this project."""
     optimizer.zero_grad(set_to_none=True)
-    gradients(model, x, y, device, amp, scaler.scale, at_once)
+    with runtime.autocast():
+        loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
+    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     scaler.step(optimizer)
     scaler.update()
 
 
-# ---------------------------------------------------------------- the CPU
+# ---------------------------------------------------------------- prediction and training steps
 
 
-def predict_on_cpu(args):
-    """The engine of predict.py against torchvision's model, both from normalised slices to p_AD."""
-    theirs, ours = two_models(args.model, "cpu")
+def predict(args, device, batch, repeats):
+    """From normalised slices to p_AD: torchvision's model, and the engine of predict.py. Returns what `take_turns`
+    does, and the largest difference of p_AD to torchvision in float32 for each candidate."""
+    theirs, ours = two_models(args.model, device)
     theirs.eval()
-    x, cpu = slices.eval_transform(some_slices(args.batch_size), args.image_size), torch.device("cpu")
+    x = slices.eval_transform(some_slices(batch).to(device), args.image_size)
 
     @torch.inference_mode()
-    def reference():
-        return theirs(x)
-
-    @torch.inference_mode()
-    def reference_bf16():
-        with utils.autocast(cpu, torch.bfloat16):
+    def reference(runtime):
+        with runtime.autocast():
             return theirs(x)
 
-    candidates = {"torchvision, float32": reference}
-    exact = make_engine(ours, cpu)
-    candidates["ours, float32"] = lambda: exact(x)
+    exact, candidates, limits = p_ad(reference(Runtime(device))), {}, {"ours, float32": 1e-4}
+    for amp in precisions(device):
+        runtime = Runtime(device, amp)
+        candidates[f"torchvision, {runtime.precision}"] = functools.partial(reference, runtime)
+        candidates[f"ours, {runtime.precision}"] = functools.partial(make_engine(ours, runtime), x)
+        if device.type == "cuda":
+            compiled = two_models(args.model, device)[1]
+            compiled.compile(dynamic=False)
+            candidates[f"ours, {runtime.precision}, compiled"] = functools.partial(make_engine(compiled, runtime), x)
+    differences = {name: require(f"p_AD of {name}", (p_ad(work()) - exact).abs().max(), limits.get(name, 0.01))
+                   for name, work in candidates.items()}  # fmt: skip
+    return take_turns(candidates, repeats, sync_of(device)), differences
 
-    def medium():
-        torch.set_float32_matmul_precision("medium")  # may compute in bfloat16
-        try:
-            return exact(x)
-        finally:
-            torch.set_float32_matmul_precision("highest")
 
-    differences = {"ours, float32": require("the engine in float32", (p_ad(exact(x)) - p_ad(reference())).abs().max(),
-                                            1e-4)}  # fmt: skip
-    candidates['ours, float32 "medium"'] = medium
-    differences['ours, float32 "medium"'] = float((p_ad(medium()) - p_ad(reference())).abs().max())
-    if utils.has_native_bf16():
-        short = make_engine(ours, cpu, torch.bfloat16)
-        candidates |= {"torchvision, bfloat16": reference_bf16, "ours, bfloat16": lambda: short(x)}
-        difference = (p_ad(short(x)) - p_ad(reference())).abs().max()
-        differences["ours, bfloat16"] = require("the engine in bfloat16", difference, 0.01)
-    if args.compile:
-        compiled = two_models(args.model, "cpu")[1].eval()
-        compiled.compile(dynamic=False)
-        at_once = micro_batch(cpu, args.image_size, args.image_size)
-        parts = x.contiguous(memory_format=torch.channels_last).split(at_once)
+def precisions(device):
+    """What is measured on a device, the reference first."""
+    if device.type == "cuda":
+        return [torch.float16, torch.bfloat16]
+    return [None] + [torch.bfloat16] * has_native_bf16()
 
-        @torch.inference_mode()
-        def compiled_in(amp):
-            with utils.autocast(cpu, amp):
-                return torch.cat([compiled(part) for part in parts]).float()
 
-        for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
-            name = f"ours without the engine, compiled, {utils.precision_name(amp)}"
-            candidates[name] = lambda amp=amp: compiled_in(amp)
-            differences[name] = require(name, (p_ad(compiled_in(amp)) - p_ad(reference())).abs().max(), 0.01)
-    return take_turns(candidates, args.repeats), differences
+def step_of(kind, args, batch, device):
+    """A function that takes a training step of `kind`, such as "ours, float16, compiled": of torchvision's model as one
+    writes it without this project, or of ours as train.py does, once the norm of its gradient is right."""
+    who, precision, *how = kind.split(", ")
+    theirs, ours = two_models(args.model, device)
+    runtime = Runtime(device, {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}[precision])
+    x = slices.eval_transform(some_slices(batch).to(device), args.image_size)
+    y = torch.arange(batch, device=device) % 2
+    if who == "torchvision":
+        optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-6, weight_decay=1e-4)
+        scaler = torch.amp.GradScaler(device.type, enabled=runtime.amp == torch.float16)
+        return lambda: plain_step(theirs, optimizer, x, y, runtime, scaler)
+    nn.functional.cross_entropy(theirs(x), y, label_smoothing=0.1).backward()
+    exact = nn.utils.get_total_norm([p.grad for p in theirs.parameters()]).item()
+    state = TrainState(ours, runtime, lr=1e-6)
+    if how:
+        ours.compile(dynamic=False, mode="max-autotune-no-cudagraphs" if how == ["tuned"] else None)
+    for _ in range(10):  # a GradScaler begins by finding its scale
+        train_step(state, x, y, clip_grad=1e9)
+        if state.numbers()["skipped_in_a_row"] == 0:
+            break
+    norm = nn.utils.get_total_norm([p.grad for p in ours.parameters()]).item()
+    require(f"the norm of the gradient of {kind}", abs(norm - exact) / exact, 1e-4 if precision == "float32" else 0.05)
+    return lambda: train_step(state, x, y)
 
 
 def compare_trained(path):
@@ -202,34 +209,29 @@ def compare_trained(path):
     x = slices.eval_transform(some_slices(400), checkpoint["image_size"])
     with torch.inference_mode():
         plain = torch.cat([p_ad(model(part)) for part in x.split(40)])
-    exact, short = (p_ad(make_engine(model, cpu, amp)(x)) for amp in (None, torch.bfloat16))
+    exact, short = (p_ad(make_engine(model, Runtime(cpu, amp))(x)) for amp in (None, torch.bfloat16))
     return {"model": checkpoint["model"]["variant"], "image_size": checkpoint["image_size"], "slices": len(x),
             "p_AD": [plain.min().item(), plain.median().item(), plain.max().item()],
             "float32": require("the engine in float32", (exact - plain).abs().max(), 1e-4),
             "bfloat16": (short - plain).abs().max().item()}  # fmt: skip
 
 
-def train_on_cpu(args):
-    """A training step in each precision: torchvision's model and AdamW as one writes it, and ours, as train.py does."""
-    cpu, results = torch.device("cpu"), {}
-    x = slices.eval_transform(some_slices(args.batch_size), args.image_size)
-    y = torch.arange(args.batch_size) % 2
-    at_once = micro_batch(cpu, args.image_size, args.image_size)
-    for amp in [None] + [torch.bfloat16] * utils.has_native_bf16():
-        theirs, ours = two_models(args.model, "cpu")
-        plain = torch.optim.AdamW(theirs.parameters(), lr=1e-6, weight_decay=1e-4)
-        fused, scaler = make_optimizer(ours, 1e-6, 1e-4), utils.make_scaler(cpu, amp)
-        x_ours = x.contiguous(memory_format=torch.channels_last)
-        name = utils.precision_name(amp)
-        gradients(theirs, x, y, cpu, amp)
-        gradients(ours, x_ours, y, cpu, amp, at_once=at_once)
-        a, b = (nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() for model in (theirs, ours))
-        require(f"the norm of the gradient in {name}", abs(a - b) / a, 1e-4 if amp is None else 0.02)
-        results[name] = take_turns({
-            f"torchvision, {name}": lambda: step(theirs, plain, x, y, cpu, amp),  # noqa: B023
-            f"ours, {name}": lambda: step(ours, fused, x_ours, y, cpu, amp, scaler, at_once),  # noqa: B023
-        }, args.repeats)  # fmt: skip
-    return results
+def sync_of(device):
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+# ---------------------------------------------------------------- from files to batches, and to trained weights
+
+
+def write_jpegs(root, drawn, n):
+    """Write n JPEG slices under `root`/AD and NC, no two equal; returns their paths."""
+    for number in range(n):
+        picture = drawn[number % len(drawn)].copy()
+        picture[:8, :128] = np.repeat([255 * (number >> bit & 1) for bit in range(16)], 8)
+        path = root / ("AD" if number % 2 else "NC") / f"{number // 20}_{number}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path, quality=90)
+    return sorted(map(str, root.rglob("*.jpeg")))
 
 
 def load_on_cpu(args):
@@ -238,38 +240,120 @@ def load_on_cpu(args):
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        drawn, root = some_slices(40).numpy()[:, 0].copy(), Path(folder) / "set"
-        root.mkdir()
-        from PIL import Image
-
-        for number in range(args.slices):
-            picture = drawn[number % len(drawn)]
-            picture[:8, :128] = np.repeat([255 * (number >> bit & 1) for bit in range(16)], 8)  # no two are equal
-            Image.fromarray(picture).save(root / f"{number // 20}_{number % 20}.jpeg", quality=90)
-        paths = sorted(map(str, root.iterdir()))
+        paths = write_jpegs(Path(folder) / "set", some_slices(40).numpy()[:, 0], args.slices)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
-            images, _, errors = loading.decode_once(paths, lambda: (240, 256), root)
+            images, _, errors = cache.decode(paths, lambda: (240, 256), folder)
             seconds.append(time.perf_counter() - start)
         rows = np.linspace(0, len(paths) - 1, 50).astype(int)
-        if errors or not all(np.array_equal(images[row], slices.decode(paths[row])) for row in rows):
-            raise ValueError("what the cache holds is not what the files hold")
+        if any(errors) or not all(np.array_equal(images[row], slices.decode(paths[row])) for row in rows):
+            raise RuntimeError("what the cache holds is not what the files hold")
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**20
     return {"slices": args.slices, "first_start_s": seconds[0], "later_start_s": seconds[1], "peak_GiB": peak}
 
 
+class Waiting:
+    """Batches, and the seconds that a loop over them has waited for the next one."""
+
+    def __init__(self, batches):
+        self.batches, self.seconds = batches, 0.0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        batches = iter(self.batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.seconds += time.perf_counter() - start
+            yield batch
+
+
+def their_epoch(args, folder, batch, runtime):
+    """An epoch of the reference pipeline: ImageFolder with PIL transforms, a worker a core, torchvision's model.
+    Returns a function, and the Waiting that it goes through."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    recipe = v2.Compose([
+        v2.Grayscale(), v2.RandomResizedCrop(args.image_size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(),
+        v2.RandomRotation(10), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]),
+    ])  # fmt: skip
+    batches = Waiting(DataLoader(ImageFolder(folder, recipe), batch, shuffle=True, num_workers=os.cpu_count(),
+                                 pin_memory=True, drop_last=True, persistent_workers=True))
+    model = two_models(args.model, runtime.device)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp == torch.float16)
+
+    def epoch():
+        for x, y in batches:
+            x, y = (part.to(runtime.device, non_blocking=True) for part in (x, y))
+            plain_step(model, optimizer, x, y, runtime, scaler)
+
+    return epoch, batches
+
+
+def our_epoch(args, folder, batch, runtime):
+    """The same of ours: decoded slices from the cache, which is built before the clock starts."""
+    paths = sorted(map(str, Path(folder).rglob("*.jpeg")))
+    images, _, _ = cache.decode(paths, lambda: (240, 256), folder)
+    index = pd.DataFrame({"row": np.arange(len(paths)), "label": [Path(path).parent.name for path in paths]})
+    batches = Waiting(make_loader(SliceSet(index, images), batch, generator=torch.Generator(), device=runtime.device))
+    state = TrainState(two_models(args.model, runtime.device)[1], runtime, lr=1e-6)
+    state.model.compile(dynamic=False)
+    recipe = argparse.Namespace(seed=0, epochs=100, warmup_epochs=1, lr=1e-6, batch_size=batch, no_augment=False,
+                                image_size=args.image_size, no_flip=False, label_smoothing=0.1, clip_grad=1.0)
+
+    def epoch():
+        state.start_epoch()
+        train_one_epoch(state, batches, len(paths), recipe)
+
+    return epoch, batches
+
+
+def epoch_on_gpu(args, device):
+    """Images a second from JPEG files to trained weights: the reference pipeline, and ours with its cache."""
+    batch, results = 4 * args.batch_size, {}
+    n = max(1, min(args.slices, 10240) // batch) * batch
+    runtime = Runtime(device, precisions(device)[-1], StopRequest())
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        write_jpegs(Path(folder) / "set", some_slices(400).numpy()[:, 0], n)
+        for name, prepare in (("torchvision", their_epoch), ("ours", our_epoch)):
+            epoch, batches = prepare(args, f"{folder}/set", batch, runtime)
+            for _ in range(2):  # the first one warms up
+                batches.seconds, start = 0.0, time.perf_counter()
+                epoch()
+                sync_of(device)()
+                took = time.perf_counter() - start
+            results[name] = {"images_per_s": n / took, "waiting": batches.seconds / took}
+            print(f"  {name:<34}{n / took:>9,.0f} images/s, {batches.seconds / took:.1%} of it waiting for data",
+                  flush=True)  # fmt: skip
+    results["ratio"] = results["ours"]["images_per_s"] / results["torchvision"]["images_per_s"]
+    print(f"  ratio {results['ratio']:.2f}")
+    return results
+
+
+# ---------------------------------------------------------------- what is measured where
+
+
 def measure_cpu(args):
-    results = {"device": "cpu"}
-    if args.checkpoint:  # a wrong one is told at once
+    results, cpu = {"device": "cpu"}, torch.device("cpu")
+    if args.checkpoint:  # a wrong one is refused at once
         build_model(load_checkpoint(args.checkpoint))
     results["load"] = found = load_on_cpu(args)  # first: the system remembers only the most memory that was ever used
     print(f"loading {found['slices']:,} JPEG slices: first start {found['first_start_s']:.1f} s, later "
           f"{found['later_start_s']:.2f} s, peak memory {found['peak_GiB']:.2f} GiB beyond what was used before")
-    print(f"prediction, {args.model}, {args.image_size} px, batch {args.batch_size}, {torch.get_num_threads()} threads",
-          flush=True)  # fmt: skip
-    results["predict"], results["difference_of_p_AD"] = predict_on_cpu(args)
+    what = f"{args.model}, {args.image_size} px, batch {args.batch_size}, {torch.get_num_threads()} threads"
+    print(f"prediction, {what}", flush=True)
+    results["predict"], results["difference_of_p_AD"] = predict(args, cpu, args.batch_size, args.repeats)
     show(results["predict"], results["difference_of_p_AD"])
     if args.checkpoint:
         results["trained"] = trained = compare_trained(args.checkpoint)
@@ -277,200 +361,54 @@ def measure_cpu(args):
         print(f"trained {trained['model']}, {trained['image_size']} px, {trained['slices']} slices with p_AD "
               f"from {low:.2f} to {high:.2f} (median {median:.2f}): largest difference of p_AD to the plain model in "
               f"float32 {trained['float32']:.1g} in float32, {trained['bfloat16']:.1g} in bfloat16", flush=True)
-    print(f"training step, {args.model}, {args.image_size} px, batch {args.batch_size}", flush=True)
-    results["train"] = train_on_cpu(args)
-    for rows in results["train"].values():
-        show(rows)
+    print(f"training step, {what}", flush=True)
+    results["train"] = {}
+    for amp in precisions(cpu):
+        name = precision_name(amp)
+        steps = {kind: step_of(kind, args, args.batch_size, cpu) for kind in (f"torchvision, {name}", f"ours, {name}")}
+        results["train"][name] = take_turns(steps, args.repeats)
+        show(results["train"][name])
+    return results
+
+
+def measure_gpu(args):
+    device, start = pick_device(args.device or "cuda"), time.perf_counter()
+    cuda, large = device.type == "cuda", 4 * args.batch_size
+    results = {"device": torch.cuda.get_device_name(device) if cuda else "rehearsal on the CPU", "train": {}}
+    torch.backends.cudnn.benchmark = True
+    print(f"{results['device']}, torch {torch.__version__}\nprediction, batch {large}")
+    results["predict"], results["difference_of_p_AD"] = predict(args, device, large, 10)
+    show(results["predict"], results["difference_of_p_AD"], large)
+    print(f"from files to trained weights, batch {large}")
+    results["epoch"] = epoch_on_gpu(args, device)
+    names = [precision_name(amp) for amp in precisions(device)]
+    eager = [f"{who}, {name}" for name in names for who in ("torchvision", "ours")]
+    compiled = [eager[0], *(f"ours, {name}, compiled" for name in names)]
+    small, tuned = args.batch_size, [eager[0], f"ours, {names[-1]}, tuned"]
+    plan = [(large, eager, 0.8), (large, compiled, 0.6), (small, eager, 0.8), (2 * large, eager, 0.8),
+            (large, tuned, 0.5), (small, compiled, 0.6), (2 * large, compiled, 0.6)]  # what matters most, first
+    for batch, kinds, latest in plan:
+        keep(args, results)
+        if time.perf_counter() - start > BUDGET * latest:
+            print(f"out of time before batch {batch}, {'; '.join(kinds)}")
+            continue
+        print(f"training step, batch {batch}")
+        torch._dynamo.reset()  # or it takes another batch size for a size that varies
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        rows = take_turns({kind: step_of(kind, args, batch, device) for kind in kinds}, 10, sync_of(device))
+        show(rows, images=batch)
+        results["train"].setdefault(f"batch {batch}", {}).update(rows)
+        if cuda:
+            print(f"  peak memory of these together {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     return results
 
 
 def show(rows, differences=None, images=None):
     for name, row in rows.items():
         rate = f"  {images / row['seconds']:>9,.0f} images/s" if images else ""
-        difference = (differences or {}).get(name)
-        note = f"  (largest difference of p_AD {difference:.1g})" if difference is not None else ""
+        note = f"  (largest difference of p_AD {differences[name]:.1g})" if differences else ""
         print(f"  {name:<50}{row['ratio']:>6.2f} x{rate}{note}", flush=True)
-
-
-# ---------------------------------------------------------------- a GPU
-
-
-def step_on_gpu(kind, variant, batch, image_size, device):
-    """A function that takes one training step of a rung of the ladder, once its gradients are right."""
-    theirs, ours = two_models(variant, device)
-    x = torch.randn(batch, 1, image_size, image_size, device=device)
-    y = torch.arange(batch, device=device) % 2
-    amp = torch.bfloat16 if "bf16" in kind else half_of(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    if kind.startswith("torchvision"):
-        model, optimizer = theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-6)
-    else:
-        model, optimizer = ours, make_optimizer(ours, 1e-6, 1e-4)
-        x = x.contiguous(memory_format=torch.channels_last)
-    if "compiled" in kind:
-        model.compile(dynamic=False)
-    if "tuned" in kind:
-        model.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
-    norms = []
-    for tried, how in ((theirs, None), (model, amp)):
-        tried.zero_grad(set_to_none=True)
-        gradients(tried, x, y, device, how, lambda loss: loss * 1024)  # so that none is too small for fp16
-        norms.append(nn.utils.get_total_norm([p.grad for p in tried.parameters()]).item())
-    require(f"the norm of the gradient of {kind}", abs(norms[1] - norms[0]) / norms[0], 0.05)
-    return lambda: step(model, optimizer, x, y, device, amp, scaler)
-
-
-LADDER = ("torchvision fp16", "ours fp16", "torchvision bf16", "ours bf16", "ours fp16 compiled", "ours bf16 compiled",
-          "ours bf16 tuned")  # fmt: skip
-
-
-def half_of(device):
-    return torch.float16 if device.type == "cuda" else torch.bfloat16  # a CPU has none, and only rehearses
-
-
-def sync_of(device):
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
-def depthwise_on_gpu(device, batch):
-    """Milliseconds of the depthwise 7x7: forward, gradient of the input and of the weight, by shape, layout, type."""
-    rows = []
-    gradient = torch.ops.aten.convolution_backward
-    for channels, side in ((96, 56), (192, 28), (384, 14), (768, 7)):
-        for dtype in {half_of(device), torch.bfloat16}:
-            for layout in (torch.contiguous_format, torch.channels_last):
-                x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
-                x = x.contiguous(memory_format=layout)
-                w, g = torch.randn(channels, 1, 7, 7, device=device, dtype=dtype), torch.randn_like(x)
-                rest = ([channels], [1, 1], [3, 3], [1, 1], False, [0, 0], channels)
-                kinds = {
-                    "forward": lambda: torch.conv2d(x, w, None, 1, 3, 1, channels),  # noqa: B023
-                    "input": lambda: gradient(g, x, w, *rest, [True, False, False]),  # noqa: B023
-                    "weight": lambda: gradient(g, x, w, *rest, [False, True, False]),  # noqa: B023
-                }
-                row = {"channels": channels, "side": side, "dtype": str(dtype)[6:], "layout": str(layout)[6:]}
-                for name, work in kinds.items():
-                    row[name] = 1e3 * take_turns({name: work}, 5, sync_of(device))[name]["seconds"]
-                rows.append(row)
-                print("  {channels:>4} x {side:<3}{dtype:<9}{layout:<18}{forward:>8.3f}{input:>8.3f}{weight:>8.3f} ms"
-                      .format(**row), flush=True)  # fmt: skip
-    return rows
-
-
-def epoch_on_gpu(args, device):
-    """Images a second from JPEG files to trained weights: the reference pipeline, and ours with its cache (which is
-    built before the clock starts, as the workers of the reference are started)."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    batch = 4 * args.batch_size
-    n = max(1, min(args.slices, 10240) // batch) * batch
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        from PIL import Image
-
-        drawn = some_slices(400).numpy()[:, 0]
-        for number in range(n):
-            path = Path(folder) / "set" / ("AD" if number % 2 else "NC") / f"{number // 20}_{number}.jpeg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn[number % len(drawn)]).save(path, quality=90)
-        recipe = v2.Compose([
-            v2.Grayscale(), v2.RandomResizedCrop(args.image_size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(),
-            v2.RandomRotation(10), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]),
-        ])  # fmt: skip
-        theirs = ImageFolder(f"{folder}/set", recipe)
-        paths, labels = [path for path, _ in theirs.samples], np.array([label for _, label in theirs.samples])
-        images, _, _ = loading.decode_once(paths, lambda: (240, 256), folder)
-        loaders = {
-            "torchvision": DataLoader(theirs, batch, shuffle=True, num_workers=os.cpu_count(), pin_memory=True,
-                                      drop_last=True, persistent_workers=True),
-            "ours": slices.make_loader(images, np.arange(n), labels, batch, torch.Generator(), device),
-        }  # fmt: skip
-        results = {}
-        for name, batches in loaders.items():
-            models = two_models(args.model, device)
-            model = models[name == "ours"]
-            optimizer = make_optimizer(model, 1e-6, 1e-4) if name == "ours" else torch.optim.AdamW(model.parameters())
-            scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-            if name == "ours":
-                model.compile(dynamic=False)
-            for _ in range(2):  # the first one warms up
-                start, seen, waited = time.perf_counter(), 0, 0.0
-                before = time.perf_counter()
-                for x, y in batches:
-                    waited += time.perf_counter() - before
-                    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-                    if name == "ours":
-                        x = slices.train_transform(x, args.image_size).contiguous(memory_format=torch.channels_last)
-                    step(model, optimizer, x, y, device, half_of(device), scaler)
-                    seen += len(x)
-                    before = time.perf_counter()
-                sync_of(device)()
-                took = time.perf_counter() - start
-            results[name] = {"images_per_s": seen / took, "waiting": waited / took}
-            print(f"  {name:<34}{seen / took:>9,.0f} images/s, {waited / took:.1%} of it waiting for data", flush=True)
-        results["ratio"] = results["ours"]["images_per_s"] / results["torchvision"]["images_per_s"]
-        print(f"  ratio {results['ratio']:.2f}")
-    return results
-
-
-def predict_on_gpu(args, device):
-    batch = 4 * args.batch_size
-    theirs, ours = two_models(args.model, device)
-    theirs.eval()
-    x = torch.randn(batch, 1, args.image_size, args.image_size, device=device)
-    run = make_engine(ours, device, half_of(device))
-
-    @torch.inference_mode()
-    def reference():
-        with utils.autocast(device, half_of(device)):
-            return theirs(x)
-
-    with torch.inference_mode():
-        exact = p_ad(theirs(x))
-    require("prediction in fp16", (p_ad(run(x)) - exact).abs().max(), 0.01)
-    _, fast = two_models(args.model, device)
-    fast.compile(dynamic=False)
-    compiled = make_engine(fast, device, half_of(device))
-    require("compiled prediction in fp16", (p_ad(compiled(x)) - exact).abs().max(), 0.01)
-    candidates = {"torchvision fp16": reference, "ours fp16": lambda: run(x), "ours fp16 compiled": lambda: compiled(x)}
-    return take_turns(candidates, 10, sync_of(device))
-
-
-def measure_gpu(args):
-    device, start = utils.pick_device(args.device or "cuda"), time.perf_counter()
-    cuda, large = device.type == "cuda", 4 * args.batch_size
-    results = {"device": torch.cuda.get_device_name(device) if cuda else "rehearsal on the CPU", "ladder": {}}
-    torch.backends.cudnn.benchmark = True
-    print(f"{results['device']}, torch {torch.__version__}")
-    print(f"depthwise 7x7, batch {large}: forward, gradient of the input, of the weight")
-    results["depthwise"] = depthwise_on_gpu(device, large)
-    print(f"prediction, batch {large}")
-    results["predict"] = predict_on_gpu(args, device)
-    show(results["predict"], images=large)
-    print(f"from files to trained weights, batch {large}, fp16")
-    results["epoch"] = epoch_on_gpu(args, device)
-    small, eager, compiled, tuned = args.batch_size, LADDER[:4], (LADDER[0], *LADDER[4:6]), (LADDER[0], LADDER[6])
-    plan = [(large, eager, 0.8), (large, compiled, 0.6), (small, eager, 0.8), (2 * large, eager, 0.8),
-            (large, tuned, 0.5), (small, compiled, 0.6), (2 * large, compiled, 0.6)]  # what matters most, first
-    for batch, names, latest in plan:
-        keep(args, results)
-        if time.perf_counter() - start > BUDGET * latest:
-            print(f"out of time before batch {batch}, {', '.join(names)}")
-            continue
-        print(f"training step, batch {batch}")
-        torch._dynamo.reset()  # or it takes another batch size for a size that varies
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        candidates = {name: step_on_gpu(name, args.model, batch, args.image_size, device) for name in names}
-        rows = take_turns(candidates, 10, sync_of(device))
-        show(rows, images=batch)
-        results["ladder"].setdefault(str(batch), {}).update(rows)
-        if cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            print(f"  peak memory of these together {peak:.1f} GiB", flush=True)
-    return results
 
 
 # ---------------------------------------------------------------- the command
@@ -482,39 +420,29 @@ def keep(args, results):
                 "machine": results["device"] if args.gpu else machine(), "python": sys.version.split()[0],
                 "torch": torch.__version__, "torchvision": torchvision.__version__, "repeats": args.repeats}
     if args.json:
-        utils.write_json(args.json, results)
-
-
-def ratios_of(results):
-    """What --figure draws."""
-    steps = results["train"] if "train" in results else {f"batch {n}": part for n, part in results["ladder"].items()}
-    rows = {f"predict: {name}": row for name, row in results["predict"].items()}
-    rows |= {f"train, {group}: {name}": row for group, part in steps.items() for name, row in part.items()}
-    return {name: row["ratio"] for name, row in rows.items()}
+        write_json(args.json, results)
 
 
 def machine():
     """The processor's name, and how many of its cores are used."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main(args):
     if args.model not in ("tiny", "small", "base", "large"):
-        raise ValueError(f"torchvision has no ConvNeXt {args.model!r}; choose tiny, small, base or large")
+        raise InputError(f"torchvision has no ConvNeXt {args.model!r}; choose tiny, small, base or large")
     results = measure_gpu(args) if args.gpu else measure_cpu(args)
     keep(args, results)
     if args.figure:
         title = f"{args.model}, {args.image_size} px, {results['machine']}"
-        utils.plot_speed(args.figure, ratios_of(results), title)
+        rows = {f"predict: {name}": row for name, row in results["predict"].items()}
+        rows |= {f"train, {group}: {name}": row for group, part in results["train"].items()
+                 for name, row in part.items()}  # fmt: skip
+        plots.plot_speed(args.figure, {name: row["ratio"] for name, row in rows.items()}, title)
     print(json.dumps({name: results[name] for name in ("machine", "python", "torch", "torchvision")}))
 
 
 if __name__ == "__main__":
-    run(main, ARGS)
+    run_script(main, ARGS)

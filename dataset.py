@@ -1,169 +1,82 @@
-"""The data: an index of slices, their subjects, the audit, the split, and who was seen in training.
+"""The data: an index of slices, who is in them, the audit, and the sets that models train on and predict.
 
     python dataset.py AD_NC            # the audit: what the folder holds, and where its subjects leak
 
-    index = read_index("ADNI/AD_NC")   # a DataFrame, a row a slice: path, label, scan, slice, subject, split
+    index = read_index("ADNI/AD_NC")   # a DataFrame, a row a slice: path, label, scan, slice, subject, split, group
     index = split_index(index)         # 10 % of the training subjects become split "val"
 
 The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: who is in a scan is known only from
 meta_data_with_label.json or subjects.csv beside AD_NC, and without them the audit says what could not be checked.
 """
 
-import argparse
-import hashlib
-import json
 import os
-import re
-import sys
+import signal
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-
-def _end_quietly(kind, problem, trace):
-    """Ctrl-C while a script still imports is no error to be looked into; its exit status is 130 all the same."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, problem, trace)
+from utils import CLASSES, InputError, Parser, printable, read_flags, run_script
 
 
-sys.excepthook = _end_quietly  # before the imports that take time
-
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-
-from slices import fingerprint_file, header  # noqa: E402
-
-CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
-EXTENSIONS = (".jpeg", ".jpg", ".png")
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
+    return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------- the command line of every script
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)
 
+import numpy as np
+import pandas as pd
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as the manual; wrong usage is one `error: ...` line and status 2."""
-
-    def __init__(self, manual):
-        super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {printable(message)}\n")
-
-
-def printable(text, breaks="\n"):
-    """Text for a terminal: what does not print (control characters, bytes that are no UTF-8) becomes an escape."""
-    return "".join(c if c.isprintable() or c in breaks else ascii(c)[1:-1] for c in str(text))
-
-
-def run(main, args):
-    """Run a script's main; wrong input ends it with one `error: ...` line and status 2, without a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
-    try:
-        main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, MemoryError) as problem:
-        print(f"error: {printable(problem) or type(problem).__name__}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
-
+import cache
+import subjects
+from metrics import window_vote
+from slices import EXTENSIONS, common_size, hash_files, list_folder, parse_name, read_headers, send
+from subjects import assign_groups, read_subjects, split_index
 
 # ---------------------------------------------------------------- index
 
-
-def is_junk(name):
-    """Leftovers of archives and tools: .DS_Store, ._x.jpeg, .ipynb_checkpoints, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
 
 
-def parse_name(path):
-    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being all before the last underscore; None for another form."""
-    match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id, no slice number
-    return (match[1], int(match[2])) if match else None
+@dataclass
+class Listing:
+    """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
+    used or <NA>; `source` is the file that the subjects came from, or None."""
+
+    index: pd.DataFrame
+    root: str
+    source: Path | None
+    warnings: list[str] = field(default_factory=list)
 
 
-def list_images(folder):
-    """The image files right in `folder`, sorted by name, junk and other files passed over."""
-    return sorted(
-        entry.path
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(EXTENSIONS) and not is_junk(entry.name) and not entry.is_dir()
-    )
+def _tabulate(rows):
+    """A table of rows (path, label, split, error): with scan and slice from the name, "" and <NA> where it has another
+    form, and an error where rows contradict each other."""
+    table = pd.DataFrame(rows, columns=["path", "label", "split", "error"]).astype({"error": "string"})
+    names = [parse_name(path) or (path, None) for path in table.path]
+    table["scan"] = pd.Series([scan for scan, _ in names], dtype=object)
+    table["slice"] = pd.Series([number for _, number in names], dtype="Int64")
+    for column, what in (("label", "both classes"), ("split", "both train and test")):
+        fine = table[table.error.isna()]
+        several = fine[fine.groupby("scan")[column].transform("nunique") > 1]
+        others = several.groupby(["scan", column]).path.first()
+        for row in several.itertuples():
+            other = next(path for value, path in others[row.scan].items() if value != getattr(row, column))
+            table.loc[row.Index, "error"] = f"is of scan {row.scan}, which is in {what} (there as {other})"
+    fine = table[table.error.isna() & table.slice.notna()]
+    for _, paths in fine[fine.duplicated(["scan", "slice"], keep=False)].groupby(["scan", "slice"]).path:
+        others = [paths.iloc[1]] + [paths.iloc[0]] * (len(paths) - 1)
+        table.loc[paths.index, "error"] = [f"is the same slice of a scan as {other}" for other in others]
+    return table
 
 
-def read_subjects(root):
-    """Who is in each scan, from a file in `root` or beside it.
-
-    Returns (subjects, labels, source): two dicts from scan id to subject and to class name, and the path of the file
-    read: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the entry), else
-    subjects.csv (columns scan and subject), else None and empty dicts.
-    """
+def list_set(root):
+    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent. InputError for a
+    folder of another form. Whether the files hold images is not looked at."""
     root = Path(root)
-    folders = (root, root.parent if root.name not in ("", "..") else root.resolve().parent)
-    for path in (folder / "meta_data_with_label.json" for folder in folders):
-        if path.is_file():
-            return *_subjects_from_json(path), path
-    for path in (folder / "subjects.csv" for folder in folders):
-        if path.is_file():
-            try:
-                table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a scan may be named NA
-                table = table.apply(lambda column: column.str.strip()).replace("", None)
-            except ValueError as problem:
-                reason = str(problem).strip()
-                raise ValueError(f"{path} cannot be read ({reason}); expected the columns scan and subject") from None
-            if not {"scan", "subject"} <= set(table.columns):
-                raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected scan and subject")
-            known = table.dropna(subset=["scan", "subject"]).drop_duplicates(["scan", "subject"])
-            twice = known.scan[known.scan.duplicated()]
-            if len(twice):
-                raise ValueError(f"{path} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
-            return dict(zip(known.scan, known.subject)), {}, path
-    return {}, {}, None
-
-
-def _subjects_from_json(path):
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise ValueError(f"but a {type(entries).__name__}")
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{path} is not a JSON object of scans ({problem}); mend it or move it away") from None
-    subjects, labels = {}, {}
-    for scan, entry in entries.items():
-        entry = entry if isinstance(entry, dict) else {}
-        names = " ".join(os.path.basename(value) for value in entry.values() if isinstance(value, str))
-        found = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", names))
-        if len(found) > 1:
-            raise ValueError(f"{path} names two subjects in scan {scan} ({', '.join(sorted(found))}); expected one")
-        if found:
-            subjects[scan] = found.pop()
-        if "label" in entry:
-            labels[scan] = {"0": "NC", "1": "neither", "2": "AD"}.get(str(entry["label"]), f"label {entry['label']}")
-    return subjects, labels
-
-
-def describe_bad(bad, advice="mend or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
-    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
-    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
-    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
-
-
-def read_index(root, bad=None):
-    """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
-
-    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
-    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan) and split ("train" or "test").
-    `index.attrs` tells the root and the file the subjects came from. Raises ValueError on a folder of another form.
-
-    Files of another name, folders, slices that are there twice and scans that stand in two classes, in train and test,
-    or in another class than the metadata say, cannot be used: a ValueError, or with a list `bad` they are left out and
-    (path, reason) is appended to it. Whether the files hold images is not looked at.
-    """
-    root, found = Path(root), [] if bad is None else bad
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
     rows = []
@@ -171,313 +84,356 @@ def read_index(root, bad=None):
         for label in ("AD", "NC"):
             folder = root / split / label
             if not folder.is_dir():
-                raise ValueError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
-            images = list_images(folder)
-            nested = sorted(e.path for e in os.scandir(folder) if e.is_dir() and not is_junk(e.name))
-            found += [(path, f"is a folder; expected only files <scan>_<slice>.jpeg in {label}") for path in nested]
-            if not images and not nested:
-                raise ValueError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
-            for path in images:
-                name = parse_name(path)
-                if name is None:
-                    found.append((path, "is not named <scan>_<slice>, as 218391_78.jpeg is"))
-                else:
-                    rows.append((path, label, *name, split))
-    index = pd.DataFrame(rows, columns=["path", "label", "scan", "slice", "split"])
-    subjects, labels, source = read_subjects(root)
-    index["subject"] = index.scan.map(subjects).astype("string")
-    index = _consistent(index, labels, source, found)
-    if found and (bad is None or index.empty):
-        raise ValueError(describe_bad(found))
-    index = index.sort_values(["split", "label", "scan", "slice"], ignore_index=True)
-    index = index[["path", "label", "scan", "slice", "subject", "split"]]
-    index.attrs = {"root": str(root), "subjects_from": str(source) if source else None}
-    return index
+                raise InputError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
+            images, folders, _ = list_folder(folder)
+            if not images and not folders:
+                raise InputError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
+            reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
+            rows += [(path, label, split, reason) for path in folders]
+            rows += [(path, label, split, None if parse_name(path) else
+                      "is not named <scan>_<slice>, as 218391_78.jpeg is") for path in images]
+    table = _tabulate(rows)
+    who, labels, source = read_subjects(root)
+    told = table.scan.map(labels)
+    wrong = told.notna() & (told != table.label) & table.error.isna()
+    table.loc[wrong, "error"] = [f"is in folder {label}, but {source} says {other}"
+                                 for label, other in zip(table.label[wrong], told[wrong])]
+    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source)
 
 
-def _consistent(index, labels, source, found):
-    """The index without what contradicts itself or the metadata; appends (path, reason) of that to `found`."""
-    reason = pd.Series("", index=index.index)
-    for column, what in (("label", "both classes"), ("split", "both train and test")):
-        several = index.groupby("scan")[column].transform("nunique") > 1
-        others = index[several].groupby(["scan", column]).path.first()
-        for row in index[several].itertuples():
-            other = next(path for value, path in others[row.scan].items() if value != getattr(row, column))
-            reason[row.Index] = f"is of scan {row.scan}, which stands in {what} (there as {other})"
-    twice = index.duplicated(["scan", "slice"], keep=False) & (reason == "")
-    for _, paths in index[twice].groupby(["scan", "slice"]).path:
-        others = [paths.iloc[1]] + [paths.iloc[0]] * (len(paths) - 1)
-        reason[paths.index] = [f"is the same slice of a scan as {other}" for other in others]
-    told = index.scan.map(labels)
-    wrong = told.notna() & (told != index.label) & (reason == "")
-    reason[wrong] = [f"is in folder {label}, but {source} says {other}"
-                     for label, other in zip(index.label[wrong], told[wrong])]
-    found += zip(index.path[reason != ""], reason[reason != ""])
-    return index[reason == ""]
+def _complete(table, who, order):
+    """The table with subject and group, sorted; copies are merged into one group once the pixels are known."""
+    table["subject"] = table.scan.map(who).astype("string")
+    table = assign_groups(table.assign(pixel_hash=""))
+    return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
+
+
+def usable(listing):
+    """(index of the files that can be used, list of (path, reason) of the others)."""
+    bad = listing.index[listing.index.error.notna()]
+    index = listing.index[listing.index.error.isna()].reset_index(drop=True)
+    return index.astype({"slice": "int64"}), list(zip(bad.path, bad.error))
+
+
+def read_index(root):
+    """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
+
+    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
+    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan), split ("train" or "test") and
+    group (see subjects.assign_groups). Raises InputError for a folder of another form, and where files cannot be used:
+    names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
+    or in another class than the metadata say. Whether the files hold images is not looked at.
+    """
+    index, bad = usable(list_set(root))
+    if bad:
+        raise InputError(describe_bad(bad))
+    return index[COLUMNS]
+
+
+def describe_bad(bad, advice="fix or remove them"):
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
+    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
+    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
+
+
+# ---------------------------------------------------------------- the inputs of a prediction
+
+
+def list_inputs(inputs):
+    """The Listing of files and folders to predict; label is None where it is not known, split "".
+
+    A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
+    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
+    folders, and metadata that cannot be read, is listed in `warnings`.
+    """
+    rows, ignored, warnings, files = [], [], [], set()
+    found = [row for given in map(Path, inputs) for row in _list_input(given, ignored)]
+    for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
+        if os.path.realpath(path) not in files:
+            files.add(os.path.realpath(path))
+            rows.append((path, label, "", error))
+    table = _tabulate(rows)
+    if table.error.notna().all():
+        more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
+        raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
+    if ignored:
+        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
+    who, classes = {}, {}
+    for root in sorted({_set_root(given) for given in inputs}):
+        try:
+            known, labels, _ = read_subjects(root)
+            who, classes = who | known, classes | labels
+        except (InputError, OSError) as problem:
+            warnings.append(f"subjects are not known: {problem}")
+    told = table.scan.map(classes)
+    wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
+    if wrong:
+        warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
+    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", None, warnings)
+
+
+def _list_input(given, ignored):
+    """The (path, label or None, error or None) of each image of one INPUT; appends to `ignored` what it leaves."""
+    if not os.path.exists(given):
+        link = "is a link to nothing" if os.path.islink(given) else "does not exist"
+        return [(str(given), None, f"{link}; expected an image or a folder of images")]
+    if not given.is_dir():
+        other = None if given.suffix.lower() in EXTENSIONS else (
+            "is not an image that is read here; expected .jpeg, .jpg or .png")
+        return [(str(given), None, other)]
+    labelled = [label for label in ("AD", "NC") if (given / label).is_dir()]
+    found = []
+    try:
+        for label in labelled or [None]:
+            images, folders, others = list_folder(given / label if label else given)
+            found += [(path, label, None) for path in images]
+            ignored += [*folders, *others]
+        if labelled:
+            here = {str(given / label) for label in labelled}
+            ignored += [path for kind in list_folder(given) for path in kind if path not in here]
+    except OSError as problem:
+        return [(str(given), None, f"cannot be listed: {problem.strerror}")]
+    if not found:
+        hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
+        hint = f"; did you mean {hints[0]}?" if hints else ""
+        return [(str(given), None, f"holds no images (.jpeg, .jpg, .png), nor do AD/ and NC/ in it{hint}")]
+    return found
+
+
+def _set_root(given):
+    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
+    folder = Path(os.path.abspath(given))
+    if not folder.is_dir():
+        folder = folder.parent
+    while folder.name in ("AD", "NC", "train", "test"):
+        folder = folder.parent
+    return folder
+
+
+# ---------------------------------------------------------------- decoded slices, ready to train on or to predict
+
+
+@dataclass
+class SliceSet:
+    """Slices with their pixels. `index` has COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a slice are
+    images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and no row.
+    `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
+    --drop-test-subjects left out, or None."""
+
+    index: pd.DataFrame
+    images: np.ndarray
+    root: str = ""
+    bad: list = field(default_factory=list)
+    dropped: int | None = None
+
+    def __len__(self):
+        return len(self.index)
+
+    def where(self, rows):
+        """The same pixels with only some rows of the index, given by a boolean array."""
+        return replace(self, index=self.index[np.asarray(rows)])
+
+    def part(self, split):
+        """The rows of a split, in the order of the pixels, whatever the order of the index."""
+        return replace(self, index=self.index[self.index.split == split].sort_values("row"))
+
+    @property
+    def rows(self):
+        return self.index.row.to_numpy(np.int64)
+
+    @property
+    def is_ad(self):
+        return (self.index.label == "AD").to_numpy()
+
+
+def load_set(args, root, bar="decoding"):
+    """Index, decode and split the folder `root` as the flags of train.py say; returns a SliceSet.
+
+    Files that cannot be used are an InputError, or with --skip-bad they are left out and listed in `bad`.
+    """
+    listing = list_set(root)
+    root = listing.root
+    index, bad = usable(listing)
+    train = index.path[index.split == "train"]
+    if train.empty:
+        raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
+    paths = index.path.tolist()
+    images, known, errors = cache.decode(paths, lambda: common_size(train), None if args.no_cache else root, bar)
+    index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
+    readable = np.array([error is None for error in errors])
+    bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
+    if bad and not args.skip_bad:
+        raise InputError(describe_bad(bad, "fix or remove them, or leave them out with --skip-bad"))
+    index = assign_groups(index[readable])
+    dropped = None
+    if args.folds is not None:  # the official test set takes part in nothing
+        index = index[index.split == "train"]
+    if args.split:
+        index = subjects.read_split(index, args.split, root)
+    if args.drop_test_subjects:
+        index, dropped = subjects.drop_test_subjects(index)
+    if args.folds is not None:
+        index = subjects.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
+    if not args.split:
+        index = split_index(index, args.val_fraction, args.split_by, args.seed)
+    for split in ("train", "val"):
+        missing = set(CLASSES) - set(index.label[index.split == split])
+        if missing:
+            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects or "
+                             f"more of each class in train/ and a --val-fraction over 0 (it is {args.val_fraction})")
+    return SliceSet(index.reset_index(drop=True), images, root, bad, dropped)
+
+
+def load_inputs(listing, size, bar="decoding"):
+    """Decode the slices of a Listing at size (H, W), into memory; returns a SliceSet with all its rows."""
+    index, wanted = listing.index, listing.index.error.isna().to_numpy()
+    images, known, errors = cache.decode(index.path[wanted].tolist(), lambda: size, None, bar)
+    known = known.assign(row=np.arange(len(known)), failed=pd.array(errors, "string")).set_index(index.index[wanted])
+    index = index.assign(error=index.error.fillna(known.failed)).join(known[known.failed.isna()].drop(columns="failed"))
+    return SliceSet(assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna(""))), images)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def make_loader(slices, batch_size, *, generator=None, device=None, share=None, workers=0):
+    """Batches of (uint8 (B, 1, H, W), int64 (B,)) of a SliceSet through the standard DataLoader.
+
+    With a generator the order is a random permutation drawn from it, without one it is that of the index. The last
+    batch may be smaller. For a CUDA `device` the set is put there once if it fits into half of the free memory; if not,
+    two processes fetch and pin batches ahead. With `workers` so many processes fetch them, on any device: the batches
+    are the same. `share` = (rank, world, size) makes of each batch the part of one process of several: the rows rank,
+    rank + world, ..., filled up to `size` with the first row of the batch.
+    """
+    import torch
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+    cuda = device is not None and device.type == "cuda"
+    pixels = _InMemory(slices.images, slices.rows, slices.is_ad)
+    if cuda and not workers:
+        if len(slices) * slices.images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            pixels = _OnDevice(pixels, device)
+        else:
+            workers = 2
+    ahead = {}
+    if workers:
+        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals)
+    order = RandomSampler(pixels, generator=generator) if generator else SequentialSampler(pixels)
+    # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    if share is not None:
+        batches = _Share(batches, *share)
+    return DataLoader(pixels, batch_size=None, sampler=batches, **ahead)
+
+
+def _leave_signals(worker):
+    """A signal to a whole group of processes is the first one's to answer."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class _Share:
+    """A process's part of each batch of a batch sampler."""
+
+    def __init__(self, batches, rank, world, size):
+        self.batches, self.rank, self.world, self.size = batches, rank, world, size
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            part = batch[self.rank :: self.world]
+            yield part + batch[:1] * (self.size - len(part))
+
+
+class _InMemory:
+    def __init__(self, images, rows, labels):
+        self.images, self.rows, self.labels = images, rows, labels.astype(np.int64)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, batch):
+        import torch
+
+        return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
+
+
+class _OnDevice:
+    """The same, with the pixels on a device."""
+
+    def __init__(self, pixels, device):
+        import torch
+
+        first = range(0, len(pixels), 1024)  # in parts, so that memory holds no second copy of the set
+        parts = (pixels[np.arange(start, min(start + 1024, len(pixels)))] for start in first)
+        parts = [(images.to(device), labels.to(device)) for images, labels in parts]
+        self.images, self.labels = (torch.cat(part) for part in zip(*parts))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, batch):
+        import torch
+
+        batch = send(torch.tensor(batch), self.labels.device)
+        return self.images[batch], self.labels[batch]
 
 
 # ---------------------------------------------------------------- audit
 
 
-def window_vote(index):
-    """Scan accuracy on test of a vote on the slice window alone (the lowest slice number of a scan), fitted on train.
-
-    What a model can get from the choice of slices without looking at anatomy; windows unseen in train count as the
-    larger class of train. Returns a fraction of the test scans.
-    """
-    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), window=("slice", "min")).reset_index()
-    train, test = scans[scans.split == "train"], scans[scans.split == "test"]
-    majority = train.label.mode()[0]
-    vote = train.groupby("window").label.agg(lambda labels: labels.mode()[0])
-    return float((test.window.map(vote).fillna(majority) == test.label).mean())
-
-
-def describe_copies(index):
-    """Lines on slices that are equal, pixel for pixel, in two scans (column pixels): one brain under two names."""
-    found = index[index.pixels != ""].drop_duplicates(["scan", "pixels"])
-    found = found[found.duplicated("pixels", keep=False)]
-    if found.empty:
-        return
-    across = found.groupby("pixels").split.agg(lambda splits: "test" in set(splits) and len(set(splits)) > 1)
-    leak = found[found.pixels.isin(across.index[across])]
-    part = leak if len(leak) else found
-    one, other = part[part.pixels == part.pixels.iloc[0]].path.iloc[:2]
-    where = "LEAK: slices of test are copies, pixel for pixel, of slices in train" if len(leak) else (
-        "slices stand in two scans, pixel for pixel")
-    yield (f"{where}: {part.pixels.nunique()} slices of {part.scan.nunique()} scans, first {one} and {other}; "
-           "these scans are kept on one side of a split, and in test they count as seen in training")
-
-
-def shared_subjects(index):
-    """The subjects that stand in both train (or val) and test, sorted."""
-    known = index.dropna(subset="subject")
-    test = known.split == "test"
-    return sorted(set(known.subject[test]) & set(known.subject[~test]))
-
-
-def audit(index):
-    """What the index holds and where it leaks, as lines of text for people. Decodes each file once."""
-    yield f"{index.attrs.get('root', 'index')}: {len(index):,} slices of {index.scan.nunique():,} scans"
-    source = index.attrs.get("subjects_from")
+def audit(index, root, source):
+    """What the index of the folder `root` holds and where it leaks, as lines of text. Decodes each file once. `source`
+    is the file that the subjects came from, or None."""
+    yield f"{root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     unmapped = index.scan[index.subject.isna()].nunique()
     yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv: subjects unknown"
     yield ""
     yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
     for (split, label), part in index.groupby(["split", "label"]):
-        subjects = part.subject.nunique() if part.subject.notna().any() else "?"
-        yield f"{split + ' ' + label:<8}{len(part):>10,}{part.scan.nunique():>8,}{subjects:>10}"
+        known = part.subject.nunique() if part.subject.notna().any() else "?"
+        yield f"{split + ' ' + label:<8}{len(part):>10,}{part.scan.nunique():>8,}{known:>10}"
     yield ""
     per_scan = index.groupby("scan").size().value_counts().sort_index()
-    yield "slices a scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
+    yield "slices per scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
-    with ThreadPoolExecutor() as pool:
-        headers = Counter(pool.map(header, index.path))
-        index = index.assign(pixels=list(pool.map(fingerprint_file, index.path)))
-    kinds = ((f"{h[0]} wide x {h[1]} high, mode {h[2]}" if h else "UNREADABLE", n) for h, n in headers.most_common())
+    headers = Counter(read_headers(index.path)).most_common()
+    kinds = ((f"{h[0]} wide x {h[1]} high, mode {h[2]}" if h else "UNREADABLE", n) for h, n in headers)
     yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds)
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
-    yield (
-        f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test scans; "
-        f"always {majority} on {(test_scans.label == majority).mean():.3f}"
-    )
+    yield (f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test "
+           f"scans; always {majority} on {(test_scans.label == majority).mean():.3f}")
     if unmapped:
-        yield (
-            f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject; whether train and test "
-            "share these patients cannot be told, and a split treats each such scan as a subject of its own"
-        )
+        yield (f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject; whether train and test "
+               "share these patients is unknown, and a split treats each such scan as a subject of its own")
     test_subjects = index[index.split == "test"].subject.nunique()
-    shared = shared_subjects(index)
+    shared = subjects.shared_subjects(index)
     if shared:
-        yield (
-            f"LEAK: {len(shared)} of the {test_subjects} test subjects also stand in train: "
-            "figures on all of test are too high; look at those on subjects not seen in training"
-        )
+        yield (f"LEAK: {len(shared)} of the {test_subjects} test subjects are also in train: scores on all of test are "
+               "too high; look at those on subjects not seen in training")
     elif test_subjects:
-        yield f"none of the {test_subjects} known test subjects stands in train"
-    yield from describe_copies(index)
+        yield f"none of the {test_subjects} known test subjects is in train"
+    yield from subjects.describe_copies(index.assign(pixel_hash=hash_files(index.path)))
     both = index.dropna(subset="subject").groupby("subject").label.nunique()
     if (both > 1).any():
         yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
 
 
-# ---------------------------------------------------------------- split
-
-
-def _groups(index, by):
-    """What a split keeps together: the subject (the scan where the subject is unknown), or each slice by itself.
-
-    Where the index has fingerprints of its slices (column pixels), groups that hold the same slice become one.
-    """
-    if by == "slice":
-        return index.path
-    if by != "subject":
-        raise ValueError(f"a split by {by!r} is not known; choose subject or slice")
-    groups = index.subject.fillna("scan " + index.scan).astype(str)
-    if "pixels" not in index or not index.pixels[index.pixels != ""].duplicated().any():
-        return groups
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    # a graph of groups and pictures; what hangs together is one group, under the name of its first
-    names, group = np.unique(groups, return_inverse=True)
-    pictures, picture = np.unique(index.pixels.where(index.pixels != "", index.path), return_inverse=True)
-    n = len(names) + len(pictures)
-    graph = coo_array((np.ones(len(index)), (group, len(names) + picture)), shape=(n, n))
-    part = connected_components(graph, directed=False)[1][: len(names)]
-    _, first = np.unique(part, return_index=True)
-    return pd.Series(names[first[part[group]]], index=index.index)
-
-
-def drop_test_subjects(index):
-    """Leave out of split "train" who also stands in "test" (or whose slices do). Returns (index, number of scans left
-    out). Where no subject is known, ValueError."""
-    if index.subject.isna().all():
-        raise ValueError("which subjects stand in train and test is unknown: there is no meta_data_with_label.json or "
-                         "subjects.csv; without one, test subjects cannot be dropped from training")
-    groups = _groups(index, "subject")
-    out = (index.split == "train") & groups.isin(groups[index.split == "test"])
-    return index[~out], index.scan[out].nunique()
-
-
-def split_index(index, val_fraction=0.1, by="subject", seed=0):
-    """Turn `val_fraction` of split "train" into split "val", stratified by class; returns a new DataFrame.
-
-    by="subject" keeps a subject whole (a scan, where its subject is unknown); by="slice" is the naive split that leaks,
-    for showing the leak. In each class groups are taken in a seeded random order until the number of slices is nearest
-    to the fraction: at least one, and at least one stays in train. A class with a single group stays in train.
-    """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"the validation fraction is {val_fraction}; expected at least 0 and less than 1")
-    index = index.copy()
-    train = index[index.split == "train"]
-    groups = _groups(train, by)
-    sizes = pd.DataFrame({"group": groups, "label": train.label}).groupby("group").label.agg(["min", "size"])
-    generator = np.random.default_rng(seed)
-    for _, part in sizes.groupby("min"):
-        if len(part) < 2 or val_fraction == 0:
-            continue
-        part = part.iloc[generator.permutation(len(part))]
-        slices = part["size"].cumsum().to_numpy()
-        take = 1 + int(np.abs(slices[:-1] - val_fraction * slices[-1]).argmin())
-        index.loc[train.index[groups.isin(part.index[:take])], "split"] = "val"
-    if by == "subject":
-        check_disjoint(index)
-    return index
-
-
-def fold_index(index, fold, folds, by="subject", seed=0):
-    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train", by scikit-learn's StratifiedGroupKFold.
-
-    The fold becomes split "test" and the rows of the official test set are dropped, so that epochs are still chosen on
-    a "val" that `split_index` takes from what remains, never on the fold itself.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    if folds < 2 or not 0 <= fold < folds:
-        raise ValueError(f"fold {fold} of {folds} does not exist; folds count from 0, and there are at least 2")
-    index = index[index.split == "train"].copy()
-    groups = _groups(index, by)
-    fewest = pd.DataFrame({"group": groups, "label": index.label}).groupby("label").group.nunique().min()
-    if fewest < folds:
-        raise ValueError(f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}")
-    kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    held_out = list(kfold.split(index, index.label, groups))[fold][1]
-    index.loc[index.index[held_out], "split"] = "test"
-    return index
-
-
-def check_disjoint(index):
-    """Raise RuntimeError if train and val share a subject, a scan, or a slice under two names."""
-    for unit, name in (("subject", "subjects"), ("scan", "scans"), ("pixels", "slices")):
-        if unit not in index:
-            continue
-        known = index[index[unit].notna() & (index[unit] != "")]
-        shared = set(known[unit][known.split == "train"]) & set(known[unit][known.split == "val"])
-        if shared:
-            raise RuntimeError(f"train and val share {len(shared)} {name}, first {min(shared)}; the split leaks")
-
-
-def split_hash(index):
-    """A fingerprint of who is where: SHA-256 of the sorted lines split/label/file, 16 hex digits."""
-    lines = sorted(index.split + "/" + index.label + "/" + index.path.map(os.path.basename))
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- who was seen in training
-
-
-def fingerprint(name):
-    """A scan or subject id as a checkpoint keeps it (SHA-256, 12 hex digits): spares the reader the names, but does not
-    hide them from somebody who tries all ids."""
-    return hashlib.sha256(str(name).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
-def remember(index):
-    """Who stands in an index (with pixels), as a checkpoint keeps it, so that predict.py can tell a test from a memory:
-    fingerprints of subjects, scans and slices, no names, and whether a subject is unknown."""
-    return {
-        "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
-        "scans": sorted(map(fingerprint, index.scan.unique())),
-        "slices": sorted(set(index.pixels) - {""}), "unknown": bool(index.subject.isna().any()),
-    }  # fmt: skip
-
-
-def mark_seen(table, seen):
-    """What the model's training already knew: "yes", "no" or "unknown" for each row of a table (with pixels).
-
-    `seen` of a checkpoint holds fingerprints of the subjects, scans and slices of train and val. A row is seen if its
-    subject, its scan, or any slice of its scan is among them; unknown if its own subject, or that of any training scan,
-    is not known.
-    """
-    known = table.subject.notna()
-    same = table.subject.map(fingerprint, na_action="ignore").isin(seen["subjects"]) & known
-    same |= table.scan.map(fingerprint).isin(seen["scans"]) | table.pixels.isin(seen.get("slices", []))
-    groups = _groups(table, "subject")  # one brain may stand under two names, and all its scans are as seen as one
-    same = groups.isin(groups[table.scan.isin(table.scan[same])])
-    return np.select([same.to_numpy(bool), (~known | bool(seen["unknown"])).to_numpy(bool)], ["yes", "unknown"], "no")
-
-
-def describe_split(index, by):
-    """Lines that say who is where, and what could not be known."""
-    parts = [f"{split} {len(part):,} slices of {part.scan.nunique()} scans, {part.subject.nunique()} known subjects"
-             for split, part in index.groupby("split", sort=False)]
-    lines = ["; ".join(parts)]
-    unknown = index.scan[index.subject.isna()].nunique()
-    if by == "slice":
-        lines.append("LEAKY SPLIT: train and val share scans (--split-by slice); val figures are not to be believed")
-    elif unknown:
-        lines.append(f"{unknown} scans have no known subject: they are split by scan, and subjects may be shared")
-    shared = len(shared_subjects(index))
-    if shared:
-        lines.append(f"LEAK IN THE DATA: {shared} test subjects also stand in train; those known to be unseen are "
-                     "reported apart (--drop-test-subjects trains without them)")
-    if index.attrs["dropped"] is not None:
-        lines.append(f"left out of train: {index.attrs['dropped']} scans of subjects who also stand in test")
-    return lines + list(describe_copies(index))
-
-
-def describe_transfer(index, init):
-    """A line for each part of the data whose subjects the weights of --init were trained on (`describe_model`)."""
-    lines = []
-    for split in ("val", "test") if init and init["seen"] else ():
-        part = index[index.split == split]
-        shared = part.scan[mark_seen(part, init["seen"]) == "yes"].nunique()
-        if shared:
-            lines.append(f"LEAK BY TRANSFER: --init was trained on subjects of {shared} of the "
-                         f"{part.scan.nunique()} scans of {split}")
-    return lines
-
-
 def main(args):
-    bad = []
-    for line in audit(read_index(args.root, bad)):
+    listing = list_set(args.root)
+    index, bad = usable(listing)
+    if index.empty:
+        raise InputError(describe_bad(bad))
+    for line in audit(index, listing.root, listing.source):
         print(line)
     if bad:
-        raise ValueError(describe_bad(bad, "mend or remove them, or train without them with --skip-bad"))
+        raise InputError(describe_bad(bad, "fix or remove them, or train without them with --skip-bad"))
 
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
-    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
-    run(main, parser.parse_args())
+    run_script(main, ARGS)

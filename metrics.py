@@ -1,13 +1,14 @@
-"""From predictions to figures: calibration, the three units, metrics with intervals, prediction sets, comparisons.
+"""From predictions to scores: the three units, intervals, calibration, prediction sets, comparisons.
 
-Not run by itself; evaluate.py is its command. Predictions are a DataFrame with a row a slice: scan, slice, subject,
-p_AD, where known label, and where a model has its own the column threshold (p_AD from which the prediction is AD).
-Everything here is a function of such tables: nothing is printed, drawn or read.
+Not run by itself; evaluate.py is its command. Predictions are a DataFrame with a row a slice and the columns of
+`PREDICTIONS`, empty where unknown. Everything here is a function of such tables: nothing is printed, drawn or read.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.special import expit, logit
 
 UNITS = ("slice", "scan", "subject")
@@ -20,37 +21,41 @@ METRICS = {  # as metrics.json and as people call them
     "brier": "Brier score", "calibration_error": "calibration error",
 }  # fmt: skip
 LOWER_IS_BETTER = ("brier", "calibration_error")
-FEWEST = 10  # subjects for a verdict: with fewer, bootstrap intervals are too narrow (8 to 11 % errors instead of 5)
+FEWEST = 10  # groups for a verdict: with fewer, bootstrap intervals are too narrow (8 to 11 % errors instead of 5)
+
+# The columns of predictions.csv: first what people look for, then what evaluate.py needs as well. `threshold` is the
+# p_AD from which the prediction is AD, the last three are the p_AD of the baselines.
+BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
+             "logistic_regression": "logistic regression"}  # fmt: skip
+PREDICTIONS = ("path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure", "out_of_range",
+               "error", "group", "threshold", "prediction_set", *BASELINES)  # fmt: skip
+# Those of scans.csv; of subjects.csv all but the first.
+AGGREGATED = ("scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
+              "n_out_of_range")  # fmt: skip
 
 # ---------------------------------------------------------------- units
 
 
 def with_predictions(table):
-    """Add prediction: "AD" where p_AD reaches the row's threshold (0.5 where the table has none), else "NC"."""
-    threshold = table.threshold if "threshold" in table else THRESHOLD
-    return table.assign(prediction=np.where(table.p_AD >= threshold, "AD", "NC"))
+    """Set prediction: "AD" where p_AD reaches the row's threshold, else "NC"; <NA> where there is no p_AD."""
+    predicted = pd.Series(np.where(table.p_AD >= table.threshold, "AD", "NC"), table.index, dtype="string")
+    return table.assign(prediction=predicted.where(table.p_AD.notna()))
 
 
 def aggregate(predictions, unit):
-    """Predictions by slice -> by "slice", "scan" or "subject": the mean p_AD over the unit's slices.
+    """Slice-level predictions -> those per "slice", "scan" or "subject": the mean p_AD over the unit's slices.
 
-    Slices of unknown subject have no row in the table by subject. Adds n_slices; label, threshold, seen and
-    prediction_set are those of the first slice, for they do not differ within a scan. (A subject with scans of both
-    classes, whom the audit names, has the label of its first.)
+    Slices of unknown subject have no row in the table of subjects, and there is no prediction set of a subject. Adds
+    n_slices and n_out_of_range; what else is carried over is that of the first slice, for it does not differ within a
+    scan. (A subject with scans of both classes, whom the audit names, has the label of its first.)
     """
+    counts = predictions.assign(n_slices=1, n_out_of_range=predictions.out_of_range.notna().astype(int))
     if unit == "slice":
-        return with_predictions(predictions).assign(n_slices=1)
-    columns = {"p_AD": ("p_AD", "mean"), "n_slices": ("p_AD", "size")}
-    carried = ["label", "threshold", "seen"] + (["subject", "prediction_set"] if unit == "scan" else [])
-    columns |= {name: (name, "first") for name in carried if name in predictions}
-    columns |= {"n_unlike": ("unlike", "count")} if "unlike" in predictions else {}  # those with a reason
-    return with_predictions(predictions.groupby(unit).agg(**columns).reset_index())
-
-
-def groups(table):
-    """Who is drawn together in a bootstrap: the subject; a scan of unknown subject counts as one of its own."""
-    known = table.subject.astype("string")
-    return (known if "scan" not in table else known.fillna("scan " + table.scan.astype(str))).astype(str)
+        return with_predictions(counts)
+    carried = ["label", "threshold", "exposure", "group", "prediction_set"] + ["subject"] * (unit == "scan")
+    columns = {"p_AD": "mean", "n_slices": "sum", "n_out_of_range": "sum", **dict.fromkeys(carried, "first")}
+    table = with_predictions(counts.groupby(unit).agg(columns).reset_index())
+    return table if unit == "scan" else table.assign(prediction_set=pd.array([None] * len(table), "string"))
 
 
 # ---------------------------------------------------------------- calibration, on validation alone
@@ -61,18 +66,17 @@ def calibrate(val, threshold="0.5"):
 
     `val` holds labelled predictions by slice with the column logit (z_AD - z_NC). Returns the temperature; the
     threshold, 0.5 or for "youden" the one that `youden` finds on the validation scans; and for prediction sets each
-    validation scan's score 1 - p(its label) with its weight, so that all subjects weigh the same.
+    validation scan's score 1 - p(its label) with its weight, so that all groups weigh the same.
     """
-    group = groups(val)
-    temperature = fit_temperature(val.logit.to_numpy(), (val.label == "AD").to_numpy(), group)
+    temperature = fit_temperature(val.logit.to_numpy(), (val.label == "AD").to_numpy(), val.group)
     scans = aggregate(val.assign(p_AD=expit(val.logit / temperature)), "scan")
-    y, p, group = (scans.label == "AD").to_numpy(), scans.p_AD.to_numpy(), groups(scans)
+    y, p, group = (scans.label == "AD").to_numpy(), scans.p_AD.to_numpy(), scans.group
     order = np.argsort(np.where(y, 1 - p, p), kind="stable")
     return {
         "temperature": temperature,
         "threshold": youden(y, p) if threshold == "youden" else THRESHOLD,
         "threshold_rule": threshold,
-        "subjects": int(group.nunique()),
+        "groups": int(group.nunique()),
         "scores": np.where(y, 1 - p, p)[order].tolist(),
         "weights": (1 / group.map(group.value_counts()).to_numpy())[order].tolist(),
     }
@@ -81,7 +85,7 @@ def calibrate(val, threshold="0.5"):
 def fit_temperature(z, y, group):
     """The temperature T (Guo et al. 2017, arXiv 1706.04599) for which expit(z / T) fits y (N,) best, logits z (N,).
 
-    The mean cross-entropy counts as often as there are subjects in `group`, and log T has a normal prior about 0 with
+    The mean cross-entropy counts as often as there are names in `group`, and log T has a normal prior about 0 with
     an SD of log 2. With many subjects that is Guo's optimum; a model that is right on a handful is not made infinitely
     sure.
     """
@@ -118,7 +122,7 @@ def conformal_quantile(calibration, coverage):
     """
     if not 0 < coverage < 1:
         raise ValueError(f"the coverage is {coverage}; expected more than 0 and less than 1, such as 0.9")
-    weights = np.cumsum(calibration["weights"]) / (calibration["subjects"] + 1)
+    weights = np.cumsum(calibration["weights"]) / (calibration["groups"] + 1)
     reached = np.flatnonzero(weights >= coverage - 1e-9)
     return float(calibration["scores"][reached[0]]) if len(reached) else math.inf
 
@@ -134,48 +138,57 @@ def prediction_sets(p_ad, predicted, quantile):
 # ---------------------------------------------------------------- metrics and their intervals
 
 
-def sample(predictions, resamples=RESAMPLES, seed=0):
-    """Score labelled predictions by slice, scan and subject, as they are and in a bootstrap over subjects.
+class Sample(NamedTuple):
+    """Scores of one unit: how many, in how many groups, METRICS as they are, and METRICS in each resample."""
 
-    The bootstrap (Efron & Tibshirani 1993) draws whole subjects, since slices of one brain are no independent samples.
-    Returns a dict by unit of (n, number of subjects, METRICS, METRICS in each resample), for `score` and `compare`;
-    None where n is 0.
+    n: int
+    groups: int
+    scores: dict
+    resampled: dict
+
+
+def bootstrap_scores(predictions, resamples=RESAMPLES, seed=0):
+    """Score labelled predictions at slice, scan and subject level, as they are and in a bootstrap over groups.
+
+    The bootstrap (Efron & Tibshirani 1993) draws whole groups (subjects, mostly: see subjects.assign_groups), since
+    slices of one brain are not independent samples. Returns a dict of a Sample for each unit, for `summarise` and
+    `compare`; None where there is nothing.
     """
-    return {unit: _sample(predictions, unit, resamples, seed) for unit in UNITS}
+    return {unit: sample_unit(predictions, unit, resamples, seed) for unit in UNITS}
 
 
-def _sample(predictions, unit, resamples=RESAMPLES, seed=0):
+def sample_unit(predictions, unit, resamples=RESAMPLES, seed=0):
     y, p, predicted, group = arrays(predictions, unit)
     if len(y) == 0:
         return None
-    drawn = draw(y, p, predicted, Bootstrap(group, resamples, seed))
-    return len(y), len(np.unique(group)), point_figures(y, p, predicted), drawn
+    resampled = resampled_scores(y, p, predicted, Bootstrap(group, resamples, seed))
+    return Sample(len(y), len(np.unique(group)), point_scores(y, p, predicted), resampled)
 
 
-def score(sampled):
-    """The figures of `sample`'s dict, as they go into metrics.json.
+def summarise(samples):
+    """The scores of `bootstrap_scores` as they go into metrics.json.
 
-    Each unit holds n, the number of subjects, the METRICS and ci95 with a pair for each: the 2.5th and 97.5th
-    percentile of the resamples. A figure that is not defined (a class is absent) is None, an interval of one subject,
-    too; so is "subject" if no subject is known.
+    Each unit holds n, the number of groups, the METRICS and ci95 with a pair for each: the 2.5th and 97.5th percentile
+    of the resamples. A score that is not defined (a class is absent) is None, and so are an interval of one group and
+    "subject" if no subject is known.
     """
-    return {unit: part and _figures(*part) for unit, part in sampled.items()}
+    return {unit: sample and summarise_unit(sample) for unit, sample in samples.items()}
 
 
-def _figures(n, subjects, point, drawn):
-    ci95 = {name: interval(values) if subjects > 1 else None for name, values in drawn.items()}
-    return {"n": n, "subjects": subjects, **point, "ci95": ci95}
+def summarise_unit(sample):
+    ci95 = {name: interval(values) if sample.groups > 1 else None for name, values in sample.resampled.items()}
+    return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
 
 
 def arrays(predictions, unit):
-    """(y, p, predicted, group), arrays (N,) of labelled predictions by unit: whether AD, p_AD, whether AD is predicted,
-    and the subject."""
+    """(y, p, predicted, group), arrays (N,) of labelled predictions of a unit: whether AD, p_AD, whether AD is
+    predicted, and the group."""
     table = aggregate(predictions, unit)
-    ad, predicted = (table.label == "AD").to_numpy(), (table.prediction == "AD").to_numpy()
-    return ad, table.p_AD.to_numpy(float), predicted, groups(table).to_numpy()
+    ad, predicted = (table.label == "AD").to_numpy(bool), (table.prediction == "AD").to_numpy(bool)
+    return ad, table.p_AD.to_numpy(float), predicted, table.group.to_numpy(str)
 
 
-def point_figures(y, p, predicted):
+def point_scores(y, p, predicted):
     """METRICS of p_AD `p` (N,) and booleans `predicted` (N,) against y (N,), True for AD; None where not defined.
 
     The Brier score is the mean squared error of p_AD. The calibration error is the expected one of ten equal bins of
@@ -184,7 +197,7 @@ def point_figures(y, p, predicted):
     from sklearn import metrics as sk
 
     ad, nc = bool(y.any()), bool(not y.all())
-    figures = {
+    scores = {
         "accuracy": sk.accuracy_score(y, predicted),
         "balanced_accuracy": sk.balanced_accuracy_score(y, predicted) if ad and nc else None,
         "sensitivity": sk.recall_score(y, predicted) if ad else None,
@@ -195,7 +208,7 @@ def point_figures(y, p, predicted):
         "brier": sk.brier_score_loss(y, p) if ad and nc else np.mean((p - y) ** 2),
         "calibration_error": np.abs(np.bincount(which_bin(p), p - y)).sum() / len(y),
     }
-    return {name: None if value is None else float(value) for name, value in figures.items()}
+    return {name: None if value is None else float(value) for name, value in scores.items()}
 
 
 def which_bin(p):
@@ -203,10 +216,10 @@ def which_bin(p):
 
 
 class Bootstrap:
-    """How often each subject is drawn in each resample: `counts`, (resamples, subjects)."""
+    """How often each group is drawn in each resample: `counts`, (resamples, groups)."""
 
     def __init__(self, group, resamples=RESAMPLES, seed=0):
-        """`group` (N,) names the subject of each row. Rows of equal groups and seeds get equal counts, which pairs the
+        """`group` (N,) names the group of each row. Rows of equal groups and seeds get equal counts, which pairs the
         resamples of two models."""
         names, self.group = np.unique(np.asarray(group, str), return_inverse=True)
         n = len(names)
@@ -227,7 +240,7 @@ class Bootstrap:
             yield np.cumsum(times * ad, 1)[:, last], np.cumsum(times * (1 - ad), 1)[:, last]
 
 
-def draw(y, p, predicted, bootstrap):
+def resampled_scores(y, p, predicted, bootstrap):
     """METRICS in each resample, a dict of arrays (resamples,); nan where a resample lacks a class."""
     total = bootstrap.total
     n, ad, nc = total(np.ones(len(y))), total(y), total(~y)
@@ -262,7 +275,7 @@ def _areas(above_ad, above_nc):
 
 
 def interval(drawn):
-    """The 95 % percentile interval of a figure's resamples, [low, high]; None if it was defined in none of them."""
+    """The 95 % percentile interval of a score's resamples, [low, high]; None if it was defined in none of them."""
     drawn = drawn[np.isfinite(drawn)]  # a resample without one of the classes says nothing of that class
     return [float(q) for q in np.quantile(drawn, [0.025, 0.975])] if len(drawn) else None
 
@@ -277,38 +290,38 @@ def roc_band(y, p, group, grid):
     return np.quantile(lines, [0.025, 0.975], axis=0)
 
 
-# ---------------------------------------------------------------- what else is said of predictions
+# ---------------------------------------------------------------- comparisons, and what else predictions say
 
 
 def compare(a, b):
-    """Is `a` better than `b`, or is it noise? Two dicts of `sample` of the same slices, with the same seed.
+    """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices, with the same seed.
 
-    Returns for each unit the number of subjects, and for each metric {"difference" (a - b), "ci95", "p"} of a paired
-    bootstrap over subjects: both models are scored on the same resamples. p is two-sided: twice the share of resamples
-    on the rarer side of 0. Both need the same subjects, or the resamples are no pairs.
+    Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95", "p"} of a paired
+    bootstrap over groups: both models are scored on the same resamples. p is two-sided: twice the share of resamples
+    on the rarer side of 0. Both need the same groups, or the resamples are not pairs.
     """
-    figures = {}
+    differences = {}
     for unit in UNITS:
         if a[unit] is None or b[unit] is None:
-            figures[unit] = None
+            differences[unit] = None
             continue
-        (_, subjects, point_a, drawn_a), (_, _, point_b, drawn_b) = a[unit], b[unit]
-        figures[unit] = {"subjects": subjects}
+        differences[unit] = {"groups": a[unit].groups}
         for name in METRICS:
-            drawn = drawn_a[name] - drawn_b[name]
+            one, other = a[unit].scores[name], b[unit].scores[name]
+            drawn = a[unit].resampled[name] - b[unit].resampled[name]
             drawn = drawn[np.isfinite(drawn)]
-            if point_a[name] is None or point_b[name] is None or len(drawn) == 0:
-                figures[unit][name] = None
+            if one is None or other is None or len(drawn) == 0:
+                differences[unit][name] = None
                 continue
             rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
-            figures[unit][name] = {"difference": point_a[name] - point_b[name], "ci95": interval(drawn),
-                                   "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
-    return figures
+            differences[unit][name] = {"difference": one - other, "ci95": interval(drawn),
+                                       "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
+    return differences
 
 
 def is_better(comparison, metric):
-    """Whether the whole interval of a comparison's difference lies on the better side of 0, of enough subjects."""
-    if comparison[metric] is None or comparison["subjects"] < FEWEST:
+    """Whether the whole interval of a comparison's difference lies on the better side of 0, of enough groups."""
+    if comparison[metric] is None or comparison["groups"] < FEWEST:
         return False
     low, high = comparison[metric]["ci95"]
     return high < 0 if metric in LOWER_IS_BETTER else low > 0
@@ -316,35 +329,35 @@ def is_better(comparison, metric):
 
 def score_sets(predictions, coverage):
     """How prediction sets did on labelled scans: the share whose set holds the label (covered), the share of AD|NC
-    (uncertain), and the accuracy of the others, with intervals over subjects."""
+    (uncertain), and the accuracy of the others, with intervals over groups."""
     scans = aggregate(predictions, "scan")
-    certain = (scans.prediction_set != "AD|NC").to_numpy()
-    covered = ~certain | (scans.prediction_set == scans.label).to_numpy()
-    bootstrap = Bootstrap(groups(scans))
+    certain = (scans.prediction_set != "AD|NC").to_numpy(bool)
+    covered = ~certain | (scans.prediction_set == scans.label).to_numpy(bool)
+    bootstrap = Bootstrap(scans.group)
     everyone = np.ones(len(scans))
     ratios = {"covered": (covered, everyone), "uncertain": (~certain, everyone),
               "accuracy_if_certain": (covered & certain, certain)}  # fmt: skip
-    figures = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
+    scores = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
     for name, (part, whole) in ratios.items():
         with np.errstate(invalid="ignore", divide="ignore"):
-            figures[name] = float(part.sum() / whole.sum()) if whole.sum() else None
-            figures["ci95"][name] = interval(bootstrap.total(part) / bootstrap.total(whole))
-    return figures
+            scores[name] = float(part.sum() / whole.sum()) if whole.sum() else None
+            scores["ci95"][name] = interval(bootstrap.total(part) / bootstrap.total(whole))
+    return scores
 
 
 def aggregations(predictions):
     """A scan's probability in three ways: mean p_AD, expit of the mean logit, and the share of slices that vote AD.
 
-    Returns the figures by scan (as `score` has them, at a threshold of 0.5) of each way, so that the choice of the
-    first rests on figures."""
-    predictions = predictions.drop(columns="threshold", errors="ignore")
+    Returns the scan-level scores (as `summarise` has them, at a threshold of 0.5) of each way, so that the choice of
+    the first rests on scores."""
+    predictions = predictions.assign(threshold=THRESHOLD)
     z = logit(predictions.p_AD.clip(1e-7, 1 - 1e-7).astype(float))
     ways = {
         "mean probability": predictions.p_AD,
         "mean logit": expit(z.groupby(predictions.scan).transform("mean")),
         "vote": (predictions.p_AD >= THRESHOLD).astype(float),
     }
-    return {name: _figures(*_sample(predictions.assign(p_AD=p), "scan")) for name, p in ways.items()}
+    return {name: summarise_unit(sample_unit(predictions.assign(p_AD=p), "scan")) for name, p in ways.items()}
 
 
 def risk_coverage(p, right, threshold=THRESHOLD):
@@ -352,12 +365,25 @@ def risk_coverage(p, right, threshold=THRESHOLD):
     surest on. How sure a prediction is, is the distance of p (N,) from the threshold."""
     order = np.argsort(-np.abs(p - threshold), kind="stable")
     answered = np.arange(1, len(p) + 1)
-    return answered / len(p), np.cumsum(~np.asarray(right)[order]) / answered
+    return answered / len(p), np.cumsum(~np.asarray(right, bool)[order]) / answered
+
+
+def window_vote(index):
+    """Scan accuracy on test of a vote on the slice window alone (the lowest slice number of a scan), fitted on train.
+
+    What a model can get from the choice of slices without looking at anatomy; windows unseen in train count as the
+    larger class of train. Returns a fraction of the test scans.
+    """
+    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), window=("slice", "min")).reset_index()
+    train, test = scans[scans.split == "train"], scans[scans.split == "test"]
+    majority = train.label.mode()[0]
+    vote = train.groupby("window").label.agg(lambda labels: labels.mode()[0])
+    return float((test.window.map(vote).fillna(majority) == test.label).mean())
 
 
 def by_window(predictions):
-    """Accuracy by scan for each slice window (the scan's lowest slice number); where all scans have one window, by
-    slice for each slice number. A table: at, n, accuracy, share_AD; and the name of the unit."""
+    """Scan-level accuracy for each slice window (the scan's lowest slice number); where all scans have one window,
+    slice-level for each slice number. A table: at, n, accuracy, share_AD; and the name of the unit."""
     scans = aggregate(predictions, "scan").set_index("scan")
     scans["at"] = predictions.groupby("scan").slice.min()
     unit = "scan"

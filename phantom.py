@@ -9,13 +9,13 @@ writes
     ADNI/meta_data_with_label.json                       scan -> label and paths that name the subject
     ADNI/AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg  256 x 240, 8-bit grey, 20 slices a scan
 
-What is imitated: layout, names and proportions (subjects that stand in train and in test, 1 to 8 scans a
+What is imitated: layout, names and proportions (subjects that are in both train and test, 1 to 8 scans a
 subject, metadata entries without a picture), the near-black share, and the shortcut: the window of 20 slice
 indices is tied to the class, and a majority vote on it alone gets 68 % of the scans right.
 
 What is invented: the brain. It is a parametric 3-D shape, cut along sagittal planes. One latent number a
 subject, its atrophy, is N(+1.37, 1) for AD and N(-1.37, 1) for NC; it drives the ventricles most, then sulci,
-hippocampus and temporal lobe. The best possible accuracy by subject is therefore about 0.915, never 1.
+hippocampus and temporal lobe. The best possible subject-level accuracy is therefore about 0.915, never 1.
 Besides the atrophy only the window depends on the class. A result on the phantom says that the code works; it
 says nothing about Alzheimer's disease.
 """
@@ -28,11 +28,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
+from utils import InputError, Parser, read_flags, run_script
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("out", nargs="?", help="folder to write AD_NC and meta_data_with_label.json into")
+    parser.add_argument("--subjects", type=int, default=60, help="10 to 5000; the real set has 680 (60)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
+    parser.add_argument("--workers", type=int, help="threads; no influence on the result (one a core)")
+    parser.add_argument("--sheet", metavar="FILE", help="save a contact sheet, too; without OUT, that alone")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)
+
 import numpy as np
 from PIL import Image
 
 from anatomy import Scan, render
-from dataset import Parser, run
 
 EFFECT = 1.37                            # half the distance between the classes, in SD; Phi(1.37) = 0.915
 SCAN_IDS = np.arange(10_000, 1_210_000)  # image ids as ADNI has them
@@ -60,15 +75,15 @@ def _quota(rng, values, weights, n):
 
 
 def plan(subjects=60, seed=0):
-    """The scans of a set, as a list of Scan: who has which class, stands where, and how far the disease went.
+    """The scans of a set, as a list of Scan: who has which class, is where, and how far the disease went.
 
-    Everything is drawn by quota, so that 60 subjects have the same proportions as 680. Raises ValueError
+    Everything is drawn by quota, so that 60 subjects have the same proportions as 680. Raises InputError
     where there are too few subjects to fill train and test with both classes.
     """
     if not 10 <= subjects <= 5000:
-        raise ValueError(f"--subjects is {subjects}; expected 10 to 5000, to fill train and test")
+        raise InputError(f"--subjects is {subjects}; expected 10 to 5000, to fill train and test")
     if seed < 0:
-        raise ValueError(f"--seed is {seed}; expected 0 or more")
+        raise InputError(f"--seed is {seed}; expected 0 or more")
     rng = np.random.default_rng([seed, 0])
     numbers = rng.choice(7999, subjects, replace=False) + 1
     names = [f"{rng.integers(2, 142):03d}_S_{number:04d}" for number in numbers]
@@ -140,11 +155,11 @@ def draw(out, subjects=60, seed=0, workers=None, progress=True):
     out = Path(out)
     for name in ("AD_NC", "meta_data_with_label.json"):
         if (out / name).exists():
-            raise ValueError(f"{out / name} exists; expected a folder without a set: name another or move it")
+            raise InputError(f"{out / name} exists; expected a folder without a set: name another or move it")
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers is {workers}; expected 1 or more")
+        raise InputError(f"--workers is {workers}; expected 1 or more")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
+        raise InputError(f"{out} is a file; expected a folder, or a name that is free")
     scans = plan(subjects, seed)
     out.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".phantom-", dir=out))
@@ -184,7 +199,7 @@ def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105
 
 def main(args):
     if not (args.out or args.sheet):
-        raise ValueError("nothing to do: expected OUT, a folder to draw into, or --sheet FILE")
+        raise InputError("nothing to do: expected OUT, a folder to draw into, or --sheet FILE")
     if args.out:
         print(f"drew {draw(args.out, args.subjects, args.seed, args.workers)}")
     if args.sheet:
@@ -192,10 +207,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = Parser(__doc__)
-    parser.add_argument("out", nargs="?", help="folder to write AD_NC and meta_data_with_label.json into")
-    parser.add_argument("--subjects", type=int, default=60, help="10 to 5000; the real set has 680 (60)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
-    parser.add_argument("--workers", type=int, help="threads; no influence on the result (one a core)")
-    parser.add_argument("--sheet", metavar="FILE", help="save a contact sheet, too; without OUT, that alone")
-    run(main, parser.parse_args())
+    run_script(main, ARGS)

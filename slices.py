@@ -1,46 +1,81 @@
-"""From files to batches: decoding, fingerprints, whole batches, and the transforms that work on them on any device.
+"""From a file to pixels, what a slice looks like, and transforms on whole batches, on any device.
 
-Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py says whose they are.
+Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py knows whose they are.
 
 What a file may be: a JPEG or PNG of one picture, from 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour
 (RGB, palette, CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black, and
 16 bits become 8 by their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing is guessed.
 """
 
+import contextlib
 import hashlib
 import os
-import signal
+import re
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from utils import InputError
+
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
-Image.MAX_IMAGE_PIXELS = None  # this limit is looked at before any pixel is decoded
-warnings.filterwarnings("ignore", module="PIL")  # of damaged metadata, in files that can be read
 NEAR_BLACK = 16  # grey levels below are background
-FACTS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
+EXTENSIONS = (".jpeg", ".jpg", ".png")
+STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 # ---------------------------------------------------------------- files
 
 
-class Unfit(ValueError):
-    """A file that this project does not take for a slice, whatever it is; the text goes on after its name."""
+def is_junk(name):
+    """Leftovers of archives and tools: .DS_Store, ._x.jpeg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def parse_name(path):
+    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being all before the last underscore; None for another form."""
+    match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id, not a slice number
+    return (match[1], int(match[2])) if match else None
+
+
+def list_folder(folder):
+    """What is right in `folder`, by name and without junk: (paths of image files, of folders, of other files)."""
+    images, folders, others = [], [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not is_junk(entry.name):
+            kind = folders if entry.is_dir() else images if entry.name.lower().endswith(EXTENSIONS) else others
+            kind.append(entry.path)
+    return images, folders, others
+
+
+class Unfit(InputError):
+    """A file that is not taken for a slice, whatever it is; the text continues a sentence that begins with its name."""
+
+
+@contextlib.contextmanager
+def quiet_pillow():
+    """Pillow without its warnings of damaged metadata, in files that can be read. Around whole pools, not in their
+    threads: filters of warnings are those of the process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
 
 
 def _open(path):
     """An image file, its pixels not yet read. OSError or Unfit if it is not one that is read here."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
-        raise Unfit("is no regular file")
+        raise Unfit("is not a regular file")
     try:
         image = Image.open(path, formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
         size = os.path.getsize(path)
         raise Unfit(f"cannot be read as an image: its {size:,} bytes are neither JPEG nor PNG") from None
+    except Image.DecompressionBombError:
+        raise Unfit(f"claims far too many pixels; expected {SMALLEST} to {LARGEST} a side") from None
     if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
         image.close()
         raise Unfit(f"is {image.width} x {image.height} pixels; expected {SMALLEST} to {LARGEST} a side")
@@ -50,51 +85,69 @@ def _open(path):
     return image
 
 
-def header(path):
-    """(width, height, mode) of an image file, or None if it is none. Reads only the header."""
+def _header(path):
+    """(width, height, mode) of an image file, or None if it is not one. Reads only the header."""
     try:
         with _open(path) as image:
-            return *_turned_size(image), image.mode
-    except Exception:  # PIL raises nearly anything on a damaged file; decoding it says what
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return *(image.size[::-1] if sideways else image.size), image.mode
+    except Exception:  # Pillow raises nearly anything on a damaged file; decoding it says what
         return None
 
 
-def _turned_size(image):
-    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return image.size[::-1] if sideways else image.size
+def read_headers(paths):
+    """`(width, height, mode)` or None for each of the files, read in parallel."""
+    with quiet_pillow(), ThreadPoolExecutor() as pool:
+        return list(pool.map(_header, paths))
 
 
-def fingerprint_slice(pixels):
-    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which is nobody's."""
+def common_size(paths):
+    """The most frequent size (H, W) among the image files; InputError if none of them can be read."""
+    headers = pd.Series([header for header in read_headers(paths) if header])
+    if headers.empty:
+        raise InputError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
+    width, height, _ = headers.mode()[0]
+    return height, width
+
+
+def hash_pixels(pixels):
+    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which belongs to nobody."""
     if pixels.size == 0 or (pixels == pixels.flat[0]).all():
         return ""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:12]
 
 
-def fingerprint_slices(images):
-    """`fingerprint_slice` of each of uint8 (N, H, W), in parallel."""
+def hash_slices(images):
+    """`hash_pixels` of each of uint8 (N, H, W), in parallel."""
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
-        return list(pool.map(fingerprint_slice, images))
+        return list(pool.map(hash_pixels, images))
 
 
-def fingerprint_file(path):
-    try:
-        return fingerprint_slice(decode(path))
-    except Exception:  # the audit counts it as unreadable
-        return ""
+def hash_files(paths):
+    """`hash_pixels` of each of the files at its own size, in parallel; "" where it cannot be read."""
+
+    def hash_file(path):
+        try:
+            return hash_pixels(_decode(path, None)[0])
+        except Exception:  # the audit counts it as unreadable
+            return ""
+
+    with quiet_pillow(), ThreadPoolExecutor() as pool:
+        return list(pool.map(hash_file, paths))
 
 
-# ---------------------------------------------------------------- decoding and batches
+# ---------------------------------------------------------------- decoding
 
 
 def decode(path, size=None):
     """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
     about its centre. Raises OSError or ValueError if the file is not an image as the docstring of this file says."""
-    return _decode(path, size)[0]
+    with quiet_pillow():
+        return _decode(path, size)[0]
 
 
 def _decode(path, size):
-    """(pixels of `decode`, their FACTS)"""
+    """(pixels of `decode`, their STATS)"""
     with _open(path) as image:
         image = ImageOps.exif_transpose(image)
         colour = 0.0
@@ -115,11 +168,11 @@ def _decode(path, size):
         return pixels, (*original, colour, *_describe(pixels, image.histogram()))
 
 
-# ---------------------------------------------------------------- what slices are like
+# ---------------------------------------------------------------- what a slice looks like
 
 
 def _describe(pixels, histogram):
-    """The FACTS of pixels uint8 (H, W) beside size and colour: the share of near-black pixels, the quantiles 0.5, 0.9
+    """The STATS of pixels uint8 (H, W) beside size and colour: the share of near-black pixels, the quantiles 0.5, 0.9
     and 0.99 of the grey levels, and the mean grey level of the outermost tenth of rows and columns."""
     share = np.cumsum(histogram) / pixels.size
     height, width = (max(1, side // 10) for side in pixels.shape)
@@ -128,9 +181,9 @@ def _describe(pixels, histogram):
     return share[NEAR_BLACK - 1], *np.searchsorted(share, (0.5, 0.9, 0.99)), frame
 
 
-def summarise(facts):
-    """The smallest and largest of each of FACTS over the slices of a table, as a checkpoint keeps them."""
-    return {name: [float(facts[name].min()), float(facts[name].max())] for name in FACTS}
+def stats_range(stats):
+    """The smallest and largest of each of STATS over the slices of a table, as a checkpoint keeps them."""
+    return {name: [float(stats[name].min()), float(stats[name].max())] for name in STATS}
 
 
 # How far beyond the range of training a slice is still taken for one of its kind: a share of that range, plus so much.
@@ -141,145 +194,48 @@ WORDS = {"colour": "colour (mean difference of channels)", "near_black": "share 
          "bright": "90 % quantile of grey", "brightest": "99 % quantile of grey", "border": "mean grey of the border"}
 
 
-def unlike(facts, statistics):
-    """What sets slices apart from those of training: "" or a text for each row of a table with FACTS. `statistics` is
-    what `summarise` said of training."""
-    told = pd.Series("", index=facts.index)
-    for name in FACTS:
-        low, high = statistics[name]
+def out_of_range(stats, training):
+    """In what slices are out of the training range: a text for each row of a table with STATS, <NA> where it is within.
+    `training` is the `stats_range` of the training slices."""
+    found = pd.Series("", index=stats.index, dtype="string")
+    for name in STATS:
+        low, high = training[name]
         least, most = low / SCALE, high * SCALE
         if name in SLACK:
             slack = SLACK[name][0] * (high - low) + SLACK[name][1]
             least, most = low - slack, high + slack
-        for row in facts.index[(facts[name] < least) | (facts[name] > most)]:
-            text = f"{WORDS.get(name, name)} {facts[name][row]:.3g}, in training {low:.3g} to {high:.3g}"
-            told[row] += f"; {text}" if told[row] else text
-    return told
-
-
-def common_size(paths):
-    """The most frequent size (H, W) among the image files; ValueError if none of them can be read."""
-    with ThreadPoolExecutor() as pool:
-        headers = pd.Series([header for header in pool.map(header, paths) if header])
-    if headers.empty:
-        raise ValueError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
-    width, height, _ = headers.mode()[0]
-    return height, width
+        texts = stats[name].map(lambda value: f"; {WORDS.get(name, name)} {value:.3g}, in training "  # noqa: B023
+                                              f"{low:.3g} to {high:.3g}")  # noqa: B023
+        found += texts.where((stats[name] < least) | (stats[name] > most), "")
+    return found.mask(found == "").str.removeprefix("; ")
 
 
 def load_slices(paths, size, bar="decoding", images=None):
     """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given.
 
-    Returns (images, errors, facts): errors[i] is None, or the reason why file i could not be read and images[i] is
-    black; facts, a DataFrame of N rows with FACTS, says what the slices are like.
+    Returns (images, stats, errors): stats is a DataFrame of N rows with STATS; errors[i] is None, or the reason why
+    file i could not be read and images[i] is black.
     """
     from tqdm import tqdm
 
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
-    facts = np.zeros((len(paths), len(FACTS)))
+    stats = np.zeros((len(paths), len(STATS)))
 
     def load(i):
         try:
-            images[i], facts[i] = _decode(paths[i], size)
+            images[i], stats[i] = _decode(paths[i], size)
         except Unfit as problem:
             return str(problem)
-        except Exception as problem:  # PIL raises nearly anything on a damaged file
+        except Exception as problem:  # Pillow raises nearly anything on a damaged file
             reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
             return f"cannot be read as an image: {reason}"
 
-    # PIL decodes outside the interpreter's lock; more threads than cores only fight for it
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+    # Pillow decodes outside the interpreter's lock; more threads than cores only fight for it
+    with quiet_pillow(), ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         work = pool.map(load, range(len(paths)))
         errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
-    return images, errors, pd.DataFrame(facts.round(4), columns=FACTS)
-
-
-def make_loader(images, rows, labels, batch_size, generator=None, device=None, share=None, workers=0):
-    """Batches of (uint8 (B, 1, H, W), int64 (B,)) through the standard DataLoader.
-
-    `images` is uint8 (M, H, W); the set is made of its rows `rows` (N,), with `labels` int (N,). With a generator the
-    order is a random permutation drawn from it, without one it is the given order. The last batch may be smaller. For
-    a CUDA `device` the set is put there once if it fits into half of the free memory; if not, two processes of their
-    own fetch and pin batches ahead. With `workers` so many processes fetch them, on any device: the batches are the
-    same. `share` = (rank, world, size) makes of each batch the part of one process of several:
-    the rows rank, rank + world, ..., filled up to `size` with the first row of the batch.
-    """
-    import torch
-    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-
-    cuda = device is not None and device.type == "cuda"
-    slices = _Slices(images, rows, labels)
-    if cuda and not workers:
-        if len(slices) * images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            slices = _OnDevice(slices, device)
-        else:
-            workers = 2
-    ahead = {}
-    if workers:
-        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals)
-    order = RandomSampler(slices, generator=generator) if generator else SequentialSampler(slices)
-    # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    if share is not None:
-        batches = _Share(batches, *share)
-    return DataLoader(slices, batch_size=None, sampler=batches, **ahead)
-
-
-def _leave_signals(worker):
-    """A signal to a whole group of processes is the first one's to answer."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-class _Share:
-    """A process's part of each batch of a batch sampler."""
-
-    def __init__(self, batches, rank, world, size):
-        self.batches, self.rank, self.world, self.size = batches, rank, world, size
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            part = batch[self.rank :: self.world]
-            yield part + batch[:1] * (self.size - len(part))
-
-
-class _Slices:
-    def __init__(self, images, rows, labels):
-        self.images, self.rows, self.labels = images, np.asarray(rows), np.asarray(labels, np.int64)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, batch):
-        import torch
-
-        return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
-
-
-class _OnDevice:
-    """The same, with the pixels on a device."""
-
-    def __init__(self, slices, device):
-        import torch
-
-        first = range(0, len(slices), 1024)  # in parts, so that memory holds no second copy of the set
-        parts = (slices[np.arange(start, min(start + 1024, len(slices)))] for start in first)
-        parts = [(images.to(device), labels.to(device)) for images, labels in parts]
-        self.images, self.labels = (torch.cat(part) for part in zip(*parts))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, batch):
-        import torch
-
-        batch = send(torch.tensor(batch), self.labels.device)
-        return self.images[batch], self.labels[batch]
+    return images, pd.DataFrame(stats.round(4), columns=STATS), errors
 
 
 def send(tensor, device):
@@ -344,16 +300,16 @@ def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, ge
     x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
     mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
     angle = torch.deg2rad(uniform(-degrees, degrees, n))
-    return affine(x0, y0, w, h, height, width, mirror, angle)
+    return affine(x0, y0, w, h, (height, width), mirror, angle)
 
 
-def affine(x0, y0, w, h, height, width, mirror, angle):
-    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels, then mirror (-1 or 1), then a turn by `angle` radians
-    (counter-clockwise), all as tensors (n,). Read backwards, from output to input, as grid_sample wants it: turn in
-    the square output, mirror, then into the crop."""
+def affine(x0, y0, w, h, size, mirror, angle):
+    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels out of size (H, W), then mirror (-1 or 1), then a turn by
+    `angle` radians (counter-clockwise), all but the size as tensors (n,). Read backwards, from output to input, as
+    grid_sample wants it: turn in the square output, mirror, then into the crop."""
     import torch
 
-    cos, sin = torch.cos(angle), torch.sin(angle)
+    (height, width), cos, sin = size, torch.cos(angle), torch.sin(angle)
     sx, sy = w / width, h / height
     row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
     row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)

@@ -1,14 +1,17 @@
 """Small sets in the AD_NC layout, and one run trained on one of them, for all tests."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
@@ -65,11 +68,29 @@ SMALL = ["--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", 
 
 
 def train_small(data, out, *flags):
-    """Train in this process; returns the run folder."""
+    """Train in this process, report and pictures included; returns the run folder."""
     import train
 
     train.main(train.parse_args(["--data", str(data), "--out", str(out), *SMALL, *flags]))
     return Path(out)
+
+
+def without_report():
+    """A context in which train.py trains, and neither draws pictures nor assesses the model at the end."""
+    import plots
+    import train
+
+    nothing = dict.fromkeys(("plot_lr", "plot_history"), lambda *args, **kwargs: None)
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.multiple(plots, **nothing))
+    stack.enter_context(mock.patch.object(train, "finish", lambda *args: None))
+    return stack
+
+
+def train_steps(data, out, *flags):
+    """Train in this process, for tests that look at steps only; returns the run folder."""
+    with without_report():
+        return train_small(data, out, *flags)
 
 
 @pytest.fixture(scope="session")

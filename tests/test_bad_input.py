@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL, train_small, write_set, write_slice
+from conftest import ROOT, SMALL, train_small, train_steps, write_set, write_slice
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+import assess
 import checkpoint
 import dataset
-import evaluate
-import loading
 import phantom
 import predict
 import slices
+import train
 import utils
 
 GREY = np.random.default_rng(0).integers(0, 256, (40, 48), dtype=np.uint8)
@@ -65,7 +65,7 @@ REFUSED = {  # name: (bytes, what the reason says)
     "picture.png": (encoded(L, "GIF"), "neither JPEG nor PNG"),
     "animated.png": (encoded(L, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "holds 2 pictures"),
     "1x1.png": (encoded(Image.new("L", (1, 1))), "is 1 x 1 pixels; expected 16 to 4096 a side"),
-    "bomb.png": (bomb(), "is 20000 x 20000 pixels"),
+    "bomb.png": (bomb(), "claims far too many pixels; expected 16 to 4096 a side"),
     "cut.png": (encoded(L)[:200], "cannot be read as an image"),
 }
 RGB = np.stack([GREY, 255 - GREY, np.roll(GREY, 5, 0)], 2)
@@ -86,8 +86,8 @@ CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
 
 
 def use(path, size):
-    images, (error,), facts = slices.load_slices([str(path)], size, bar=None)
-    return images[0], error, facts.iloc[0]
+    images, stats, (error,) = slices.load_slices([str(path)], size, bar=None)
+    return images[0], error, stats.iloc[0]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -103,18 +103,18 @@ def test_what_is_no_slice_is_refused_with_the_reason(tmp_path, name):
 def test_other_kinds_of_pixels_are_converted_as_documented(tmp_path, name):
     data, expected, most = CONVERTED[name]
     (tmp_path / name).write_bytes(data)
-    pixels, error, facts = use(tmp_path / name, expected.shape)
+    pixels, error, stats = use(tmp_path / name, expected.shape)
     assert error is None and np.abs(pixels.astype(int) - expected).max() <= most
-    assert (facts.height, facts.width) == expected.shape and (facts.colour > 30) == (name in ("rgb.png", "rgba.png"))
+    assert (stats.height, stats.width) == expected.shape and (stats.colour > 30) == (name in ("rgb.png", "rgba.png"))
 
 
 def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    for name, reason in (("folder.png", "is no regular file"), ("pipe.png", "is no regular file"),
+    for name, reason in (("folder.png", "is not a regular file"), ("pipe.png", "is not a regular file"),
                          ("link.png", "No such file"), ("gone.png", "No such file")):
-        assert reason in use(tmp_path / name, (40, 48))[1] and slices.header(tmp_path / name) is None
+        assert reason in use(tmp_path / name, (40, 48))[1] and slices.read_headers([tmp_path / name]) == [None]
 
 
 def test_a_file_that_must_not_be_read_is_refused():
@@ -158,22 +158,20 @@ def test_training_lists_all_offenders_before_the_first_step(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
     lines = done.stderr.splitlines()
-    assert lines[0].startswith(f"error: {len(bad)} files cannot be used; mend or remove them, or leave them out")
+    assert lines[0].startswith(f"error: {len(bad)} files cannot be used; fix or remove them, or leave them out")
     assert len(lines) == 12 and lines[-1] == f"  ... and {len(bad) - 10} more"
     audit = subprocess.run([sys.executable, ROOT / "dataset.py", root], capture_output=True, text=True)
-    assert audit.returncode == 2 and "slices a scan" in audit.stdout and "files cannot be used" in audit.stderr
+    assert audit.returncode == 2 and "slices per scan" in audit.stdout and "files cannot be used" in audit.stderr
 
 
-def test_skip_bad_goes_on_without_them_and_records_them(tmp_path):
+def test_skip_bad_continues_without_them_and_records_them(tmp_path):
     root, bad = spoiled(tmp_path)
-    run = train_small(root, tmp_path / "run", "--epochs", "1", "--skip-bad")
+    run = train_steps(root, tmp_path / "run", "--epochs", "1", "--skip-bad")
     skipped = pd.read_csv(run / "skipped.csv")
     assert {os.path.basename(path) for path in skipped.path} == bad and skipped.reason.notna().all()
     assert f"skipped.csv: {len(bad)} files that cannot be used" in (run / "training_log.txt").read_text()
     used = pd.read_csv(run / "split.csv").path.map(os.path.basename)
     assert not bad & set(used) and len(used) == 90 - 11
-    import train
-
     (root / "train" / "AD" / "102_70.jpeg").write_bytes(b"")  # another one, later
     with pytest.raises(ValueError, match="these slices are not those"):
         train.main(train.parse_args(["--out", str(run), "--resume"]))
@@ -198,7 +196,7 @@ NAMES = ["with space_1.png", "new\nline_2.png", "ümläut-腦_3.png", "=1+1_4.pn
          "\x1b[31m_7.png", "a,b\"c'_8.png"]  # fmt: skip
 
 
-def test_prediction_goes_on_and_writes_a_row_with_the_reason(run_folder, ad_nc, tmp_path):
+def test_prediction_continues_and_writes_a_row_with_the_reason(run_folder, ad_nc, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number, (name, (data, _)) in enumerate(REFUSED.items()):
@@ -223,7 +221,7 @@ def test_prediction_goes_on_and_writes_a_row_with_the_reason(run_folder, ad_nc, 
     assert not cells.str.match(r"[=+\-@\t\r]").any() and "'=1+1" in set(cells)
 
 
-def test_an_input_that_is_not_there_costs_the_others_no_figures(run_folder, ad_nc, tmp_path):
+def test_an_input_that_is_not_there_costs_the_others_no_scores(run_folder, ad_nc, tmp_path):
     done = run_predict(run_folder, tmp_path, ad_nc / "test", tmp_path / "gone.png")
     assert done.returncode == 0 and "have no label" not in done.stderr and "1 of 31 files could not" in done.stderr
     assert (tmp_path / "metrics.json").exists()
@@ -243,7 +241,7 @@ def test_broken_metadata_cost_a_prediction_its_subjects_only(run_folder, ad_nc, 
     shutil.copytree(ad_nc / "test", tmp_path / "AD_NC" / "test")
     words = ["--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
     for content, sentence in (('{"300": ', "subjects are not known: .* is not a JSON object of scans"),
-                              ('{"300": {"label": 0}}', "1 scans stand in a folder of another class than the meta")):
+                              ('{"300": {"label": 0}}', "1 scans are in a folder of another class than the meta")):
         (tmp_path / "meta_data_with_label.json").write_text(content)
         predict.main(predict.parse_args([str(tmp_path / "AD_NC" / "test"), *words]))
         assert re.search(sentence, capsys.readouterr().err)
@@ -260,7 +258,7 @@ def test_a_name_is_neither_a_formula_of_a_spreadsheet_nor_of_a_picture(run_folde
     done = run_predict(run, tmp_path / "out", tmp_path / "in")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "roc_curve.png").exists()
-    table, _ = evaluate.read_run(tmp_path / "out")  # what is read back is what was there
+    table, _ = assess.read_run(tmp_path / "out")  # what is read back is what was there
     assert set(table.scan) == {"=300", "=301", "=302", "=400", "=401", "=402"}
 
 
@@ -310,7 +308,7 @@ def coloured(pixels):
     with_skull_and_neck, photograph, coloured, lambda pixels: 255 - pixels, lambda pixels: pixels * 0,
     lambda pixels: np.kron(pixels, np.ones((3, 3), np.uint8)),
 ], ids=["head", "photograph", "colour", "inverted", "black", "larger"])  # fmt: skip
-def test_an_input_unlike_the_training_slices_gets_a_warning_and_no_verdict(brains, tmp_path, capsys, change):
+def test_an_input_out_of_the_training_range_gets_a_warning_and_no_verdict(brains, tmp_path, capsys, change):
     run, root = brains
     paths = sorted((root / "test" / "AD").iterdir())[:40]
     for path in paths:
@@ -318,29 +316,30 @@ def test_an_input_unlike_the_training_slices_gets_a_warning_and_no_verdict(brain
     words = [str(tmp_path), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path / "out")]
     predict.main(predict.parse_args([*words, "--coverage", "0.5"]))
     told = capsys.readouterr()
-    assert "40 of 40 files are unlike the slices of training" in told.err
-    assert told.err.count("is unlike those of training: ") == 10  # each has its row, ten a line
+    assert "40 of 40 files are out of the training range" in told.err
+    assert told.err.count("is out of the training range: ") == 10  # each has its row, ten a line
     assert told.out.count("no verdict") == 2 and "AD," not in told.out
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
-    assert table.unlike.str.contains("in training").all()
+    assert table.out_of_range.str.contains("in training").all()
     scans = pd.read_csv(tmp_path / "out" / "scans.csv")
-    assert (scans.n_unlike == 20).all() and (scans.prediction_set == "AD|NC").all()
+    assert (scans.n_out_of_range == 20).all() and (scans.prediction_set == "AD|NC").all()
 
 
-def test_slices_like_those_of_training_get_no_warning(brains, tmp_path, capsys):
+def test_slices_within_the_training_range_get_no_warning(brains, tmp_path, capsys):
     run, root = brains
     words = [str(root / "test"), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path)]
     predict.main(predict.parse_args(words))
     told = capsys.readouterr()
-    assert "unlike" not in told.out + told.err and "unlike" not in pd.read_csv(tmp_path / "predictions.csv")
+    assert "range" not in told.out + told.err
+    assert pd.read_csv(tmp_path / "predictions.csv").out_of_range.isna().all()
 
 
 def test_real_slices_of_other_subjects_get_no_warning(oasis):
     index = dataset.read_index(oasis)
-    _, _, facts = slices.load_slices(index.path.tolist(), slices.common_size(index.path), bar=None)
+    _, stats, _ = slices.load_slices(index.path.tolist(), slices.common_size(index.path), bar=None)
     train = (index.split == "train").to_numpy()
-    told = slices.unlike(facts[~train], slices.summarise(facts[train]))
-    assert (told != "").mean() < 0.005
+    told = slices.out_of_range(stats[~train], slices.stats_range(stats[train]))
+    assert told.notna().mean() < 0.005
 
 
 # ---------------------------------------------------------------- fuzzing
@@ -379,10 +378,10 @@ def test_five_thousand_mutated_files_are_used_or_refused_in_a_sentence(tmp_path)
     def fuzz(seed, mutations, extension):
         path = tmp_path / f"1_1.{extension}"
         path.write_bytes(mutated(seed, mutations))
-        pixels, error, facts = use(path, (40, 48))
-        slices.header(path)
-        slices.fingerprint_file(path)
-        assert pixels.shape == (40, 48) and np.isfinite(facts).all()
+        pixels, error, stats = use(path, (40, 48))
+        slices.read_headers([path])
+        slices.hash_files([path])
+        assert pixels.shape == (40, 48) and np.isfinite(stats).all()
         assert error is None or (isinstance(error, str) and 5 < len(error) < 300)
         outcomes[error is None] += 1
 
@@ -427,9 +426,16 @@ def build(folder, entries, metadata, table):
     return folder / "AD_NC"
 
 
+def audit(root):
+    listing = dataset.list_set(root)
+    index, _ = dataset.usable(listing)
+    if len(index):
+        list(dataset.audit(index, listing.root, listing.source))
+
+
 def test_five_hundred_mutated_folders_are_used_or_refused_in_a_sentence(monkeypatch):
     outcomes = {True: 0, False: 0}
-    args = __import__("train").parse_args([*SMALL, "--skip-bad", "--no-cache"])
+    args = train.parse_args([*SMALL, "--skip-bad", "--no-cache"])
 
     @settings(FUZZ, max_examples=500)
     @given(st.lists(ENTRY, max_size=12), METADATA,
@@ -442,9 +448,9 @@ def test_five_hundred_mutated_folders_are_used_or_refused_in_a_sentence(monkeypa
                     ("train", "AD", (1, 2, 3)), ("train", "NC", (4, 5, 6)), ("test", "AD", (7,)), ("test", "NC", (8,)))
                     for scan in scans] + entries  # fmt: skip
             root = build(Path(folder), entries, metadata, table)
-            for work in (lambda: loading.load_data(args, root, None), lambda: predict.read_inputs([root / "test"]),
-                         lambda: list(dataset.audit(dataset.read_index(root, []))),
-                         lambda: predict.read_inputs([root / "train" / name for _, name, _ in entries] or [root])):
+            for work in (lambda: dataset.load_set(args, root, None), lambda: dataset.list_inputs([root / "test"]),
+                         lambda: audit(root),
+                         lambda: dataset.list_inputs([root / "train" / name for _, name, _ in entries] or [root])):
                 try:
                     work()
                     outcomes[True] += 1

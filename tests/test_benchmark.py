@@ -57,13 +57,13 @@ def test_slices_are_repeated_where_more_are_asked_for_than_are_drawn():
 
 @pytest.mark.parametrize("words", [["--json", "nowhere/x.json"], ["--figure", "nowhere/x.png"], ["--device", "cpu"],
                                    ["--batch-size", "0"]])  # fmt: skip
-def test_wrong_flags_are_told_before_anything_is_measured(words, capsys):
+def test_wrong_flags_are_reported_before_anything_is_measured(words, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.parse_args(words)
     assert stop.value.code == 2 and f"error: {words[0]}" in capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_said(tmp_path):
+def test_a_gpu_that_is_not_there_is_reported(tmp_path):
     words = [sys.executable, ROOT / "benchmark.py", "--gpu"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and "device cuda cannot be used here" in done.stderr

@@ -83,27 +83,29 @@ def test_a_flipped_byte_is_found_or_harmless(run_folder, tmp_path, seed):
         name: again[name] for name in again if name != "weights"}  # fmt: skip
 
 
-GARBAGE = [None, "text", -5, float("nan"), [], {}, [[1]], {"a": 1}, 10**9, True]
-
-
 @pytest.mark.parametrize("file", ["best_model.pth", "last.pth"])
-def test_every_entry_is_checked(run_folder, tmp_path, file):
-    rules = checkpoint.SCHEMA | (
-        checkpoint.OF_A_FINISHED_RUN if file == "best_model.pth" else checkpoint.OF_A_RUN_THAT_GOES_ON)
+def test_a_checkpoint_without_one_of_its_keys_is_refused_by_name(run_folder, tmp_path, file):
     good = content(run_folder, file)
-    assert set(rules) <= set(good)
-    for name, (fits, _) in rules.items():
-        assert fits(good[name])
-        bad = [value for value in GARBAGE if not fits(value)]
-        assert len(bad) >= 5, name
-        for value in bad[:2]:
-            with pytest.raises(ValueError, match=f"its {name} is not"):
-                checkpoint.check({"format": checkpoint.FORMAT, **good, name: value}, file)
-        if name in checkpoint.SCHEMA or file == "last.pth" and name != "optimizer":
-            without = {key: value for key, value in good.items() if key != name}
-            with pytest.raises(ValueError, match=f"it has no {name}"):
-                checkpoint.check({"format": checkpoint.FORMAT, **without}, file)
-    checkpoint.check({"format": checkpoint.FORMAT, **good}, file)
+    keys = checkpoint.KEYS + (checkpoint.RESUMABLE if file == "last.pth" else ())
+    assert set(keys) <= set(good)
+    small = dict.fromkeys(good, 0) | {"classes": ["NC", "AD"]}  # the keys are looked at, weights take time
+    for name in keys:
+        if name == "optimizer":  # by which a last.pth is known
+            continue
+        save_checkpoint(tmp_path / "m.pth", **{key: value for key, value in small.items() if key != name})
+        with pytest.raises(ValueError, match=f"is not a whole checkpoint: it has no {name}"):
+            load_checkpoint(tmp_path / "m.pth")
+    save_checkpoint(tmp_path / "m.pth", **small | {"classes": ["AD", "NC"]})
+    with pytest.raises(ValueError, match="knows the classes"):
+        load_checkpoint(tmp_path / "m.pth")
+
+
+def test_a_checkpoint_without_checksums_is_refused(run_folder, tmp_path):
+    """The format of torch.save before it wrote archives with checksums."""
+    old = {"format": checkpoint.FORMAT, **content(run_folder)}
+    torch.save(old, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "m.pth")
 
 
 def test_weights_of_another_model_are_a_sentence_at_the_command_line(run_folder, ad_nc, tmp_path):

@@ -1,22 +1,37 @@
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import SCANS, write_set, write_slice
+import torch
+from conftest import SCANS, SMALL, train_steps, without_report, write_set, write_slice
 from PIL import Image
 
 import dataset
+import metrics
 import slices
-from dataset import audit, fold_index, read_index, split_index
+import subjects
+import train
+from checkpoint import load_checkpoint
+from dataset import SliceSet, list_set, make_loader, read_index, split_index, usable
+from subjects import assign_groups, fold_index
+from utils import InputError
 
 # ---------------------------------------------------------------- index
 
 
+def audit(root):
+    """The lines of the audit of a folder."""
+    listing = list_set(root)
+    return list(dataset.audit(usable(listing)[0], listing.root, listing.source))
+
+
 def test_index_has_a_row_a_slice_and_knows_three_units(ad_nc):
     index = read_index(ad_nc)
-    assert list(index.columns) == ["path", "label", "scan", "slice", "subject", "split"]
+    assert list(index.columns) == ["path", "label", "scan", "slice", "subject", "split", "group"]
     assert len(index) == 18 * 5 and index.scan.nunique() == 18
     row = index[(index.scan == "301") & (index.slice == 72)].iloc[0]
     assert (row.label, row.subject, row.split) == ("AD", "ta1", "test")
@@ -69,10 +84,10 @@ def test_a_subfolder_with_slices_is_not_silently_lost(tmp_path):
 @pytest.mark.parametrize("twin, sentence", [
     (("train", "NC"), "both classes"), (("test", "AD"), "both train and test"),
 ])  # fmt: skip
-def test_a_scan_stands_in_one_class_and_one_split(tmp_path, twin, sentence):
+def test_a_scan_is_in_one_class_and_one_split(tmp_path, twin, sentence):
     root = write_set(tmp_path)
     write_slice(root / twin[0] / twin[1] / "100_99.jpeg", True, 0)
-    with pytest.raises(ValueError, match=f"is of scan 100, which stands in {sentence}"):
+    with pytest.raises(ValueError, match=f"is of scan 100, which is in {sentence}"):
         read_index(root)
 
 
@@ -109,9 +124,9 @@ def test_metadata_that_disagrees_with_the_folder_is_an_error(tmp_path):
 
 
 def test_without_metadata_the_subject_is_unknown_and_the_audit_says_so(tmp_path):
-    index = read_index(write_set(tmp_path, subjects=False))
-    assert index.subject.isna().all()
-    assert any(line.startswith("NOT CHECKED: 18 of 18 scans") for line in audit(index))
+    root = write_set(tmp_path, subjects=False)
+    assert read_index(root).subject.isna().all()
+    assert any(line.startswith("NOT CHECKED: 18 of 18 scans") for line in audit(root))
 
 
 def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
@@ -136,11 +151,11 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
 
 def test_audit_counts_and_finds_the_subjects_that_train_and_test_share(tmp_path):
     scans = SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")}
-    text = "\n".join(audit(read_index(write_set(tmp_path, scans))))
-    assert "LEAK: 2 of the 6 test subjects also stand in train" in text
+    text = "\n".join(audit(write_set(tmp_path, scans)))
+    assert "LEAK: 2 of the 6 test subjects are also in train" in text
     assert "test AD         15       3         3" in text
     assert "48 wide x 40 high, mode L (90 slices)" in text
-    assert "slices a scan: 5 (18 scans)" in text and "slice numbers: 70 to 74" in text
+    assert "slices per scan: 5 (18 scans)" in text and "slice numbers: 70 to 74" in text
 
 
 def test_window_vote_finds_a_shortcut_and_only_a_shortcut(tmp_path):
@@ -149,13 +164,13 @@ def test_window_vote_finds_a_shortcut_and_only_a_shortcut(tmp_path):
     for label, window in (("AD", range(67, 70)), ("NC", range(80, 83))):
         write_set(root, {k: v for k, v in tied.items() if v[1] == label}, window)
     index = read_index(root / "AD_NC")
-    assert dataset.window_vote(index) == 1.0
-    assert dataset.window_vote(index.assign(slice=0)) == 0.5
+    assert metrics.window_vote(index) == 1.0
+    assert metrics.window_vote(index.assign(slice=0)) == 0.5
 
 
 def test_the_audit_command_prints_it_and_wrong_input_exits_with_2(ad_nc, tmp_path):
     done = subprocess.run([sys.executable, "dataset.py", ad_nc], capture_output=True, text=True)
-    assert done.returncode == 0 and "none of the 6 known test subjects stands in train" in done.stdout
+    assert done.returncode == 0 and "none of the 6 known test subjects is in train" in done.stdout
     done = subprocess.run([sys.executable, "dataset.py", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -170,7 +185,7 @@ def fake_index(subjects):
         for scan in range(scans):
             rows += [(f"/x/{label}/{i}s{scan}_{n}.jpeg", label, f"{i}s{scan}", n, subject, "train") for n in range(4)]
     index = pd.DataFrame(rows, columns=["path", "label", "scan", "slice", "subject", "split"])
-    return index.astype({"subject": "string"})
+    return assign_groups(index.astype({"subject": "string"}).assign(pixel_hash=""))
 
 
 ODD = {
@@ -226,7 +241,7 @@ def test_a_split_by_slice_leaks_and_the_check_would_catch_it():
     leaky = split_index(fake_index(ODD["usual"]), 0.25, by="slice")
     assert set(leaky.scan[leaky.split == "val"]) & set(leaky.scan[leaky.split == "train"])
     with pytest.raises(RuntimeError, match="train and val share .* subjects"):
-        dataset.check_disjoint(leaky)
+        subjects.check_disjoint(leaky)
 
 
 def test_split_refuses_what_it_cannot_do():
@@ -258,7 +273,127 @@ def test_folds_never_touch_the_official_test_set(ad_nc):
 def test_the_hash_tells_splits_apart(ad_nc):
     index = read_index(ad_nc)
     a, b = split_index(index, 0.3, seed=0), split_index(index, 0.3, seed=1)
-    assert dataset.split_hash(a) == dataset.split_hash(a.iloc[::-1]) != dataset.split_hash(b)
+    assert subjects.split_hash(a) == subjects.split_hash(a.iloc[::-1]) != subjects.split_hash(b)
+
+
+# ---------------------------------------------------------------- one group everywhere
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_scan_under_two_ids_is_one_group_for_split_folds_intervals_calibration_and_sets(tmp_path, known):
+    scans = SCANS | {"901": ("train", "AD", "x1"), "902": ("test", "NC", "x2")}
+    root = write_set(tmp_path, {scan: value for scan, value in scans.items() if scan < "900"}, subjects=False)
+    for copy, scan in (("901", "100"), ("902", "400")):
+        for path in sorted(root.rglob(f"{scan}_*.jpeg")):
+            shutil.copy(path, path.with_name(path.name.replace(scan, copy)))
+    if known:
+        rows = [f"{scan},{subject}" for scan, (_, _, subject) in scans.items()]
+        (tmp_path / "subjects.csv").write_text("\n".join(["scan,subject", *rows]))
+    flags = [*SMALL, "--data", str(root)]
+    both = {"100", "901"}
+    for seed in range(8):
+        index = dataset.load_set(train.parse_args([*flags, "--seed", str(seed)]), root, bar=None).index
+        assert index[index.scan.isin(both)].group.nunique() == index[index.scan.isin(both)].split.nunique() == 1
+        words = [*flags, "--seed", str(seed), "--folds", "3", "--fold"]
+        folds = [dataset.load_set(train.parse_args([*words, str(k)]), root, bar=None).index for k in range(3)]
+        assert [both & set(fold.scan[fold.split == "test"]) for fold in folds].count(both) == 1
+    test = index[index.split == "test"]  # seven scans of six groups
+    assert (test.scan.nunique(), test.group.nunique()) == (7, 6)
+    p = np.where(test.label == "AD", 0.9, 0.2)
+    table = test.assign(p_AD=p, logit=np.log(p / (1 - p)), threshold=0.5, exposure="no", out_of_range=None)
+    table = table.assign(prediction_set=table.label)
+    samples = metrics.bootstrap_scores(table)
+    assert [samples[unit].groups for unit in ("slice", "scan")] == [6, 6]
+    calibration = metrics.calibrate(table)
+    assert calibration["groups"] == 6 and sum(calibration["weights"]) == pytest.approx(6)
+    assert sorted(calibration["weights"])[:2] == [0.5, 0.5]  # the two that are one brain
+    sure = metrics.score_sets(table, 0.9)
+    assert sure["n"] == 7 and metrics.Bootstrap(metrics.aggregate(table, "scan").group).counts.shape[1] == 6
+
+
+# ---------------------------------------------------------------- a split that is given
+
+
+@pytest.fixture
+def given(ad_nc, tmp_path):
+    """The split.csv of a run, as a table, and a function that loads the set with a changed one."""
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1", "--seed", "3")
+
+    def load(table):
+        table.to_csv(tmp_path / "mine.csv", index=False)
+        return dataset.load_set(train.parse_args([*SMALL, "--split", str(tmp_path / "mine.csv")]), ad_nc, bar=None)
+
+    return run, pd.read_csv(run / "split.csv", dtype=str), load
+
+
+def test_the_split_csv_of_a_run_gives_its_split_again(ad_nc, tmp_path, given):
+    run, table, load = given
+    first = load_checkpoint(run / "last.pth")["split_hash"]
+    assert subjects.split_hash(load(table.sample(frac=1, random_state=0)).index) == first  # in any order
+    assert subjects.split_hash(load(table[["path", "split"]]).index) == first  # by hand, two columns do
+    other = train_steps(ad_nc, tmp_path / "other", "--epochs", "1", "--seed", "4", "--split", str(run / "split.csv"))
+    assert load_checkpoint(other / "last.pth")["split_hash"] == first
+    shutil.rmtree(run)  # the run keeps its own split.csv
+    with without_report():
+        train.main(train.parse_args(["--out", str(other), "--resume", "--epochs", "2"]))
+    assert load_checkpoint(other / "last.pth")["epoch"] == 2
+
+
+def test_a_split_that_leaks_or_does_not_fit_is_refused_in_a_sentence(given, tmp_path):
+    _, table, load = given
+    train_rows = table.index[table.split == "train"]
+    changed = {
+        "groups in both train and val": table.assign(split=table.split.mask(table.index == train_rows[0], "val")),
+        "1 of the slices under .* are not in it, first test/AD/300_70.jpeg": table.iloc[1:],
+        "1 of its slices are not under .*first train/AD/9_9.jpeg": pd.concat(
+            [table, table.iloc[-1:].assign(path="train/AD/9_9.jpeg")]),
+        "first test/AD/300_70.jpeg with split valid": table.assign(split=table.split.mask(table.index == 0, "valid")),
+        "90 rows, first test/AD/300_70.jpeg with split test, are not usable": pd.concat([table, table]),
+        "has the columns file, split; expected": table[["path", "split"]].rename(columns={"path": "file"}),
+        "cannot be read .No columns": pd.DataFrame(),
+    }  # fmt: skip
+    for sentence, wrong in changed.items():
+        with pytest.raises(InputError, match=sentence):
+            load(wrong)
+    with pytest.raises(InputError, match="nowhere.csv cannot be read"):
+        subjects.read_split(table, tmp_path / "nowhere.csv", tmp_path)
+
+
+def test_a_given_split_does_not_go_with_flags_that_split(capsys):
+    for words in (["--fold", "0", "--folds", "3"], ["--drop-test-subjects"], ["--split-by", "slice"]):
+        with pytest.raises(SystemExit):
+            train.parse_args(["--split", "x.csv", *words])
+        assert "--split names every slice's part; leave out" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- batches
+
+
+def numbered(n, shape=(1, 1)):
+    """A SliceSet of n slices whose pixels, and rows, are their numbers."""
+    images = np.tile(np.arange(n, dtype=np.uint8)[:, None, None], (1, *shape))
+    return SliceSet(pd.DataFrame({"row": range(n), "label": ["AD" if i % 2 else "NC" for i in range(n)]}), images)
+
+
+def test_a_loader_visits_every_slice_once_an_epoch_with_its_label():
+    ten = numbered(10)
+    shuffled = list(make_loader(ten, 4, generator=torch.Generator().manual_seed(0)))
+    assert [len(x) for x, _ in shuffled] == [4, 4, 2] and shuffled[0][0].shape == (4, 1, 1, 1)
+    pixels, labels = (torch.cat(part) for part in zip(*shuffled))
+    assert sorted(pixels.flatten().tolist()) == list(range(10)) != pixels.flatten().tolist()
+    assert torch.equal(labels, pixels.flatten().long() % 2)
+    some = SliceSet(ten.index.iloc[[7, 2]], ten.images)
+    (part,) = make_loader(some, 4)  # rows of a larger array
+    assert part[0].flatten().tolist() == [7, 2] and part[1].tolist() == [1, 0]
+
+
+def test_a_set_on_the_device_gives_the_same_batches():
+    images = np.random.default_rng(0).integers(0, 256, (2500, 3, 4), dtype=np.uint8)
+    here = dataset._InMemory(images, np.arange(2500)[::-1], np.arange(2500))
+    there = dataset._OnDevice(here, torch.device("cpu"))
+    assert len(here) == len(there) == 2500
+    for a, b in zip(here[[5, 2001, 3]], there[[5, 2001, 3]]):
+        assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 # ---------------------------------------------------------------- real slices
@@ -270,5 +405,5 @@ def test_oasis_is_what_its_readme_says(oasis):
     assert counts.slices.to_dict() == {("test", "AD"): 640, ("test", "NC"): 448, ("train", "AD"): 1856,
                                        ("train", "NC"): 1408}  # fmt: skip
     assert counts.subjects.tolist() == [20, 14, 58, 44]
-    assert dataset.shared_subjects(index) == []
+    assert subjects.shared_subjects(index) == []
     assert slices.common_size(index.path[:10]) == (208, 176)

@@ -24,29 +24,29 @@ def folds(ad_nc, tmp_path_factory):
     return [train_small(ad_nc, root / f"fold{k}", "--epochs", "1", "--fold", str(k), "--folds", "3") for k in range(3)]
 
 
-def test_a_run_evaluated_again_gives_the_figures_that_it_wrote(run_folder, tmp_path, capsys):
+def test_a_run_evaluated_again_gives_the_scores_that_it_wrote(run_folder, tmp_path, capsys):
     text = run_evaluate(capsys, run_folder, "--out", tmp_path)
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
     for name in ("scan", "slice", "subject", "baselines", "minus_baseline", "prediction_sets"):
         assert a[name] == b[name]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (run_folder / "test").iterdir()}
-    for word in ("by slice (n = 30)", "by scan (n = 6)", "average precision", "logistic regression", "mean logit"):
+    for word in ("slices (n = 30)", "scans (n = 6)", "average precision", "logistic regression", "mean logit"):
         assert word in text
     text = run_evaluate(capsys, run_folder, "--part", "val")
-    assert "by scan (n = 2)" in text and text.startswith("validation (epoch and calibration were chosen on it)")
+    assert "scans (n = 2)" in text and text.startswith("validation (epoch and calibration were chosen on it)")
 
 
 def test_pooled_folds_count_every_training_scan_once(folds, tmp_path, capsys):
     text = run_evaluate(capsys, *folds, "--out", tmp_path)
     scans = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str})
     assert sorted(scans.scan) == sorted([*map(str, range(100, 106)), *map(str, range(200, 206))])
-    assert "by subject (n = 12)" in text and "warning" not in text and "accuracy by scan of each run" in text
-    assert (scans.seen == "no").all()
+    assert "subjects (n = 12)" in text and "warning" not in text and "scan-level accuracy of each run" in text
+    assert (scans.exposure == "no").all()
     assert run_evaluate(capsys, *folds[:2]).startswith("warning: of 3 folds, 2 are missing")
 
 
 def test_runs_that_share_scans_cannot_be_pooled(run_folder, folds, capsys):
-    with pytest.raises(ValueError, match="scan 300 stands in .* expected the folds of one cross-validation"):
+    with pytest.raises(ValueError, match="scan 300 is in .* expected the folds of one cross-validation"):
         run_evaluate(capsys, run_folder, run_folder)
 
 
@@ -63,7 +63,7 @@ def test_two_models_are_compared_on_the_same_slices(folds, ad_nc, tmp_path, caps
         run_evaluate(capsys, *folds, "--against", *others[:2])
 
 
-def test_a_comparison_tells_the_leaks_of_both_sides(tmp_path, capsys):
+def test_a_comparison_names_the_leaks_of_both_sides(tmp_path, capsys):
     root = write_set(tmp_path, SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")})
     clean = train_small(root, tmp_path / "clean", "--epochs", "1", "--drop-test-subjects")
     leaky = train_small(root, tmp_path / "leaky", "--epochs", "1", "--split-by", "slice")
@@ -72,7 +72,7 @@ def test_a_comparison_tells_the_leaks_of_both_sides(tmp_path, capsys):
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert title in text and title in comparison["title"] and "first LEAKY" not in text
     assert "the same, only subjects that neither has seen in training" in text
-    assert comparison["scan"]["subjects"] == 6 and comparison["unseen_subjects"]["scan"]["subjects"] == 4
+    assert comparison["scan"]["groups"] == 6 and comparison["unseen_subjects"]["scan"]["groups"] == 4
     assert "6 subjects are too few for a verdict" in text
     run_evaluate(capsys, clean, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "comparison.json").exists()
@@ -91,8 +91,10 @@ def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_
 
 @pytest.mark.parametrize("file, text", [
     ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", "{"), ("predictions.csv", "scan,slice\n1,2\n"),
-    ("scans.csv", "subject\nx\n"), ("predictions.csv", ""), ("predictions.csv", 10), ("scans.csv", 3),
-    ("predictions.csv", (",NC\n", ",XX\n")), ("predictions.csv", (",NC\n", ",\n")),
+    ("predictions.csv", ""), ("predictions.csv", 10), ("metrics.json", ('"n": 30', '"n": 31')),
+    ("predictions.csv", (",tn0,NC,", ",tn0,XX,")), ("predictions.csv", (",tn0,NC,", ",tn0,,")),
+    ("predictions.csv", (",NC,no,,,tn0,", ",AD,no,,,tn0,")), ("predictions.csv", (",no,,,tn0,", ",no,,,,")),
+    ("predictions.csv", (",threshold", ",cut")),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, text):
     shutil.copytree(run_folder / "test", tmp_path / "x")
@@ -134,7 +136,7 @@ def test_any_name_of_a_scan_survives_the_files(run_folder, tmp_path, capsys):
     predict.main(predict.parse_args(words))
     capsys.readouterr()
     text = run_evaluate(capsys, tmp_path / "out", "--against", tmp_path / "out", "--out", tmp_path / "again")
-    assert "by scan (n = 9)" in text
+    assert "scans (n = 9)" in text
     a, b = ((tmp_path / name / "scans.csv").read_text() for name in ("out", "again"))
     assert a == b and "\n007," in a and "\nNA," in a
 
@@ -172,7 +174,7 @@ def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, cap
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["nowhere"], "nowhere holds no predictions with figures; expected a finished run"),
+    (["nowhere"], "nowhere holds no predictions with scores; expected a finished run"),
     (["x", "--each", "--out", "y"], "it does not go with --against or --out"),
 ])  # fmt: skip
 def test_wrong_input_is_one_error(flags, sentence):

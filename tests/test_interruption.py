@@ -17,13 +17,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL, train_small
+from conftest import ROOT, SMALL, train_small, train_steps, without_report
 
 import checkpoint
-import epoch
+import engine
+import inference
+import runtime
 import train
 import utils
-from checkpoint import load_checkpoint
+from checkpoint import Run, load_checkpoint
+from engine import TrainState
+from runtime import Runtime, StopRequest
 
 FLAGS = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
 
@@ -40,19 +44,27 @@ def same(a, b):
     tables = [pd.read_csv(run / "training_history.csv").drop(columns="images_per_s") for run in (a, b)]
     assert tables[0].equals(tables[1]) and len(tables[0])
     for file in ("test/predictions.csv", "test/scans.csv", "val/predictions.csv", "split.csv"):
-        assert (a / file).read_bytes() == (b / file).read_bytes()
+        if (a / file).exists():  # of a run with a report
+            assert (a / file).read_bytes() == (b / file).read_bytes()
     return True
 
 
 def resume(run, *flags):
-    train.main(train.parse_args(["--out", str(run), "--resume", *flags]))
+    with without_report():
+        train.main(train.parse_args(["--out", str(run), "--resume", *flags]))
+    return run
+
+
+def report(run):
+    """Resume a run that is trained: all that is left to do is the report."""
+    train.main(train.parse_args(["--out", str(run), "--resume"]))
     return run
 
 
 @pytest.fixture(scope="module")
 def whole(ad_nc, tmp_path_factory):
     """A run that nobody stopped."""
-    return train_small(ad_nc, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
+    return train_steps(ad_nc, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
 
 
 # ---------------------------------------------------------------- killed
@@ -78,7 +90,7 @@ def test_a_run_killed_at_25_random_moments_saves_included_ends_bit_identical(ad_
 
 def at_step(number, what, monkeypatch):
     """Do `what()` within training step `number` of the next run, counted over all epochs."""
-    genuine, count = epoch.slices.train_transform, []
+    genuine, count = engine.train_transform, []
 
     def counting(images, *args, **kwargs):
         count.append(1)
@@ -86,21 +98,21 @@ def at_step(number, what, monkeypatch):
         replaced = what(result) if len(count) == number else None
         return result if replaced is None else replaced
 
-    monkeypatch.setattr(epoch.slices, "train_transform", counting)
+    monkeypatch.setattr(engine, "train_transform", counting)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 @pytest.mark.parametrize("step", [1, 6])  # of four an epoch
-def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_identically(
+def test_a_signal_lets_the_step_end_saves_and_the_run_resumes_bit_identically(
     ad_nc, tmp_path, whole, monkeypatch, capsys, number, status, step
 ):
     with monkeypatch.context() as patch:
         at_step(step, lambda x: os.kill(os.getpid(), number), patch)
         with pytest.raises(SystemExit) as stop:
-            train_small(ad_nc, tmp_path / "run", *FLAGS)
+            train_steps(ad_nc, tmp_path / "run", *FLAGS)
     assert stop.value.code == status
     last = load_checkpoint(tmp_path / "run" / "last.pth")
-    assert (last["epoch"], last["progress"]["step"]) == divmod(step, 4)  # no step is lost
+    assert (last["epoch"], last["step"]) == divmod(step, 4)  # no step is lost
     log = (tmp_path / "run" / "training_log.txt").read_text()
     assert f"saved after step {step % 4} of 4 of epoch {step // 4 + 1}" in log and f"stopped by {number.name}" in log
     assert "train.py --out " in log.splitlines()[-1] and log.splitlines()[-1].endswith(" --resume")
@@ -109,17 +121,21 @@ def test_a_signal_lets_the_step_end_saves_and_the_run_goes_on_bit_identically(
     assert f"resumed after epoch {step // 4} and {step % 4} steps of the next" in capsys.readouterr().out
 
 
-def test_a_signal_in_validation_keeps_the_trained_epoch(ad_nc, tmp_path, whole, monkeypatch):
+def test_a_signal_in_validation_ends_it_after_a_batch_and_keeps_the_trained_epoch(ad_nc, tmp_path, whole, monkeypatch):
+    genuine, batches = inference.eval_transform, []
+
     def stop(*args, **kwargs):
+        batches.append(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)  # it does not come to that
+        return genuine(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "evaluate", stop)
-        with pytest.raises(utils.Stopped):
-            train_small(ad_nc, tmp_path / "run", *FLAGS)
+        patch.setattr(inference, "eval_transform", stop)
+        with pytest.raises(runtime.Stopped):
+            train_steps(ad_nc, tmp_path / "run", *FLAGS)
+    assert len(batches) == 1  # of two
     last = load_checkpoint(tmp_path / "run" / "last.pth")
-    assert last["epoch"] == 0 and last["progress"]["step"] == 4
+    assert last["epoch"] == 0 and last["step"] == 4
     assert same(whole, resume(tmp_path / "run"))
 
 
@@ -134,8 +150,8 @@ def test_a_signal_in_a_save_waits_for_its_end(ad_nc, tmp_path, whole, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(utils.Stopped):
-            train_small(ad_nc, tmp_path / "run", *FLAGS)
+        with pytest.raises(runtime.Stopped):
+            train_steps(ad_nc, tmp_path / "run", *FLAGS)
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
     assert len(pd.read_csv(tmp_path / "run" / "training_history.csv")) == 2
     assert same(whole, resume(tmp_path / "run"))
@@ -149,14 +165,14 @@ def test_a_second_signal_ends_at_once_and_leaves_what_was_saved(ad_nc, tmp_path,
     with monkeypatch.context() as patch:
         at_step(6, twice, patch)
         with pytest.raises(SystemExit) as stop:
-            train_small(ad_nc, tmp_path / "run", *FLAGS)
+            train_steps(ad_nc, tmp_path / "run", *FLAGS)
     assert stop.value.code == 130
-    assert load_checkpoint(tmp_path / "run" / "last.pth")["progress"]["step"] == 0  # of the epoch before
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["step"] == 0  # of the epoch before
     assert same(whole, resume(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_go_on(ad_nc, tmp_path, number, status):
+def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(ad_nc, tmp_path, number, status):
     words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -164,7 +180,7 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_go_on(a
             break
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in err and f"stopped by {number.name}; go on with:" in out
+    assert process.returncode == status and "Traceback" not in err and f"stopped by {number.name}; resume with:" in out
     command = shlex.split(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1])
     epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"]
     again = subprocess.run([*command, "--epochs", str(epochs + 1)], capture_output=True, text=True, timeout=120)
@@ -172,11 +188,11 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_go_on(a
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 
 
-def test_a_run_stopped_in_its_first_epoch_goes_on_on_its_own_slices_only(ad_nc, tmp_path, monkeypatch):
+def test_a_run_stopped_in_its_first_epoch_resumes_on_its_own_slices_only(ad_nc, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(2, lambda x: os.kill(os.getpid(), signal.SIGTERM), patch)
-        with pytest.raises(utils.Stopped):
-            train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+        with pytest.raises(runtime.Stopped):
+            train_steps(ad_nc, tmp_path / "run", "--epochs", "1")
     other = shutil.copytree(ad_nc.parent, tmp_path / "other") / "AD_NC"
     (other / "train" / "AD" / "100_70.jpeg").unlink()
     split = (tmp_path / "run" / "split.csv").read_bytes()
@@ -212,41 +228,40 @@ def test_a_run_on_a_relative_path_is_resumed_with_it(ad_nc, tmp_path, monkeypatc
     run = train_small(ad_nc.name, tmp_path / "run", "--epochs", "1")
     before = (run / "test" / "predictions.csv").read_bytes()
     assert b"\nAD_NC/test" in before
-    resume(run)
+    report(run)
     assert (run / "test" / "predictions.csv").read_bytes() == before
     monkeypatch.chdir(tmp_path)
-    resume(run)  # from elsewhere it has to be absolute
+    report(run)  # from elsewhere it has to be absolute
     assert str(ad_nc).encode() + b"/test" in (run / "test" / "predictions.csv").read_bytes()
 
 
 def test_a_run_that_is_done_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    assert same(run_folder, resume(run))
+    assert same(run_folder, report(run))
+
+
+def restored(run, last, amp=None):
+    """The state of a run after `last`, a changed last.pth, was put into it."""
+    where = Runtime(torch.device("cpu"), amp, StopRequest())
+    state = TrainState(checkpoint.build_model(last), where, lr=1e-3)
+    card = {"split_hash": last["split_hash"], "machine": last["machine"]}
+    checkpoint.restore_run(state, last, train.parse_args(["--epochs", "6"]), Run(run, print, card), where)
+    return state
 
 
 def test_sums_of_several_processes_are_taken_over_by_one(run_folder):
-    job = train.Job(run_folder, print, torch.device("cpu"), None, train.parallel.Ranks(0, 1, 0), utils.Signals())
     last = load_checkpoint(run_folder / "last.pth")
-    last["progress"] = {"step": 2, "sums": [[1.0, 2.0, 3.0, 1.0, 1.0], [10.0, 20.0, 30.0, 1.0, 1.0]]}
-    model = checkpoint.build_model(last)
-    state = model, None, epoch.make_optimizer(model, 1e-3, 0.0), utils.make_scaler(job.device, None)
-    args, facts = train.parse_args(["--epochs", "6"]), {"split_hash": last["split_hash"], "machine": "other"}
-    progress = checkpoint.restore_run(state, last, args, job, facts)
-    assert progress["step"] == 2 and progress["sums"].tolist() == [11.0, 22.0, 33.0, 1.0, 1.0]
+    sums = [dict(zip(engine.SUMS, values)) for values in ([1.0, 2.0, 3.0, 1.0, 1.0], [10.0, 20.0, 30.0, 1.0, 1.0])]
+    state = restored(run_folder, last | {"step": 2, "sums": sums})
+    assert state.step == 2 and list(state.numbers().values()) == [11.0, 22.0, 33.0, 1.0, 1.0]
 
 
 def test_the_scale_of_another_precision_is_not_taken_over(run_folder, capsys):
     last = load_checkpoint(run_folder / "last.pth")
     last["precision"], last["scaler"]["scale"] = "bfloat16", 0.25
     for amp, scale in ((torch.bfloat16, 0.25), (torch.float16, 2.0**16)):
-        cpu = torch.device("cpu")
-        job = train.Job(run_folder, print, cpu, amp, train.parallel.Ranks(0, 1, 0), utils.Signals())
-        model = checkpoint.build_model(last)
-        state = model, None, epoch.make_optimizer(model, 1e-3, 0.0), utils.make_scaler(cpu, amp)
-        facts = {"split_hash": last["split_hash"], "machine": last["machine"]}
-        checkpoint.restore_run(state, last, train.parse_args(["--epochs", "6"]), job, facts)
-        assert state[3].get_scale() == scale
-    assert "the run so far was in bfloat16, it goes on in float16" in capsys.readouterr().out
+        assert restored(run_folder, last, amp).scaler.get_scale() == scale
+    assert "the run so far was in bfloat16, it resumes in float16" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- writes that fail
@@ -258,12 +273,12 @@ def limited(bytes_a_file):
 
 
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, tmp_path):
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "2")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "2")
     before = {path: path.read_bytes() for path in run.rglob("*.pth")}
     words = [sys.executable, ROOT / "train.py", "--out", run, "--resume", "--epochs", "4"]
     done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited(5_000_000), timeout=120)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert re.search(r"\.pth cannot be written: .*; what stood there before is untouched", done.stderr)
+    assert re.search(r"\.pth cannot be written: .*; what was there before is untouched", done.stderr)
     assert re.search(r"the last good checkpoint is .*last\.pth, after epoch 2, .*--resume", done.stderr, re.DOTALL)
     assert all(path.read_bytes() == data for path, data in before.items()) and not list(run.rglob("*.tmp"))
     assert len(pd.read_csv(resume(run) / "training_history.csv")) == 4
@@ -308,14 +323,14 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_done(ad_nc, run_fol
                                                                           run_folder / "best_model.pth"])):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
             done = subprocess.run([sys.executable, ROOT / script, *words, "--out", out], capture_output=True, text=True)
-            assert done.returncode == 2 and "Traceback" not in done.stderr and "is no folder" in done.stderr
+            assert done.returncode == 2 and "Traceback" not in done.stderr and "is not a folder" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_run_folder_that_is_deleted_meanwhile_is_one_error(ad_nc, tmp_path, monkeypatch):
     at_step(6, lambda x: shutil.rmtree(tmp_path / "run"), monkeypatch)
     with pytest.raises(OSError, match="the folder .*run is gone") as problem:
-        train_small(ad_nc, tmp_path / "run", *FLAGS)
+        train_steps(ad_nc, tmp_path / "run", *FLAGS)
     assert "nothing is left of the run" in str(problem.value)
 
 
@@ -325,7 +340,7 @@ def test_a_run_folder_that_is_deleted_meanwhile_is_one_error(ad_nc, tmp_path, mo
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(ad_nc, tmp_path, monkeypatch, poison):
     at_step(6, lambda x: x * poison, monkeypatch)
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "3")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "3")
     assert pd.read_csv(run / "training_history.csv").skipped_steps.tolist() == [0, 1, 0]
     assert re.search(r"^ +2 .*1 steps skipped, not finite", (run / "training_log.txt").read_text(), re.MULTILINE)
     last = load_checkpoint(run / "last.pth")
@@ -342,10 +357,10 @@ def test_a_skipped_step_changes_nothing(ad_nc, tmp_path, monkeypatch):
         states.append([p.detach().clone() for p in states.pop().parameters()])
         return x * float("nan")
 
-    genuine = train.convnext
-    monkeypatch.setattr(train, "convnext", lambda *a, **k: states.append(genuine(*a, **k)) or states[-1])
+    genuine = checkpoint.convnext
+    monkeypatch.setattr(checkpoint, "convnext", lambda *a, **k: states.append(genuine(*a, **k)) or states[-1])
     at_step(4, look, monkeypatch)
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1")
     after = load_checkpoint(run / "last.pth")["weights"].values()
     assert all(torch.equal(a, b) for a, b in zip(states[0], after))
 
@@ -355,24 +370,24 @@ def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(ad_nc, tmp_
         def forward(self, logits, labels):
             return super().forward(logits, labels) + float("inf")  # as a logit of -inf gives it
 
-    monkeypatch.setattr(epoch.nn, "CrossEntropyLoss", Infinite)
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    monkeypatch.setattr(engine.nn, "CrossEntropyLoss", Infinite)
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1")
     assert pd.read_csv(run / "training_history.csv").skipped_steps.tolist() == [4]
     assert load_checkpoint(run / "last.pth")["optimizer"]["state"] == {} or all(
         state["step"] == 0 for state in load_checkpoint(run / "last.pth")["optimizer"]["state"].values())
 
 
 def test_many_such_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_is_named(ad_nc, tmp_path, monkeypatch):
-    genuine, count = epoch.slices.train_transform, []
+    genuine, count = engine.train_transform, []
 
     def poisoned(*args, **kwargs):
         count.append(1)
         return genuine(*args, **kwargs) * (float("nan") if len(count) > 9 else 1)
 
-    monkeypatch.setattr(epoch.slices, "train_transform", poisoned)
+    monkeypatch.setattr(engine, "train_transform", poisoned)
     with pytest.raises(ValueError, match=r"not finite in \d+ steps in a row") as problem:
-        train_small(ad_nc, tmp_path / "run", "--epochs", "30", "--patience", "0")
-    assert epoch.NOT_FINITE <= len(count) - 9 <= 2 * epoch.NOT_FINITE
+        train_steps(ad_nc, tmp_path / "run", "--epochs", "30", "--patience", "0")
+    assert engine.NOT_FINITE <= len(count) - 9 <= 2 * engine.NOT_FINITE
     text = str(problem.value)
     assert f"the last good checkpoint is {tmp_path / 'run' / 'last.pth'}, after epoch" in text
     assert "best_model.pth the best epoch so far" in text
@@ -385,7 +400,7 @@ def test_many_such_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_is_na
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_number_of_workers_changes_no_bit(ad_nc, tmp_path, whole, workers):
-    assert same(whole, train_small(ad_nc, tmp_path / "run", *FLAGS, "--workers", workers))
+    assert same(whole, train_steps(ad_nc, tmp_path / "run", *FLAGS, "--workers", workers))
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(ad_nc, tmp_path, monkeypatch):
@@ -396,7 +411,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(ad_nc, tmp_path, m
     at_step(3, kill, monkeypatch)
     start = time.monotonic()
     with pytest.raises(OSError, match="a process that fetches batches has ended .*killed by signal"):
-        train_small(ad_nc, tmp_path / "run", "--epochs", "3", "--workers", "2")
+        train_steps(ad_nc, tmp_path / "run", "--epochs", "3", "--workers", "2")
     assert time.monotonic() - start < 60
     resume(tmp_path / "run", "--workers", "0")
 

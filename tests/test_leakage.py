@@ -12,10 +12,12 @@ from PIL import Image
 
 import baselines
 import dataset
+import inference
 import phantom
-import predict
 import slices
+import subjects
 from checkpoint import load_checkpoint
+from runtime import Runtime
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +25,16 @@ def clean(tmp_path_factory):
     """A phantom without a subject in both train and test: those who are leave train. Returns its AD_NC."""
     root = phantom.draw(tmp_path_factory.mktemp("clean") / "ADNI", 14, seed=1, progress=False)
     index = dataset.read_index(root)
-    for path in index.path[(index.split == "train") & index.subject.isin(dataset.shared_subjects(index))]:
+    for path in index.path[(index.split == "train") & index.subject.isin(subjects.shared_subjects(index))]:
         (root / path).unlink()
     return root
+
+
+def audit_of(root):
+    listing = dataset.list_set(root)
+    index, bad = dataset.usable(listing)
+    assert not bad, dataset.describe_bad(bad)
+    return "\n".join(dataset.audit(index, listing.root, listing.source))
 
 
 @pytest.fixture
@@ -35,7 +44,7 @@ def planted(clean, tmp_path):
     root = tmp_path / "ADNI" / "AD_NC"
 
     def audit():
-        return "\n".join(dataset.audit(dataset.read_index(root)))
+        return audit_of(root)
 
     return root, dataset.read_index(root), audit
 
@@ -49,15 +58,15 @@ def test_slices_of_a_test_scan_in_train_are_refused(planted):
     root, index, audit = planted
     for path in index.path[(index.split == "test") & (index.label == "AD")][:10]:
         shutil.move(path, root / "train" / "AD")
-    with pytest.raises(ValueError, match="stands in both train and test"):
-        audit()
+    with pytest.raises(ValueError, match="is in both train and test"):
+        dataset.read_index(root)
 
 
 def test_a_scan_of_both_classes_is_refused(planted):
     root, index, audit = planted
     shutil.copy(index.path[(index.split == "train") & (index.label == "AD")].iloc[0], root / "train" / "NC")
-    with pytest.raises(ValueError, match="stands in both classes"):
-        audit()
+    with pytest.raises(ValueError, match="is in both classes"):
+        dataset.read_index(root)
 
 
 def test_another_session_of_a_test_subject_in_train_is_found(planted):
@@ -66,7 +75,7 @@ def test_another_session_of_a_test_subject_in_train_is_found(planted):
     entries = json.loads(metadata.read_text())
     test, train = (index[(index.split == split) & (index.label == "NC")].scan.iloc[0] for split in ("test", "train"))
     metadata.write_text(json.dumps(entries | {train: entries[test]}))  # the same name in the paths: another visit
-    assert "LEAK: 1 of the" in audit() and "test subjects also stand in train" in audit()
+    assert "LEAK: 1 of the" in audit() and "test subjects are also in train" in audit()
 
 
 def plant_copy(root, index, scan, name, folder):
@@ -82,8 +91,8 @@ def test_a_test_scan_copied_into_train_under_another_id_is_found(planted):
     text = audit()
     assert "LEAK: slices of test are copies, pixel for pixel, of slices in train: 20 slices of 2 scans" in text
     index = dataset.read_index(root)
-    index["pixels"] = [slices.fingerprint_file(path) for path in index.path]
-    kept, left_out = dataset.drop_test_subjects(index)
+    index = subjects.assign_groups(index.assign(pixel_hash=slices.hash_files(index.path)))
+    kept, left_out = subjects.drop_test_subjects(index)
     assert left_out == 1 and "copy" not in set(kept.scan)
 
 
@@ -93,17 +102,17 @@ def test_a_scan_copied_within_train_stays_on_one_side_of_every_split(planted):
         plant_copy(root, index, scan, f"copy{i}", f"train/{index.label[index.scan == scan].iloc[0]}")
     index = dataset.read_index(root)
     naive = [dataset.split_index(index, 0.4, seed=seed) for seed in range(8)]
-    index["pixels"] = [slices.fingerprint_file(path) for path in index.path]
+    index = subjects.assign_groups(index.assign(pixel_hash=slices.hash_files(index.path)))
     aware = [dataset.split_index(index, 0.4, seed=seed) for seed in range(8)]
 
     def parted(split):  # a scan on one side, its copy on the other
-        return split.groupby(index.pixels).split.nunique().max() > 1
+        return split.groupby(index.pixel_hash).split.nunique().max() > 1
 
     assert any(map(parted, naive)) and not any(map(parted, aware))
-    with pytest.raises(RuntimeError, match="train and val share 20 slices"):
+    with pytest.raises(RuntimeError, match="train and val share 1 groups"):
         one = aware[0].copy()
         one.loc[one.scan == "copy0", "split"] = "val" if (one.split[one.scan == "copy0"] == "train").all() else "train"
-        dataset.check_disjoint(one.assign(subject=pd.array([None] * len(one), "string")))
+        subjects.check_disjoint(one.assign(subject=pd.array([None] * len(one), "string")))
 
 
 def test_without_metadata_the_audit_says_what_it_could_not_check(planted):
@@ -111,19 +120,19 @@ def test_without_metadata_the_audit_says_what_it_could_not_check(planted):
     (root.parent / "meta_data_with_label.json").unlink()
     assert "NOT CHECKED" in audit() and "none of the" not in audit()
     with pytest.raises(ValueError, match="test subjects cannot be dropped"):
-        dataset.drop_test_subjects(dataset.read_index(root))
+        subjects.drop_test_subjects(dataset.read_index(root))
 
 
 def test_black_slices_are_nobodys(tmp_path):
     """Slices at the edge of a volume are alike without being copies."""
     black = np.zeros((3, 8, 8), np.uint8)
     black[2, 0, 0] = 1
-    assert slices.fingerprint_slices(black)[:2] == ["", ""] and slices.fingerprint_slices(black)[2] != ""
+    assert slices.hash_slices(black)[:2] == ["", ""] and slices.hash_slices(black)[2] != ""
     root = write_set(tmp_path)
     for name in ("train/AD/100_70", "train/NC/200_71", "test/NC/400_70"):
         Image.new("L", (48, 40)).save(root / f"{name}.jpeg")
     (root / "test/AD/300_70.jpeg").write_bytes(b"no image")
-    text = "\n".join(dataset.audit(dataset.read_index(root)))
+    text = audit_of(root)
     assert "LEAK" not in text and "pixel for pixel" not in text and "UNREADABLE (1 slices)" in text
 
 
@@ -134,16 +143,18 @@ def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp
     shutil.copy(ad_nc / "train" / "AD" / "100_70.jpeg", tmp_path / "somebody_1.jpeg")
     write_slice(tmp_path / "other_1.jpeg", True, 5)
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    table = predict.predict_table(checkpoint, predict.read_inputs([tmp_path]), device=torch.device("cpu"), amp=None)
-    assert table.set_index("scan").seen.to_dict() == {"somebody": "yes", "other": "unknown"}
+    given = dataset.load_inputs(dataset.list_inputs([tmp_path]), checkpoint["slice_size"], bar=None)
+    table = inference.predict_slices(checkpoint, given, Runtime(torch.device("cpu")))
+    assert table.set_index("scan").exposure.to_dict() == {"somebody": "yes", "other": "unknown"}
 
 
 def test_a_copy_of_a_seen_scan_is_seen_whoever_it_is_called():
     """In test, a scan of a subject of train, and the same pictures under another scan and subject."""
-    table = pd.DataFrame({"path": ["a", "b", "c"], "scan": ["300", "301", "302"], "pixels": ["f", "f", "g"]})
+    table = pd.DataFrame({"path": ["a", "b", "c"], "scan": ["300", "301", "302"], "pixel_hash": ["f", "f", "g"]})
     table["subject"] = pd.array(["a0", "t9", "t8"], "string")
-    train = pd.DataFrame({"subject": pd.array(["a0"], "string"), "scan": ["100"], "pixels": ["e"]})
-    assert dataset.mark_seen(table, dataset.remember(train)).tolist() == ["yes", "yes", "no"]
+    train = pd.DataFrame({"subject": pd.array(["a0"], "string"), "scan": ["100"], "pixel_hash": ["e"]})
+    found = subjects.find_exposure(subjects.assign_groups(table), subjects.record_exposure(train))
+    assert found.tolist() == ["yes", "yes", "no"]
 
 
 def shared_set(root):
@@ -155,17 +166,17 @@ def test_test_subjects_can_be_dropped_from_training(tmp_path):
     run = train_small(shared_set(tmp_path), tmp_path / "run", "--epochs", "1", "--drop-test-subjects")
     split = pd.read_csv(run / "split.csv", dtype=str)
     assert not {"a0", "n1"} & set(split.subject[split.split != "test"]) and (split.split == "test").sum() == 30
-    figures = json.loads((run / "test" / "metrics.json").read_text())
-    assert figures["title"] == "test" and figures["leaks"] == [] and "unseen_subjects" not in figures
-    assert "left out of train: 2 scans of subjects who also stand in test" in (run / "training_log.txt").read_text()
+    scores = json.loads((run / "test" / "metrics.json").read_text())
+    assert scores["title"] == "test" and scores["leaks"] == [] and "unseen_subjects" not in scores
+    assert "left out of train: 2 scans of subjects who are also in test" in (run / "training_log.txt").read_text()
 
 
-def test_tables_whose_train_and_test_share_subjects_say_so_and_the_others_stand_apart(tmp_path):
+def test_tables_whose_train_and_test_share_subjects_say_so_and_the_others_are_apart(tmp_path):
     run = train_small(shared_set(tmp_path), tmp_path / "run", "--epochs", "1")
-    figures = json.loads((run / "test" / "metrics.json").read_text())
-    assert figures["leaks"] == ["2 of 6 scans are of subjects seen in training"]
-    assert "LEAKY: 2 of 6" in figures["title"] and "LEAKY: 2 of 6" in (run / "training_log.txt").read_text()
-    unseen = figures["unseen_subjects"]
+    scores = json.loads((run / "test" / "metrics.json").read_text())
+    assert scores["leaks"] == ["2 of 6 scans are of subjects seen in training"]
+    assert "LEAKY: 2 of 6" in scores["title"] and "LEAKY: 2 of 6" in (run / "training_log.txt").read_text()
+    unseen = scores["unseen_subjects"]
     assert unseen["scan"]["n"] == 4 and unseen["baselines"]["logistic_regression"]["scan"]["n"] == 4
 
 
@@ -191,7 +202,7 @@ def test_a_transfer_from_a_model_that_knows_the_test_subjects_is_a_leak(ad_nc, t
 
 
 def learned(run):
-    """All that best_model.pth has learned: weights, calibration, baselines, epoch."""
+    """All that best_model.pth has learned: weights, calibration, baselines, engine."""
     checkpoint = load_checkpoint(run / "best_model.pth")
     weights = {name: tensor.tolist() for name, tensor in checkpoint["weights"].items()}
     return [weights, checkpoint["calibration"], checkpoint["baselines"], checkpoint["epoch"]]
@@ -213,29 +224,33 @@ def test_the_test_set_influences_nothing(ad_nc, tmp_path):
     assert a != b
 
 
-def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(ad_nc):
+@pytest.fixture
+def split_set(ad_nc):
+    """The set as a SliceSet, with a validation part."""
     index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
     images, _, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
-    fitted = baselines.fit_baselines(index, images)
-    test = (index.split == "test").to_numpy()
-    noise = images.copy()
+    return dataset.SliceSet(index.assign(row=range(len(index))), images)
+
+
+def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(split_set):
+    index, test = split_set.index, (split_set.index.split == "test").to_numpy()
+    noise = split_set.images.copy()
     noise[test] = 255 - noise[test]
     swapped = index.assign(label=index.label.where(~test, index.label.map({"AD": "NC", "NC": "AD"})))
-    assert fitted == baselines.fit_baselines(swapped, noise)
+    fitted = baselines.fit_baselines(split_set)
+    assert fitted == baselines.fit_baselines(dataset.SliceSet(swapped, noise))
 
 
-def test_baselines_are_what_their_names_say(ad_nc):
-    index = dataset.split_index(dataset.read_index(ad_nc), 0.25)
+def test_baselines_are_what_their_names_say(split_set):
+    index, images = split_set.index, split_set.images
     index["slice"] += np.where((index.label == "AD") & (index.split != "test"), 10, 0)  # a window tied to the class
-    images, _, _ = slices.load_slices(index.path.tolist(), (40, 48), bar=None)
-    fitted = baselines.fit_baselines(index, images)
-    test = index[index.split == "test"]
-    p = baselines.predict_baselines(fitted, images[test.index], test)
+    fitted, test = baselines.fit_baselines(split_set), split_set.part("test")
+    p = baselines.predict_baselines(fitted, test)
     train = index[index.split == "train"].drop_duplicates("scan")
     assert (p.majority_class == (train.label == "AD").mean()).all()
-    assert ((p.window_vote >= 0.5) == (test.slice.groupby(test.scan).transform("min") == 80)).all()
-    assert ((p.logistic_regression >= 0.5) == (test.label == "AD")).all()
+    assert ((p.window_vote >= 0.5) == (test.index.slice.groupby(test.index.scan).transform("min") == 80)).all()
+    assert ((p.logistic_regression >= 0.5) == (test.index.label == "AD")).all()
     small = baselines.shrink(images)
     assert small.shape == (90, 20 * 24) and small[0, 0] == pytest.approx(images[0, :2, :2].mean() / 255)
-    elsewhere = baselines.predict_baselines(fitted, images[test.index], test.assign(slice=500))
-    assert (elsewhere.window_vote == fitted["share_AD"]).all()
+    test.index = test.index.assign(slice=500)
+    assert (baselines.predict_baselines(fitted, test).window_vote == fitted["share_AD"]).all()

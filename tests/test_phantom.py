@@ -134,7 +134,7 @@ def test_ventricles_separate_the_classes_but_not_fully():
 
 
 @pytest.mark.parametrize("subjects", [60, 680])
-def test_the_best_possible_accuracy_by_subject_is_near_91_percent(subjects):
+def test_the_best_possible_subject_level_accuracy_is_near_91_percent(subjects):
     for split in ("train", "test"):
         right = {s.subject: (s.atrophy > 0) == (s.label == "AD")
                  for seed in range(4) for s in phantom.plan(subjects, seed) if s.split == split}

@@ -8,9 +8,12 @@ import torch
 from conftest import write_slice
 from PIL import Image
 
+import inference
 import metrics
 import predict
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset import list_inputs, load_inputs
+from runtime import Runtime
 
 
 def run_predict(run_folder, out, *inputs, checkpoint=None):
@@ -23,21 +26,23 @@ def run_predict(run_folder, out, *inputs, checkpoint=None):
 def test_a_labelled_folder_repeats_the_runs_own_test(run_folder, ad_nc, tmp_path):
     run_predict(run_folder, tmp_path, ad_nc / "test")
     ours, theirs = (pd.read_csv(folder / "predictions.csv") for folder in (tmp_path, run_folder / "test"))
-    assert list(ours.columns) == ["path", "scan", "slice", "subject", "p_AD", "prediction", "label"]
+    assert list(ours.columns) == list(metrics.PREDICTIONS)
+    assert ours.drop(columns=["prediction_set", "out_of_range", "error"]).notna().all(axis=None)
+    theirs["prediction_set"] = ours["prediction_set"]  # the run's own has sets, here no coverage is asked for
     pd.testing.assert_frame_equal(ours.drop(columns="path"), theirs.drop(columns="path"), check_exact=True)
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
     same = [*metrics.UNITS, "baselines", "minus_baseline", "calibration", "leaks"]
     assert [a[name] for name in same] == [b[name] for name in same]
 
 
-def test_metrics_json_has_each_unit_with_figures_and_intervals(run_folder, ad_nc, tmp_path):
+def test_metrics_json_has_each_unit_with_scores_and_intervals(run_folder, ad_nc, tmp_path):
     run_predict(run_folder, tmp_path, ad_nc / "test")
-    figures = json.loads((tmp_path / "metrics.json").read_text())
+    scores = json.loads((tmp_path / "metrics.json").read_text())
     names = set(metrics.METRICS)
     for unit in ("slice", "scan", "subject"):
-        assert set(figures[unit]) == names | {"n", "subjects", "ci95"} and set(figures[unit]["ci95"]) == names
-    assert "LEAKY" not in figures["title"] and figures["leaks"] == []
-    assert set(figures["baselines"]) == {"majority_class", "window_vote", "logistic_regression"}
+        assert set(scores[unit]) == names | {"n", "groups", "ci95"} and set(scores[unit]["ci95"]) == names
+    assert "LEAKY" not in scores["title"] and scores["leaks"] == []
+    assert set(scores["baselines"]) == {"majority_class", "window_vote", "logistic_regression"}
 
 
 def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, tmp_path):
@@ -47,7 +52,7 @@ def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, t
         shutil.copy(path, flat)
     (flat / "notes.txt").write_text("not a slice")
     table = run_predict(run_folder, tmp_path / "a", flat)
-    assert len(table) == 30 and "label" not in table and table.subject.isna().all()
+    assert len(table) == 30 and table.label.isna().all() and table.subject.isna().all()
     assert not (tmp_path / "a" / "metrics.json").exists()
     one = run_predict(run_folder, tmp_path / "b", flat / "301_72.jpeg")
     assert len(one) == 1
@@ -60,8 +65,8 @@ def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path)
     scans = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str}).set_index("scan")
     subjects = pd.read_csv(tmp_path / "subjects.csv").set_index("subject")
     np.testing.assert_allclose(scans.p_AD, table.groupby("scan").p_AD.mean(), rtol=1e-6)
-    assert (scans.n_slices == 5).all() and (scans.seen == "no").all()
-    assert list(scans.columns) == ["subject", "p_AD", "n_slices", "prediction", "label", "seen"]
+    assert (scans.n_slices == 5).all() and (scans.exposure == "no").all()
+    assert list(scans.columns) == list(metrics.AGGREGATED[1:]) and list(subjects.columns) == list(scans.columns[1:])
     assert subjects.p_AD["ta1"] == scans.p_AD["301"]
 
 
@@ -71,7 +76,7 @@ def test_a_file_that_cannot_be_read_gets_a_row_with_the_reason(run_folder, ad_nc
     shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", flat)
     (flat / "300_71.jpeg").write_bytes(b"no image")
     table = run_predict(run_folder, tmp_path / "out", flat)
-    assert list(table.columns)[-1] == "error"
+    assert list(table.columns) == list(metrics.PREDICTIONS)
     bad = table[table.slice == 71].iloc[0]
     assert "cannot be read as an image" in bad.error and np.isnan(bad.p_AD)
     assert pd.read_csv(tmp_path / "out" / "scans.csv").n_slices.tolist() == [1]
@@ -112,7 +117,7 @@ def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, t
 
 def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path, capsys):
     run_predict(run_folder, tmp_path, ad_nc / "train" / "AD")  # without labels, there is no title to say it
-    assert "6 of 6 scans are of subjects that training has seen: memory, no test" in capsys.readouterr().err
+    assert "6 of 6 scans are of subjects seen in training: memory, not a test" in capsys.readouterr().err
     run_predict(run_folder, tmp_path, ad_nc / "train")
     title = json.loads((tmp_path / "metrics.json").read_text())["title"]
     assert "LEAKY: 12 of 12 scans are of subjects seen in training" in title
@@ -120,14 +125,14 @@ def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_
 
 def test_a_checkpoint_names_no_subject(run_folder):
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    assert len(checkpoint["seen"]["subjects"]) == 12 and "a1" not in checkpoint["seen"]["subjects"]
+    assert len(checkpoint["exposure"]["subjects"]) == 12 and "a1" not in checkpoint["exposure"]["subjects"]
 
 
-def test_a_folder_with_one_class_gives_the_figures_that_exist(run_folder, ad_nc, tmp_path):
+def test_a_folder_with_one_class_gives_the_scores_that_exist(run_folder, ad_nc, tmp_path):
     shutil.copytree(ad_nc / "test" / "AD", tmp_path / "in" / "AD")
     run_predict(run_folder, tmp_path / "out", tmp_path / "in")
-    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert figures["scan"]["auroc"] is None and figures["scan"]["sensitivity"] is not None
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert scores["scan"]["auroc"] is None and scores["scan"]["sensitivity"] is not None
     assert not (tmp_path / "out" / "roc_curve.png").exists()
 
 
@@ -138,12 +143,12 @@ def test_an_input_of_another_kind_is_refused_in_a_sentence(tmp_path, given, sent
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.nii").write_bytes(b"")
     with pytest.raises(ValueError, match=sentence):
-        predict.read_inputs([tmp_path / given])
+        list_inputs([tmp_path / given])
 
 
 def test_the_root_of_a_set_is_refused_with_a_hint(ad_nc):
     with pytest.raises(ValueError, match="did you mean .*AD_NC/test"):
-        predict.read_inputs([ad_nc])
+        list_inputs([ad_nc])
 
 
 def test_the_newest_run_is_the_default(run_folder, tmp_path, monkeypatch):
@@ -166,19 +171,19 @@ def test_two_files_of_one_slice_are_refused_and_one_file_named_twice_counts_once
     write_slice(tmp_path / "300_70.png", True, 0)
     given = ad_nc / "test" / "AD" / "300_70.jpeg"
     with pytest.raises(ValueError, match="300_70.jpeg is the same slice of a scan as .*300_70.png"):
-        predict.read_inputs([given, tmp_path])
+        list_inputs([given, tmp_path])
     write_slice(tmp_path / "300_71.png", True, 1)
-    assert predict.read_inputs([given, tmp_path]).error.isna().tolist() == [False, False, True]  # the rest goes on
+    assert list_inputs([given, tmp_path]).index.error.isna().tolist() == [False, False, True]  # the rest goes on
     monkeypatch.chdir(given.parent)
-    assert len(predict.read_inputs([given, given.name])) == 1
+    assert len(list_inputs([given, given.name]).index) == 1
 
 
-def test_what_is_passed_over_is_named(run_folder, tmp_path, capsys):
+def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
     write_slice(tmp_path / "in" / "1_1.png", True, 0)
     write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
     (tmp_path / "in" / "3_3.tif").write_bytes(b"")
     assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
-    assert "passed over 2 files and folders that are no slices, first " in capsys.readouterr().err
+    assert "ignored 2 files and folders that are not slices, first " in capsys.readouterr().err
 
 
 def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
@@ -189,13 +194,13 @@ def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
 def test_a_scan_under_both_classes_is_refused(tmp_path):
     for label in ("AD", "NC"):
         write_slice(tmp_path / label / "7_1.png", label == "AD", 0)
-    with pytest.raises(ValueError, match="is of a scan that stands under both classes"):
-        predict.read_inputs([tmp_path])
+    with pytest.raises(ValueError, match="is of scan 7, which is in both classes"):
+        list_inputs([tmp_path])
     write_slice(tmp_path / "AD" / "8_1.png", True, 1)
-    assert predict.read_inputs([tmp_path]).error.isna().tolist() == [False, False, True]  # the rest goes on
+    assert list_inputs([tmp_path]).index.error.isna().tolist() == [False, False, True]  # the rest goes on
 
 
-def test_some_unlabelled_slices_are_said_and_cost_the_figures(run_folder, ad_nc, tmp_path, capsys):
+def test_some_unlabelled_slices_are_reported_and_cost_the_scores(run_folder, ad_nc, tmp_path, capsys):
     write_slice(tmp_path / "900_1.png", True, 0)
     table = run_predict(run_folder, tmp_path / "out", tmp_path / "900_1.png", ad_nc / "test" / "AD" / "300_70.jpeg",
                         ad_nc / "test")  # fmt: skip
@@ -242,16 +247,16 @@ def test_a_checkpoint_of_an_unfinished_run_predicts_and_says_that_it_is_not_cali
     save_checkpoint(tmp_path / "m.pth", **checkpoint)
     run_predict(None, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "m.pth")
     assert "not calibrated" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="was not calibrated, for its run did not finish"):
+    with pytest.raises(ValueError, match="was not calibrated, since its run did not finish"):
         predict.main(predict.parse_args([str(ad_nc / "test"), "--checkpoint", str(tmp_path / "m.pth"), "--out",
                                          str(tmp_path / "more"), "--coverage", "0.9"]))  # fmt: skip
 
 
 def test_p_ad_is_calibrated_at_the_temperature_of_the_checkpoint(run_folder, ad_nc, tmp_path):
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    common = dict(device=torch.device("cpu"), amp=None)
-    raw = predict.predict_table(checkpoint, predict.read_inputs([ad_nc / "test"]), **common)
-    done = predict.calibrated(raw, checkpoint)
+    slices = load_inputs(list_inputs([ad_nc / "test"]), checkpoint["slice_size"], bar=None)
+    raw = inference.predict_slices(checkpoint, slices, Runtime(torch.device("cpu")))
+    done = inference.calibrated(raw, checkpoint)
     z = np.log(done.p_AD / (1 - done.p_AD))
     np.testing.assert_allclose(z * checkpoint["calibration"]["temperature"], raw.logit, atol=1e-4)  # of seven digits
     assert checkpoint["calibration"]["temperature"] != 1

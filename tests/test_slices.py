@@ -18,7 +18,7 @@ def test_decoding_gives_the_files_pixels_and_reports_what_it_cannot_read(ad_nc, 
     paths = read_index(ad_nc).path.tolist()[:4]
     (tmp_path / "x_1.jpeg").write_bytes(b"not an image")
     assert slices.common_size(paths) == (40, 48)
-    images, errors, _ = slices.load_slices([*paths, str(tmp_path / "x_1.jpeg")], (40, 48), bar=None)
+    images, _, errors = slices.load_slices([*paths, str(tmp_path / "x_1.jpeg")], (40, 48), bar=None)
     assert images.shape == (5, 40, 48) and images.dtype == np.uint8
     for image, path in zip(images, paths):
         assert np.array_equal(image, np.asarray(Image.open(path)))
@@ -30,26 +30,6 @@ def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(tmp_path):
     image = slices.decode(tmp_path / "a.png", (40, 60))
     assert image.shape == (40, 60)
     assert image[0, 0] == 20 and image[0, -1] == 79  # the middle 60 of 100 columns
-
-
-def test_a_loader_visits_every_slice_once_an_epoch():
-    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1)
-    shuffled = list(slices.make_loader(images, np.arange(10), np.arange(10), 4, torch.Generator().manual_seed(0)))
-    assert [len(x) for x, _ in shuffled] == [4, 4, 2] and shuffled[0][0].shape == (4, 1, 1, 1)
-    order = torch.cat([y for _, y in shuffled])
-    assert sorted(order.tolist()) == list(range(10)) != order.tolist()
-    assert torch.equal(torch.cat([x for x, _ in shuffled]).flatten(), order.to(torch.uint8))
-    (part,) = slices.make_loader(images, [7, 2], [1, 0], 4)  # rows of a larger array
-    assert part[0].flatten().tolist() == [7, 2] and part[1].tolist() == [1, 0]
-
-
-def test_a_set_on_the_device_gives_the_same_batches():
-    images = np.random.default_rng(0).integers(0, 256, (2500, 3, 4), dtype=np.uint8)
-    here = slices._Slices(images, np.arange(2500)[::-1], np.arange(2500))
-    there = slices._OnDevice(here, torch.device("cpu"))
-    assert len(here) == len(there) == 2500
-    for a, b in zip(here[[5, 2001, 3]], there[[5, 2001, 3]]):
-        assert torch.equal(a, b) and a.dtype == b.dtype
 
 
 # ---------------------------------------------------------------- transforms
@@ -66,7 +46,7 @@ def warp_one(image, x0=0.0, y0=0.0, w=256.0, h=240.0, mirror=1.0, degrees=0.0, s
     """`warp` by one map, on the scale [0, 1]."""
     numbers = [torch.tensor([v]) for v in (x0, y0, w, h)]
     angle = torch.deg2rad(torch.tensor([degrees]))
-    theta = slices.affine(*numbers, *image.shape[2:], torch.tensor([mirror]), angle)
+    theta = slices.affine(*numbers, image.shape[2:], torch.tensor([mirror]), angle)
     return slices.warp(image, theta, size) * slices.STD + slices.MEAN
 
 

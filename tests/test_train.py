@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import SCANS, SMALL, train_small, write_set
+from conftest import SCANS, SMALL, train_small, train_steps, write_set
 
-import epoch
+import engine
 import train
 import utils
 from checkpoint import load_checkpoint
@@ -33,12 +33,12 @@ def test_a_run_learns_and_holds_all_its_files(run_folder):
         "lr_schedule.png", "training_curves.png", "val", "test",
     }  # fmt: skip
     assert {p.name for p in (run_folder / "test").iterdir()} == {
-        "predictions.csv", "scans.csv", "subjects.csv", "baselines.csv", "metrics.json", "confusion_matrix.png",
-        "roc_curve.png", "calibration.png", "window_accuracy.png", "risk_coverage.png",
+        "predictions.csv", "scans.csv", "subjects.csv", "metrics.json", "confusion_matrix.png", "roc_curve.png",
+        "calibration.png", "window_accuracy.png", "risk_coverage.png",
     }  # fmt: skip
-    figures = json.loads((run_folder / "test" / "metrics.json").read_text())
-    assert figures["slice"]["n"] == 30 and figures["scan"]["n"] == figures["subject"]["n"] == 6
-    assert figures["scan"]["accuracy"] == 1.0
+    scores = json.loads((run_folder / "test" / "metrics.json").read_text())
+    assert scores["slice"]["n"] == 30 and scores["scan"]["n"] == scores["subject"]["n"] == 6
+    assert scores["scan"]["accuracy"] == 1.0
     assert history(run_folder).train_loss.iloc[-1] < 0.5 < history(run_folder).train_loss.iloc[0]
 
 
@@ -83,32 +83,38 @@ def test_the_documented_recipe_is_the_default():
 
 def stop_after(epoch, monkeypatch):
     """End the next run as a killed process ends, in the epoch after `epoch`."""
-    genuine = train.train_epoch
+    genuine = train.train_one_epoch
 
-    def killed(*args, **kwargs):
-        if kwargs["epoch"] > epoch:
+    def killed(state, *args):
+        if state.epoch >= epoch:
             raise KeyboardInterrupt
-        return genuine(*args, **kwargs)
+        return genuine(state, *args)
 
-    monkeypatch.setattr(train, "train_epoch", killed)
+    monkeypatch.setattr(train, "train_one_epoch", killed)
+
+
+@pytest.fixture(scope="module")
+def whole(ad_nc, tmp_path_factory):
+    """A run that nobody stopped, and its flags."""
+    flags = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
+    return train_small(ad_nc, tmp_path_factory.mktemp("whole") / "run", *flags), flags
 
 
 @pytest.mark.parametrize("stopped_after", [0, 2])
-def test_a_resumed_run_ends_bit_identical(ad_nc, tmp_path, monkeypatch, stopped_after):
-    flags = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
-    whole = train_small(ad_nc, tmp_path / "whole", *flags)
+def test_a_resumed_run_ends_bit_identical(ad_nc, tmp_path, monkeypatch, whole, stopped_after):
+    unbroken, flags = whole
     with monkeypatch.context() as patch:
         stop_after(stopped_after, patch)
         with pytest.raises(KeyboardInterrupt):
             train_small(ad_nc, tmp_path / "broken", *flags)
-    monkeypatch.chdir(tmp_path)  # wherever it goes on
+    monkeypatch.chdir(tmp_path)  # wherever it is resumed
     train.main(train.parse_args(["--out", str(tmp_path / "broken"), "--resume"]))
     for name in ("last.pth", "best_model.pth"):
-        a, b = (load_checkpoint(tmp_path / run / name) for run in ("whole", "broken"))
+        a, b = (load_checkpoint(run / name) for run in (unbroken, tmp_path / "broken"))
         assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
-    timeless = history(whole).drop(columns="images_per_s")
+    timeless = history(unbroken).drop(columns="images_per_s")
     assert timeless.equals(history(tmp_path / "broken").drop(columns="images_per_s"))
-    assert (whole / "test/predictions.csv").read_text() == (tmp_path / "broken/test/predictions.csv").read_text()
+    assert (unbroken / "test/predictions.csv").read_text() == (tmp_path / "broken/test/predictions.csv").read_text()
 
 
 def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, capsys):
@@ -123,7 +129,7 @@ def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, c
 def test_a_finished_run_without_last_pth_is_not_trained_over(run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run" / "last.pth").unlink()
-    with pytest.raises(ValueError, match="no last.pth to go on from, and a run never overwrites another"):
+    with pytest.raises(ValueError, match="no last.pth to resume from, and a run never overwrites another"):
         train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume"]))
     good = json.loads((tmp_path / "run" / "config.json").read_text())
     for broken in ([], {"flags": []}, good | {"flags": good["flags"] | {"lr": []}},
@@ -149,13 +155,13 @@ def test_two_runs_never_overwrite_each_other(ad_nc, run_folder):
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(ad_nc, tmp_path):
-    runs = [train_small(ad_nc, tmp_path / str(i), "--epochs", "1", "--seed", seed) for i, seed in enumerate("778")]
+    runs = [train_steps(ad_nc, tmp_path / str(i), "--epochs", "1", "--seed", seed) for i, seed in enumerate("778")]
     a, b, c = (load_checkpoint(run / "last.pth")["weights"]["head.weight"] for run in runs)
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_ema_mixup_cutmix_and_tensorboard_run_together(ad_nc, tmp_path):
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "2", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1",
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "2", "--ema", "0.5", "--mixup", "0.2", "--cutmix", "1",
                       "--tensorboard", "--no-flip")  # fmt: skip
     last = load_checkpoint(run / "last.pth")
     assert not torch.equal(last["weights"]["head.weight"], last["ema"]["module.head.weight"])
@@ -163,7 +169,7 @@ def test_ema_mixup_cutmix_and_tensorboard_run_together(ad_nc, tmp_path):
 
 
 def test_with_ema_the_averaged_weights_are_validated_and_kept(ad_nc, tmp_path):
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--ema", "0.5")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1", "--ema", "0.5")
     last, best = (load_checkpoint(run / name) for name in ("last.pth", "best_model.pth"))
     assert all(torch.equal(best["weights"][name], last["ema"][f"module.{name}"]) for name in best["weights"])
     assert not torch.equal(best["weights"]["head.weight"], last["weights"]["head.weight"])
@@ -171,7 +177,7 @@ def test_with_ema_the_averaged_weights_are_validated_and_kept(ad_nc, tmp_path):
 
 def test_weight_decay_is_kept_off_one_dimensional_parameters():
     model = convnext("atto")
-    decayed, others = epoch.make_optimizer(model, 1e-4, 0.05).param_groups
+    decayed, others = engine.make_optimizer(model, 1e-4, 0.05).param_groups
     assert {p.ndim for p in others["params"]} == {1} and others["weight_decay"] == 0
     assert min(p.ndim for p in decayed["params"]) == 2 and decayed["weight_decay"] == 0.05
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
@@ -179,7 +185,7 @@ def test_weight_decay_is_kept_off_one_dimensional_parameters():
 
 def test_init_starts_from_torchvision_and_says_what_it_left(ad_nc, tmp_path):
     torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "tv.pth")
-    run = train_small(ad_nc, tmp_path / "run", "--model", "tiny", "--epochs", "1", "--init", str(tmp_path / "tv.pth"))
+    run = train_steps(ad_nc, tmp_path / "run", "--model", "tiny", "--epochs", "1", "--init", str(tmp_path / "tv.pth"))
     log = (run / "training_log.txt").read_text()
     assert "180 of 182 tensors loaded, left: head.weight, head.bias" in log
 
@@ -205,19 +211,19 @@ def test_a_fold_is_held_out_of_train_and_the_official_test_set_is_not_read(ad_nc
 def test_shared_subjects_are_reported_apart(tmp_path):
     scans = SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")}
     run = train_small(write_set(tmp_path, scans), tmp_path / "run", "--epochs", "1")
-    figures = json.loads((run / "test" / "metrics.json").read_text())
-    assert "LEAKY: 2 of 6 scans are of subjects seen in training" in figures["title"]
-    assert figures["scan"]["n"] == 6 and figures["unseen_subjects"]["scan"]["n"] == 4
+    scores = json.loads((run / "test" / "metrics.json").read_text())
+    assert "LEAKY: 2 of 6 scans are of subjects seen in training" in scores["title"]
+    assert scores["scan"]["n"] == 6 and scores["unseen_subjects"]["scan"]["n"] == 4
     assert "LEAK IN THE DATA: 2 test subjects" in (run / "training_log.txt").read_text()
 
 
 def test_a_model_that_predicts_one_class_is_called_out_in_the_log(ad_nc, tmp_path):
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--lr", "1e-9")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1", "--lr", "1e-9")
     assert re.search(r"predicts (AD|NC) for every slice: not learning yet", (run / "training_log.txt").read_text())
 
 
 def test_training_stops_early_when_validation_no_longer_improves(ad_nc, tmp_path):
-    run = train_small(ad_nc, tmp_path / "run", "--epochs", "30", "--lr", "1e-9", "--patience", "2")
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "30", "--lr", "1e-20", "--patience", "2")
     assert len(history(run)) < 30 and "stopped early" in (run / "training_log.txt").read_text()
 
 
@@ -270,9 +276,9 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
     demo = subprocess.run([sys.executable, f"{here}/train.py", "--demo"], **common)
     assert demo.returncode == 0, demo.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    figures = json.loads((run / "test" / "metrics.json").read_text())
-    assert figures["scan"]["accuracy"] >= 0.8
-    assert figures["subject"]["accuracy"] < 1  # the phantom's classes overlap
+    scores = json.loads((run / "test" / "metrics.json").read_text())
+    assert scores["scan"]["accuracy"] >= 0.8
+    assert scores["subject"]["accuracy"] < 1  # the phantom's classes overlap
 
     (command,) = re.findall(r"^  (.*predict\.py .*)$", demo.stdout, re.MULTILINE)
     predict = subprocess.run([*shlex.split(command), "--out", "again"], **common)
@@ -281,11 +287,11 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
 
 
 def test_parts_of_a_batch_add_up_to_the_step_of_the_whole(ad_nc, tmp_path, monkeypatch):
-    assert epoch.micro_batch(torch.device("cpu"), 224, 224) == 8 < epoch.micro_batch(torch.device("cpu"), 64, 64)
+    assert engine.micro_batch(torch.device("cpu"), 224, 224) == 8 < engine.micro_batch(torch.device("cpu"), 64, 64)
     flags = ["--epochs", "2", "--amp", "off"]
-    whole = train_small(ad_nc, tmp_path / "whole", *flags)
-    monkeypatch.setattr(epoch, "micro_batch", lambda device, height, width: 5)  # of batches of 16
-    parts = train_small(ad_nc, tmp_path / "parts", *flags)
+    whole = train_steps(ad_nc, tmp_path / "whole", *flags)
+    monkeypatch.setattr(engine, "micro_batch", lambda device, height, width: 5)  # of batches of 16
+    parts = train_steps(ad_nc, tmp_path / "parts", *flags)
     a, b = history(whole), history(parts)
     np.testing.assert_allclose(a.train_loss[0], b.train_loss[0], rtol=1e-4)
     np.testing.assert_allclose(a.train_accuracy, b.train_accuracy)
@@ -301,8 +307,8 @@ def test_a_compiled_run_has_one_shape_and_clean_names(ad_nc, tmp_path, monkeypat
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: genuine(self, backend=backend, **how))
     flags = ["--epochs", "2", "--amp", "off"]
-    plain = train_small(ad_nc, tmp_path / "plain", *flags)
-    run = train_small(ad_nc, tmp_path / "compiled", *flags, "--compile")
+    plain = train_steps(ad_nc, tmp_path / "plain", *flags)
+    run = train_steps(ad_nc, tmp_path / "compiled", *flags, "--compile")
     assert {shape for shape in shapes if shape[1:] == (1, 32, 32)} == {(16, 1, 32, 32)}  # the last batch has 13
     a, b = (load_checkpoint(folder / "last.pth")["weights"] for folder in (plain, run))
     assert list(a) == list(b)

@@ -1,4 +1,4 @@
-"""Several processes take the steps that one would take, and only the first writes."""
+"""Where a run happens. Several processes take the steps that one would take, and only the first writes."""
 
 import os
 import re
@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL, train_small
+from conftest import ROOT, SMALL, train_small, without_report
 
-import parallel
+import runtime
+import train
 from checkpoint import load_checkpoint
+from modules import ConvNeXtBlock
+from runtime import Runtime
 
 EXACT = ["--amp", "off", "--no-flip", "--warmup-epochs", "0"]
 
@@ -50,9 +53,8 @@ def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path, batch, epochs):
 def test_a_run_of_several_processes_is_resumed_by_one(ad_nc, tmp_path):
     flags = ["--epochs", "2", "--ema", "0.5", "--mixup", "0.2", "--drop-path", "0.1"]
     assert torchrun(3, "--data", ad_nc, "--out", tmp_path / "run", *SMALL, *flags).returncode == 0
-    import train
-
-    train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]))
+    with without_report():
+        train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume", "--epochs", "3"]))
     assert len(pd.read_csv(tmp_path / "run" / "training_history.csv")) == 3
 
 
@@ -65,13 +67,14 @@ def test_wrong_input_ends_all_processes(ad_nc, run_folder):
 def test_a_scheduler_that_names_only_the_number_of_processes_starts_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    assert parallel.start(torch.device("cpu")) == (parallel.Ranks(0, 1, 0), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    assert runtime.join_processes(cpu, None, None) == Runtime(cpu, None, None, 0, 1, 0)
 
 
 def test_shares_cover_a_batch_once():
     for world in (1, 2, 3, 5):
         for n in range(12):
-            assert sum(parallel.Ranks(rank, world).share(n) for rank in range(world)) == n
+            assert sum(Runtime(None, rank=rank, world=world).share(n) for rank in range(world)) == n
 
 
 def test_the_optimizer_of_a_run_is_the_fused_one(run_folder):
@@ -80,7 +83,7 @@ def test_the_optimizer_of_a_run_is_the_fused_one(run_folder):
 
 
 def start(run, ad_nc, *flags):
-    """Two processes under torchrun that have trained two epochs and go on. Returns (launcher, {rank: process id})."""
+    """Two processes under torchrun, after two epochs of many. Returns (launcher, {rank: process id})."""
     words = ["--standalone", "--nproc-per-node", "2", ROOT / "train.py", "--data", ad_nc, "--out", run, *SMALL, *flags]
     launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, words)], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -108,21 +111,71 @@ def test_a_process_that_dies_ends_all_within_a_minute(ad_nc, tmp_path, rank):
     _, told = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and "train.py\", line" not in told
     assert not any(Path(f"/proc/{number}").exists() for number in ranks.values())
-    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2  # and the run can go on
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2  # and the run can be resumed
 
 
-def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_goes_on(ad_nc, tmp_path):
+def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_resumes(ad_nc, tmp_path):
     launcher, ranks = start(tmp_path / "run", ad_nc, "--epochs", "5000")
     os.kill(ranks[1], signal.SIGTERM)  # to one alone: the others must not wait for it in vain
     launcher.communicate(timeout=60)
     log = (tmp_path / "run" / "training_log.txt").read_text()
     last = load_checkpoint(tmp_path / "run" / "last.pth")
     stopped = re.search(r"saved after step (\d+) of 4 of epoch (\d+)", log)
-    assert "stopped by SIGTERM; go on with" in log and launcher.returncode != 0
+    assert "stopped by SIGTERM; resume with" in log and launcher.returncode != 0
     if stopped:  # within an epoch; else it was asked between two
-        assert (last["progress"]["step"], last["epoch"] + 1) == tuple(map(int, stopped.groups()))
-        assert len(last["progress"]["sums"]) == 2
-    import train
-
-    train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume", "--epochs", str(last["epoch"] + 1)]))
+        assert (last["step"], last["epoch"] + 1) == tuple(map(int, stopped.groups()))
+        assert len(last["sums"]) == 2
+    with without_report():
+        train.main(train.parse_args(["--out", str(tmp_path / "run"), "--resume", "--epochs", str(last["epoch"] + 1)]))
     assert len(pd.read_csv(tmp_path / "run" / "training_history.csv")) == last["epoch"] + 1
+
+
+# ---------------------------------------------------------------- precision and device
+
+
+def test_amp_modes_that_a_device_cannot_do_are_refused():
+    cpu = torch.device("cpu")
+    assert runtime.pick_amp("off", cpu) is None and runtime.pick_amp("bf16", cpu) == torch.bfloat16
+    assert runtime.pick_amp("auto", torch.device("cuda")) == torch.float16
+    with pytest.raises(ValueError, match="fp16 needs a CUDA GPU"):
+        runtime.pick_amp("fp16", cpu)
+
+
+def test_a_device_that_is_not_there_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="device cuda:99 cannot be used here"):
+        runtime.pick_device("cuda:99")
+
+
+def test_layer_scale_gives_no_gradient_in_fp16_without_the_scaler():
+    """Why the scaler is not optional: at 1e-6 the gradients of a block's MLP are below fp16's smallest number."""
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(8).half(), torch.randn(2, 8, 7, 7).half()
+    largest = {}
+    for scale in (1.0, 2.0**16):  # GradScaler starts at 2**16
+        block.zero_grad()
+        (block(x).float().square().mean() * scale).backward()
+        largest[scale] = block.pwconv1.weight.grad.abs().max()
+    assert largest[1.0] == 0 < largest[2.0**16]
+
+
+def test_out_of_memory_and_lost_helpers_are_explained_and_defects_are_not():
+    args = train.parse_args(["--batch-size", "96"])
+    reasons = [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "--batch-size 96 and --image-size 224"),
+        (MemoryError("Unable to allocate 9 GiB"), "memory ran out .Unable to allocate 9 GiB"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that fetches batches has"),
+    ]
+    for problem, sentence in reasons:
+        with pytest.raises(OSError, match=sentence), runtime.explain_end(args):
+            raise problem
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), runtime.explain_end(args):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_parts_of_a_table_are_joined_in_its_order_whatever_its_index(monkeypatch):
+    table = pd.DataFrame({"value": range(7)}, index=[5, 5, 1, 0, 3, 3, 2])
+    for world in (2, 3):
+        parts = [table.iloc[rank::world] for rank in range(world)]
+        where = Runtime(None, rank=0, world=world)
+        monkeypatch.setattr(Runtime, "gather", lambda self, value: parts)  # noqa: B023
+        assert where.by_parts(table, lambda part: part).equals(table)

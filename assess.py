@@ -1,0 +1,272 @@
+"""From predictions to a folder of tables, scores and pictures, and back.
+
+Not run by itself: train.py assesses its best model here, predict.py what it predicted, and evaluate.py reads such
+folders again. All scores are those of metrics.py; what is decided here is how they are put and what they are called.
+"""
+
+import json
+from pathlib import Path
+
+import metrics
+import plots
+import subjects
+from baselines import fit_baselines
+from checkpoint import load_checkpoint, save_checkpoint
+from inference import COVERAGE, calibrated, most_coverage, predict_slices
+from metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
+from utils import CLASSES, InputError, read_csv, write_csv, write_json
+
+PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
+PICTURES = ("confusion_matrix", "roc_curve", "calibration", "window_accuracy", "risk_coverage")
+COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
+
+# ---------------------------------------------------------------- from predictions to scores
+
+
+def assess(predictions, title, *, leaks=(), notes=(), coverage=None):
+    """All scores of labelled slice-level predictions, a dict as it is in metrics.json.
+
+    `leaks` are sentences on the run, such as a split by slice, `notes` others; what the column exposure says is added
+    to them, and all go into the title. Where some subjects were seen in training and others not, the scores of the
+    others are under "unseen_subjects".
+    """
+    what, run_leaks, run_notes = title, list(leaks), list(notes)
+    leaks, notes = find_leaks(predictions, leaks, notes)
+    title = "; ".join([what] + (["LEAKY: " + ", ".join(leaks)] if leaks else []) + notes)
+    scores = {"title": title, "what": what, "leaks": leaks, "notes": notes, "run_leaks": run_leaks,
+              "run_notes": run_notes, **_scores(predictions, coverage)}
+    if (predictions.exposure == "yes").any() and (predictions.exposure == "no").any():
+        apart = _scores(predictions[predictions.exposure == "no"], coverage)
+        scores["unseen_subjects"] = {"title": "only subjects not seen in training", **apart}
+    return scores
+
+
+def find_leaks(predictions, leaks, notes):
+    """Sentences (leaks, notes) on a run, and on what its predictions say about exposure and range."""
+    leaks, notes = list(leaks), list(notes)
+    exposure, strange = predictions.drop_duplicates("scan").exposure, int(predictions.out_of_range.notna().sum())
+    if (exposure == "yes").any():
+        leaks.append(f"{(exposure == 'yes').sum()} of {len(exposure)} scans are of subjects seen in training")
+    if (exposure == "unknown").any():
+        notes.append(f"whether training saw the subjects of {(exposure == 'unknown').sum()} scans is unknown")
+    if strange:
+        notes.append(f"{strange} of {len(predictions)} slices are out of the training range")
+    return leaks, notes
+
+
+def _scores(predictions, coverage):
+    samples = bootstrap_scores(predictions)
+    scores = summarise(samples)
+    fitted = [name for name in BASELINES if predictions[name].notna().all()]
+    if fitted:
+        scores["baselines"], scores["minus_baseline"] = {}, {}
+        for name in fitted:
+            other = bootstrap_scores(predictions.assign(p_AD=predictions[name], threshold=metrics.THRESHOLD))
+            scores["baselines"][name] = summarise(other)
+            scores["minus_baseline"][name] = metrics.compare(samples, other)
+    if predictions.prediction_set.notna().all():
+        scores["prediction_sets"] = metrics.score_sets(predictions, coverage)
+    return scores
+
+
+# ---------------------------------------------------------------- scores as text
+
+
+def cell(part, name, digits=3):
+    """`0.735 [0.588, 0.882]` of a dict of scores with ci95."""
+    if part is None or part[name] is None:
+        return "undefined"
+    if part["ci95"][name] is None:
+        return f"{part[name]:.{digits}f}"
+    low, high = part["ci95"][name]
+    return f"{part[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def format_table(rows, markdown=False):
+    """Lines of a table whose first row is the header."""
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return [lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]
+    widths = [max(map(len, column)) + 3 for column in zip(*rows)]
+    return ["".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def format_scores(scores, title, markdown=False):
+    """`summarise`'s dict as lines: a row a metric, a column a unit."""
+    units = [unit for unit in UNITS if scores[unit] is not None]
+    rows = [["", *(f"{unit}s (n = {scores[unit]['n']:,})" for unit in units)]]
+    rows += [[label, *(cell(scores[unit], name) for unit in units)] for name, label in METRICS.items()]
+    lines = [title, "", *format_table(rows, True)] if markdown else [title, *format_table(rows)]
+    return lines + ([] if "subject" in units else [""] * markdown + ["subject-level: subjects unknown"])
+
+
+def format_baselines(scores, markdown=False, unit="scan"):
+    """The ConvNeXt beside the baselines, and whether it is shown to beat them."""
+    header = [f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
+    rows = [[*header, "accuracy of the ConvNeXt minus it"]]
+    rows.append(["ConvNeXt", *(cell(scores[unit], name) for name in COMPARED), ""])
+    beaten, unbeaten = [], []
+    for name, part in scores["baselines"].items():
+        minus = scores["minus_baseline"][name][unit]
+        low, high = minus["accuracy"]["ci95"]
+        text = f"{minus['accuracy']['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append([BASELINES[name], *(cell(part[unit], metric) for metric in COMPARED), text])
+        (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
+    verdict = []
+    if beaten:
+        verdict.append(f"In {unit}-level accuracy, the ConvNeXt beats: {', '.join(beaten)}.")
+    if scores[unit]["groups"] < metrics.FEWEST:
+        verdict = [f"{scores[unit]['groups']} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
+    elif unbeaten:
+        verdict.append(f"In {unit}-level accuracy, the ConvNeXt is NOT shown to beat: {', '.join(unbeaten)}.")
+    return ["", *format_table(rows, markdown), *([""] if markdown else []), " ".join(verdict)]
+
+
+def format_sets(scores):
+    part = scores["prediction_sets"]
+    return [f"prediction sets for a coverage of {part['coverage']:g}, scan-level (n = {part['n']:,}): "
+            f"{cell(part, 'covered')} hold the label, {cell(part, 'uncertain')} are AD|NC; "
+            f"accuracy of the other {part['n_certain']:,} {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
+
+
+def format_assessment(scores, markdown=False):
+    """`assess`'s dict as lines for people."""
+    lines = []
+    for part in (scores, scores.get("unseen_subjects")):
+        if part is not None:
+            lines += format_scores(part, part["title"], markdown)
+            lines += format_baselines(part, markdown) if "baselines" in part else []
+            lines += ([""] if markdown else []) + format_sets(part) if "prediction_sets" in part else []
+            lines.append("")
+    return lines[:-1]
+
+
+# ---------------------------------------------------------------- scores as files
+
+
+def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None, calibration=None):
+    """Write the tables, and where all labels are known scores and pictures, of predictions into folder `out`.
+
+    `calibration` is that of the checkpoint, to be recorded in metrics.json. Returns the dict of `assess`, or None where
+    a label is missing.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "comparison.json", *(f"{name}.png" for name in PICTURES)):
+        (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
+    write_csv(out / "predictions.csv", predictions[list(PREDICTIONS)])
+    predictions = predictions[predictions.p_AD.notna()]
+    tables = {unit: aggregate(predictions, unit) for unit in UNITS}
+    write_csv(out / "scans.csv", tables["scan"][list(AGGREGATED)])
+    write_csv(out / "subjects.csv", tables["subject"][list(AGGREGATED[1:])])
+    if predictions.empty or predictions.label.isna().any():
+        return None
+
+    scores = assess(predictions, title, leaks=leaks, notes=notes, coverage=coverage)
+    if calibration is not None:
+        recorded = ("temperature", "threshold", "threshold_rule", "groups")
+        scores["calibration"] = {name: calibration[name] for name in recorded}
+    write_json(out / "metrics.json", scores)
+    _draw_results({unit: table for unit, table in tables.items() if len(table)}, out, scores)
+    return scores
+
+
+def _draw_results(tables, out, scores):
+    title = scores["title"]
+    plots.plot_confusion(out / "confusion_matrix.png", tables, title)
+    plots.plot_calibration(out / "calibration.png", tables, title)
+    plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))
+    if tables["slice"].slice.notna().any():
+        plots.plot_windows(out / "window_accuracy.png", tables["slice"], title)
+    if tables["slice"].label.nunique() == 2:
+        plots.plot_roc(out / "roc_curve.png", tables, title)
+
+
+def read_run(folder, part="test"):
+    """Slice-level predictions of a run's `part`, or of a folder that predict.py wrote.
+
+    Returns (predictions, scores): a table as `write_results` took it, without the files that could not be read, and
+    what metrics.json says. InputError for a folder without labels or of another kind.
+    """
+    folder = Path(folder)
+    if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
+        folder = folder / part
+    try:
+        scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        table = read_csv(folder / "predictions.csv")
+        missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)
+        missing |= set(PREDICTIONS) - set(table)
+        if missing:
+            raise ValueError(f"there is no {', no '.join(sorted(missing))}")
+        table = table[table.p_AD.notna()].reset_index(drop=True)
+        # text to numbers by Python's float: pandas' fast parser may be off in the last digit
+        numbers = ("logit", "p_AD", "threshold", *BASELINES)
+        table = table.astype(dict.fromkeys(numbers, float) | {"slice": "Int64"})
+        if len(table) != scores["slice"]["n"]:
+            raise ValueError("its predictions.csv and metrics.json are not of the same slices")
+        if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all() and table.group.notna().all()):
+            raise ValueError("expected a p_AD from 0 to 1, a group and a label AD or NC in each row of predictions.csv")
+        if (metrics.with_predictions(table).prediction != table.prediction).any():
+            raise ValueError("its predictions do not follow from p_AD at its threshold")
+    except OSError:
+        raise InputError(f"{folder} holds no predictions with scores; expected a finished run of train.py, or what "
+                         "predict.py wrote about labelled slices") from None
+    except (ValueError, KeyError, TypeError) as problem:
+        raise InputError(f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote") from None
+    return table, scores
+
+
+# ---------------------------------------------------------------- a run's own assessment
+
+
+def run_leaks(checkpoint):
+    """Sentences on how the run itself was split, for the titles of all that it predicts."""
+    return ["of a run split by slice"] if checkpoint["split_by"] == "slice" else []
+
+
+def run_notes(checkpoint):
+    """Sentences on what cannot be known about a run, for the same titles."""
+    init = checkpoint["init"]
+    if not init or init["exposure"]:
+        return []
+    return [f"starts from {init['file']}, which does not say on whom it was trained"]
+
+
+def assess_run(slices, args, run, runtime):
+    """Calibrate the best model of a run on val, then assess it on val and, once, on test, by the road of predict.py.
+
+    What is learned here, from train and val alone, goes into best_model.pth: the baselines and the calibration.
+    """
+    checkpoint = load_checkpoint(run.best)
+    run.log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
+    checkpoint["baselines"] = fit_baselines(slices)
+    titles = dict(PARTS)
+    if args.folds is not None:
+        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
+    nobody = subjects.record_exposure(slices.index[:0])
+    for split, title in titles.items():
+        part = slices.part(split)
+        # val was chosen on, and is in the checkpoint's exposure; what is asked about it is whether --init saw it
+        init = checkpoint["init"] or {}
+        exposure = None if split == "test" else init.get("exposure") or nobody
+        # in the order of predict.py, so that its batches, and with them the last digits, are the same
+        part.index = part.index.sort_values(["scan", "slice"])
+        predictions = predict_slices(checkpoint, part, runtime, batch_size=args.batch_size, exposure=exposure)
+        if split == "val":
+            checkpoint["calibration"] = metrics.calibrate(predictions, args.threshold)
+            save_checkpoint(run.best, **checkpoint)
+            run.log("calibrated on the {groups} subjects of validation: temperature {temperature:.3f}, threshold "
+                    "{threshold:.3f}".format(**checkpoint["calibration"]))
+            if most_coverage(checkpoint, COVERAGE):
+                run.log(f"too few subjects to promise a coverage of {COVERAGE}: every prediction set is AD|NC")
+        leaks = run_leaks(checkpoint)
+        if leaks and split == "val":
+            leaks = ["split by slice, its scans were trained on"]
+        scores = write_results(calibrated(predictions, checkpoint, COVERAGE), run.out / split, title=title, leaks=leaks,
+                               notes=run_notes(checkpoint), coverage=COVERAGE, calibration=checkpoint["calibration"])
+        if split == "val":  # it was chosen on: a line is enough
+            run.log(f"{scores['title']}: accuracy slice-level {cell(scores['slice'], 'accuracy')}, "
+                    f"scan-level {cell(scores['scan'], 'accuracy')}")
+            continue
+        for line in format_assessment(scores):
+            run.log(line)

@@ -1,0 +1,150 @@
+"""Every picture: of a run, of its scores, of the phantom, of speed.
+
+Not run by itself. Tables of predictions come in as `metrics.aggregate` makes them; what is computed here is where ink
+goes. matplotlib is imported by the first picture.
+"""
+
+import contextlib
+import math
+import textwrap
+
+import numpy as np
+
+import metrics
+from utils import CLASSES, lr_at, printable, write_atomically
+
+# one look: black and white first, so that a print shows what the screen shows
+LOOK = {"slice": dict(color="#999999", linestyle="--"), "scan": dict(color="#000000", linestyle="-"),
+        "subject": dict(color="#0072b2", linestyle="-.")}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.3,
+         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+@contextlib.contextmanager
+def _figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,)):
+    """Rows of axes to draw on; saved to `path` at the end, under a title as wide as the figure, since what it says
+    about leaks must not be cut off."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width * columns, height), layout="constrained")
+        yield figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
+        text = printable(title).replace("$", r"\$")  # a name is not a formula
+        figure.suptitle("\n".join(textwrap.wrap(text, int(figure.get_figwidth() * 14))), fontsize=9)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+
+def plot_lr(path, *, steps_per_epoch, **schedule):
+    """The learning rate over the epochs, from `lr_at` itself."""
+    total = schedule["epochs"] * steps_per_epoch
+    steps = np.unique(np.linspace(0, total - 1, 2000).astype(int))
+    with _figure(path, "warm-up, then cosine, by step") as ((axes,),):
+        axes.plot(steps / steps_per_epoch, [lr_at(s, steps_per_epoch=steps_per_epoch, **schedule) for s in steps])
+        axes.set(xlabel="epoch", ylabel="learning rate")
+
+
+def plot_history(path, history, best_epoch, title):
+    """Loss and slice accuracy of training and validation over the epochs; dotted, the epoch that was kept."""
+    with _figure(path, title, 2) as ((loss, accuracy),):
+        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+            axes.plot(history.epoch, history[f"train_{name}"], label="training (with smoothed labels)", **LOOK["slice"])
+            axes.plot(history.epoch, history[f"val_{name}"], label="validation", **LOOK["scan"])
+            axes.axvline(best_epoch, color="grey", linestyle=":", linewidth=1, label=f"kept: epoch {best_epoch}")
+            axes.set(xlabel="epoch", ylabel=f"{name} (slice-level)")
+        loss.axhline(math.log(2), color="grey", linewidth=0.8)
+        loss.annotate("ln 2: knows nothing", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")
+        accuracy.legend()
+
+
+def plot_confusion(path, tables, title):
+    """Confusion matrices, one a unit, from a dict of labelled tables by unit."""
+    from sklearn import metrics as sk
+
+    with _figure(path, title, len(tables)) as (row,):
+        for axes, (unit, table) in zip(row, tables.items()):
+            true, predicted = table.label.to_numpy(str), table.prediction.to_numpy(str)
+            sk.ConfusionMatrixDisplay.from_predictions(true, predicted, labels=CLASSES, cmap="Greys", colorbar=False,
+                                                       ax=axes)  # fmt: skip
+            axes.grid(False)
+            axes.set_title(f"{unit}s (n = {len(table):,})")
+
+
+def plot_roc(path, tables, title):
+    """ROC curves, one a unit; grey, the 95 % band of the scan-level curve from a bootstrap over groups."""
+    from sklearn import metrics as sk
+
+    with _figure(path, title, height=4.4) as ((axes,),):
+        grid = np.linspace(0, 1, 101)
+        for unit, table in tables.items():
+            y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy(float)
+            if y.all() or not y.any():  # one class has no curve
+                continue
+            if unit == "scan":
+                axes.fill_between(grid, *metrics.roc_band(y, p, table.group, grid), color="0.87",
+                                  label="95 % band, scan-level")
+            false_positive, sensitivity, _ = sk.roc_curve(y, p)
+            label = f"{unit}-level: AUROC {sk.roc_auc_score(y, p):.3f}"
+            axes.plot(false_positive, sensitivity, label=label, **LOOK[unit])
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", aspect="equal")
+        axes.legend(loc="lower right")
+
+
+def plot_calibration(path, tables, title):
+    """Reliability diagram: the share of AD against the predicted probability in ten bins of equal width; below, how
+    many scans (else slices) fall into each."""
+    with _figure(path, title, height=5.4, ratios=(4, 1)) as ((axes,), (below,)):
+        for unit, table in tables.items():
+            bins = metrics.which_bin(table.p_AD.to_numpy(float))
+            points = table.assign(ad=table.label == "AD").groupby(bins).agg(p=("p_AD", "mean"), ad=("ad", "mean"))
+            axes.plot(points.p, points.ad, marker="o", markersize=4, label=f"{unit}-level", **LOOK[unit])
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        axes.set(ylabel="share that is AD", aspect="equal", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        axes.legend(loc="upper left")
+        unit = "scan" if "scan" in tables else "slice"
+        below.hist(tables[unit].p_AD, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
+        below.set(xlabel="predicted probability of AD", ylabel=f"{unit}s", xlim=(-0.03, 1.03))
+
+
+def plot_windows(path, predictions, title):
+    """Accuracy for each slice window, beside that of its larger class: what the window alone could say."""
+    table, unit = metrics.by_window(predictions)
+    with _figure(path, title, height=3.6, width=6) as ((axes,),):
+        x = np.arange(len(table))
+        axes.bar(x, table.accuracy, color="0.75", label=f"{unit}-level accuracy")
+        larger = np.maximum(table.share_AD, 1 - table.share_AD)
+        axes.plot(x, larger, linestyle="", marker="_", markersize=14, color="black", label="share of the larger class")
+        step = max(1, len(table) // 12)
+        for i in x[::step]:
+            axes.annotate(f"{table.n[i]}", (i, 0.02), ha="center", fontsize=7)
+        axes.set_xticks(x[::step], table["at"][::step])
+        name = "slice window (lowest slice number)" if unit == "scan" else "slice number"
+        axes.set(xlabel=f"{name}; in the bars, the number of {unit}s", ylabel="accuracy", ylim=(0, 1.03))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def plot_risk(path, tables, title, sets=None):
+    """Risk-coverage curves, one a unit: the error rate among the surest share. `sets` of `score_sets` adds a point."""
+    with _figure(path, title, height=3.6, width=5) as ((axes,),):
+        for unit, table in tables.items():
+            coverage, risk = metrics.risk_coverage(table.p_AD.to_numpy(float), table.prediction == table.label,
+                                                   table.threshold.to_numpy(float))
+            axes.plot(coverage, risk, label=f"{unit}-level", **LOOK[unit])
+        if sets is not None and sets["accuracy_if_certain"] is not None:
+            axes.plot(1 - sets["uncertain"], 1 - sets["accuracy_if_certain"], "k*", markersize=9,
+                      label=f"prediction sets for {sets['coverage']:g}, scan-level")
+        axes.set(xlabel="share of units that are answered, the surest first", ylabel="error rate among them",
+                 xlim=(0, 1.02), ylim=(-0.01, None))
+        axes.legend()
+
+
+def plot_speed(path, ratios, title):
+    """Bars of speeds as multiples of torchvision's, a dict by name; ours are dark."""
+    with _figure(path, title, height=0.3 * len(ratios) + 1.2, width=6) as ((axes,),):
+        shade = ["0.4" if "ours" in name else "0.8" for name in ratios]
+        bars = axes.barh(list(ratios), list(ratios.values()), color=shade)
+        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios.values()], padding=2)
+        axes.invert_yaxis()
+        axes.set(xlabel="speed, times torchvision's (the first bar of each group)",
+                 xlim=(0, 1.1 * max(ratios.values())))  # fmt: skip

@@ -1,0 +1,292 @@
+"""Where a run happens: device, precision, seeds, signals, and one process or several.
+
+Not run by itself; torchrun starts train.py as often as there are GPUs:
+
+    torchrun --nproc-per-node 4 train.py --data AD_NC          # four GPUs; with --nnodes also on several machines
+
+Every process walks through the same batches in the same order, takes every N-th slice of each, and the gradients are
+averaged (DistributedDataParallel), so that N processes take the steps that one would take. Process 0 alone writes.
+"""
+
+import contextlib
+import os
+import platform
+import random
+import signal
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import InputError, seed_of
+
+# ---------------------------------------------------------------- device, precision, seeds
+
+
+def seed_everything(*seeds):
+    """Seed Python, NumPy and PyTorch (all devices) from a tuple of whole numbers, such as (seed, epoch)."""
+    seed = seed_of(*seeds)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name="auto"):
+    """The device of that name; "auto" is CUDA if it is there, else the CPU. InputError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise InputError(f"device {name} cannot be used here ({reason}); choose cpu, cuda, or auto") from None
+    return device
+
+
+def has_native_bf16():
+    """Whether this CPU computes in bf16. oneDNN also takes bf16 on an AVX-512 CPU without it, and is slow there."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_amp(mode, device):
+    """The dtype to autocast to, or None for float32; "auto": fp16 on CUDA, bf16 on a CPU that has it natively."""
+    if mode == "auto":
+        mode = "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and has_native_bf16() else "off"
+    if mode == "fp16" and device.type != "cuda":
+        raise InputError(f"--amp fp16 needs a CUDA GPU, this is {device.type}; choose bf16, off or auto")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
+
+
+def precision_name(amp):
+    return str(amp or torch.float32).removeprefix("torch.")
+
+
+def make_deterministic():
+    """On CUDA take only kernels that give the same bits again, or fail. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# ---------------------------------------------------------------- signals
+
+
+class Stopped(SystemExit):
+    """Somebody asked the process to end; `code` is the exit status, 128 + the number of the signal; `reported` whether
+    the user has been told."""
+
+    reported = False
+
+    def __str__(self):
+        return signal.Signals(self.code - 128).name
+
+
+class StopRequest:
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) while the context is open. They raise Stopped at once or,
+    within `deferred`, are kept in `caught` until the loop polls (`Runtime.stop_requested`); a second one then ends the
+    process at once. `agreed` is the signal that all processes stop for."""
+
+    def __init__(self):
+        self.caught, self.agreed, self.polled, self.before = None, None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
+                if number is not None:
+                    self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if not self.polled:
+            raise Stopped(128 + number)
+        if self.caught is not None:
+            raise SystemExit(128 + number)
+        self.caught = number
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.polled = True
+        try:
+            yield
+        finally:
+            self.polled = False
+
+
+# ---------------------------------------------------------------- one process or several
+
+
+@dataclass
+class Runtime:
+    """The device, the dtype of autocast (None: float32), the requests to stop, and of several processes this one's
+    number, how many there are, and its number on this machine."""
+
+    device: torch.device
+    amp: torch.dtype | None = None
+    stop: StopRequest | None = None
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def is_rank_0(self):
+        return self.rank == 0
+
+    @property
+    def precision(self):
+        return precision_name(self.amp)
+
+    @property
+    def machine(self):
+        """The device, threads and processes on which the bits of a run depend, in words."""
+        return f"{self.device_name}, {torch.get_num_threads()} threads, {self.world} processes"
+
+    @property
+    def device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
+    def share(self, n):
+        """How many of the n rows of a batch are this process's: those at rank, rank + world, ..."""
+        return len(range(self.rank, n, self.world))
+
+    def wrap(self, model):
+        """The model to call in a training step; its gradients are the means over all processes."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def total(self, values):
+        """The sum of a tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value):
+        """A list of what each process has, in all of them."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def by_parts(self, table, predict):
+        """`predict(part)` of a part of the table in each process, joined in the order of the table; None if it is None
+        in one of them."""
+        if self.world == 1:
+            return predict(table)
+        parts = self.gather(predict(table.iloc[self.rank :: self.world]))
+        if any(part is None for part in parts):
+            return None
+        at = np.concatenate([np.arange(rank, len(table), self.world) for rank in range(self.world)])
+        return pd.concat([part for part in parts if len(part)]).iloc[np.argsort(at)]
+
+    def from_rank_0(self, work):
+        """What `work()` returns in process 0, in all of them. If it fails there on wrong input, the others end without
+        a word."""
+        if self.world == 1:
+            return work()
+        value, problem = None, None
+        if self.is_rank_0:
+            try:
+                value = work()
+            except (InputError, OSError) as found:
+                problem = found
+        answer = [value, problem is not None]
+        dist.broadcast_object_list(answer)
+        if problem is not None:
+            raise problem
+        if answer[1]:
+            raise SystemExit(2)
+        return answer[0]
+
+    def one_after_the_other(self, work):
+        """`work()` in process 0, then in the others: what the first leaves in a cache, they find."""
+        first = []
+        self.from_rank_0(lambda: first.append(work()))
+        return first[0] if first else work()
+
+    def stop_requested(self):
+        """Whether a signal has reached any of the processes; then it counts as having reached all, so that they stop
+        after the same step. The number goes by way of the CPU: it makes no GPU wait."""
+        number = torch.tensor(self.stop.caught or 0)
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.stop.agreed = number.item() or None
+        return self.stop.agreed is not None
+
+
+def join_processes(device, amp, stop):
+    """The Runtime of this process; joins the processes of torchrun, if there are any."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # a scheduler may set the first alone
+        return Runtime(device, amp, stop)
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if device.index is None:
+            if local >= torch.cuda.device_count():
+                raise InputError(f"process {local} of this machine has no GPU, there are "
+                                 f"{torch.cuda.device_count()}; start as many with --nproc-per-node")
+            device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Runtime(device, amp, stop, rank, world, local)
+
+
+def leave_processes():
+    """Leave the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(args, stop):
+    """The Runtime that the flags of train.py ask for."""
+    if args.deterministic:
+        make_deterministic()
+    device = pick_device(args.device)
+    runtime = join_processes(device, pick_amp(args.amp, device), stop)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
+    return runtime
+
+
+@contextlib.contextmanager
+def explain_end(args):
+    """Turns what `why_it_ended` knows about into an OSError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        reason = why_it_ended(problem, args)
+        if reason is None:
+            raise
+        raise OSError(reason) from None
+
+
+def why_it_ended(problem, args):
+    """A sentence for a RuntimeError or MemoryError that the user can do something about; None for a defect of this
+    program. `args` are the flags of the command."""
+    text = str(problem)
+    if isinstance(problem, MemoryError):
+        return f"memory ran out ({text or 'no more is said'}); use a smaller set or a machine with more memory"
+    if isinstance(problem, torch.cuda.OutOfMemoryError):
+        size = f" and --image-size {args.image_size}" if hasattr(args, "image_size") else ""
+        return f"the memory of the GPU ran out at --batch-size {args.batch_size}{size}; lower --batch-size"
+    if "DataLoader worker" in text:
+        return (f"a process that fetches batches has ended ({text.splitlines()[0]}), most often because memory ran out;"
+                " use fewer --workers, or a machine with more memory, and resume with --resume")
+    if dist.is_initialized() and (isinstance(problem, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return ("another process of this run has ended or cannot be reached, its own message may say why; resume with "
+                "--resume")
+    return None
