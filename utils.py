@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
@@ -47,9 +48,10 @@ def read_flags(parse_args):
 
 
 def run_script(main, args):
-    """Run a script's main. InputError and OSError become one `error: ...` line and exit status 2; any other exception
-    is a defect of this program and keeps its traceback."""
+    """Run a script's main. InputError and OSError become one `error: ...` line and exit status 2, warnings a
+    `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
+    warnings.showwarning = lambda message, *where, **more: print(f"warning: {printable(message)}", file=sys.stderr)
     try:
         main(args)
         sys.stdout.flush()

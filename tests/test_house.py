@@ -103,6 +103,9 @@ def test_a_defect_of_ours_keeps_its_traceback_and_what_the_user_can_fix_is_one_l
     for problem in ("utils.InputError('no such thing')", "OSError('no such thing')"):
         done = subprocess.run([sys.executable, "-c", script, problem], capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stderr) == (2, "error: no such thing\n")
+    script = "import utils, warnings; utils.run_script(lambda args: warnings.warn('slower'), None)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "warning: slower\n")
 
 
 def test_a_defect_in_the_middle_of_a_script_is_not_called_the_users(ad_nc, tmp_path):
