@@ -16,6 +16,15 @@ CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's 
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
 
+# What takes longest starts first, or the second core waits for it at the end.
+LONGEST = ("test_the_demo_learns_and_prints_a_command_that_predicts",
+           "test_a_run_killed_at_25_random_moments_saves_included_ends_bit_identical")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name not in LONGEST)
+
+
 # scan -> (split, class, subject)
 SCANS = {
     **{f"{100 + i}": ("train", "AD", f"a{i}") for i in range(6)},
@@ -73,6 +82,20 @@ def train_small(data, out, *flags):
 
     train.main(train.parse_args(["--data", str(data), "--out", str(out), *SMALL, *flags]))
     return Path(out)
+
+
+@pytest.fixture
+def pictures():
+    """To be named by a test that looks for pictures; for the others none is drawn (a second or two each time)."""
+
+
+@pytest.fixture(autouse=True)
+def _draw_only_what_is_looked_for(request, monkeypatch):
+    import plots
+
+    if "pictures" not in request.fixturenames:
+        for name in [name for name in vars(plots) if name.startswith("plot_")]:
+            monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
 
 
 def without_report():

@@ -24,7 +24,7 @@ def folds(ad_nc, tmp_path_factory):
     return [train_small(ad_nc, root / f"fold{k}", "--epochs", "1", "--fold", str(k), "--folds", "3") for k in range(3)]
 
 
-def test_a_run_evaluated_again_gives_the_scores_that_it_wrote(run_folder, tmp_path, capsys):
+def test_a_run_evaluated_again_gives_the_scores_that_it_wrote(run_folder, tmp_path, capsys, pictures):
     text = run_evaluate(capsys, run_folder, "--out", tmp_path)
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_folder / "test"))
     for name in ("scan", "slice", "subject", "baselines", "minus_baseline", "prediction_sets"):

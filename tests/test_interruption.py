@@ -417,12 +417,12 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(ad_nc, tmp_path, m
 
 
 def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
-    script = ("import sys, train, torch; train.main(train.parse_args(sys.argv[1:])); "
-              "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark; "
-              "import os; assert os.environ['CUBLAS_WORKSPACE_CONFIG']")
-    for out in ("a", "b"):
-        words = ["--data", ad_nc, "--out", tmp_path / out, *SMALL, "--epochs", "1", "--deterministic"]
-        words = [sys.executable, "-c", script, *map(str, words)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+    script = ("import os, sys, torch, conftest\nfor out in sys.argv[2:]:\n"
+              "    conftest.train_steps(sys.argv[1], out, '--epochs', '1', '--deterministic')\n"
+              "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
+              "assert os.environ['CUBLAS_WORKSPACE_CONFIG']")
+    words = [sys.executable, "-c", script, ad_nc, tmp_path / "a", tmp_path / "b"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
     assert same(tmp_path / "a", tmp_path / "b")

@@ -128,12 +128,12 @@ def test_a_checkpoint_names_no_subject(run_folder):
     assert len(checkpoint["exposure"]["subjects"]) == 12 and "a1" not in checkpoint["exposure"]["subjects"]
 
 
-def test_a_folder_with_one_class_gives_the_scores_that_exist(run_folder, ad_nc, tmp_path):
+def test_a_folder_with_one_class_gives_the_scores_that_exist(run_folder, ad_nc, tmp_path, pictures):
     shutil.copytree(ad_nc / "test" / "AD", tmp_path / "in" / "AD")
     run_predict(run_folder, tmp_path / "out", tmp_path / "in")
     scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert scores["scan"]["auroc"] is None and scores["scan"]["sensitivity"] is not None
-    assert not (tmp_path / "out" / "roc_curve.png").exists()
+    assert (tmp_path / "out" / "risk_coverage.png").exists() and not (tmp_path / "out" / "roc_curve.png").exists()
 
 
 @pytest.mark.parametrize("given, sentence", [
@@ -209,9 +209,9 @@ def test_some_unlabelled_slices_are_reported_and_cost_the_scores(run_folder, ad_
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_results_of_an_earlier_prediction_do_not_stay_beside_new_ones(run_folder, ad_nc, tmp_path):
+def test_results_of_an_earlier_prediction_do_not_stay_beside_new_ones(run_folder, ad_nc, tmp_path, pictures):
     run_predict(run_folder, tmp_path, ad_nc / "test")
-    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "metrics.json").exists() and (tmp_path / "roc_curve.png").exists()
     run_predict(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg")
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.csv", "scans.csv", "subjects.csv"}
 
