@@ -123,17 +123,17 @@ def hash_slices(images):
         return list(pool.map(hash_pixels, images))
 
 
+def _hash_file(path):
+    try:
+        return hash_pixels(_decode(path, None)[0])
+    except Exception:  # the audit counts it as unreadable
+        return ""
+
+
 def hash_files(paths):
     """`hash_pixels` of each of the files at its own size, in parallel; "" where it cannot be read."""
-
-    def hash_file(path):
-        try:
-            return hash_pixels(_decode(path, None)[0])
-        except Exception:  # the audit counts it as unreadable
-            return ""
-
     with quiet_pillow(), ThreadPoolExecutor() as pool:
-        return list(pool.map(hash_file, paths))
+        return list(pool.map(_hash_file, paths))
 
 
 # ---------------------------------------------------------------- decoding

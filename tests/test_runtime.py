@@ -31,7 +31,7 @@ def torchrun(processes, *words, timeout=300):
 
 
 @pytest.mark.parametrize("batch, epochs", [("64", "8"), ("13", "2")])  # a step an epoch; 4 uneven steps an epoch
-def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path, batch, epochs):
+def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path, pictures, batch, epochs):
     flags = ["--epochs", epochs, "--batch-size", batch, *EXACT]
     one = train_small(ad_nc, tmp_path / "one", *flags)
     done = torchrun(2, "--data", ad_nc, "--out", tmp_path / "two", *SMALL, *flags)
