@@ -42,7 +42,7 @@ def test_the_parent_of_ad_nc_will_do(ad_nc):
     assert read_index(ad_nc.parent).equals(read_index(ad_nc))
 
 
-def test_junk_is_passed_over_and_extensions_may_be_of_any_case(tmp_path):
+def test_junk_is_ignored_and_extensions_may_be_of_any_case(tmp_path):
     root = write_set(tmp_path)
     folder = root / "train" / "AD"
     for name in (".DS_Store", "._100_70.jpeg", "notes.txt", "Thumbs.db"):
@@ -301,14 +301,21 @@ def test_a_scan_under_two_ids_is_one_group_for_split_folds_intervals_calibration
     assert (test.scan.nunique(), test.group.nunique()) == (7, 6)
     p = np.where(test.label == "AD", 0.9, 0.2)
     table = test.assign(p_AD=p, logit=np.log(p / (1 - p)), threshold=0.5, exposure="no", out_of_range=None)
-    table = table.assign(prediction_set=table.label)
+    table = table.assign(prediction_set=table.label.mask(test.scan.isin({"400", "902"}), "AD|NC"))
     samples = metrics.bootstrap_scores(table)
     assert [samples[unit].groups for unit in ("slice", "scan")] == [6, 6]
     calibration = metrics.calibrate(table)
     assert calibration["groups"] == 6 and sum(calibration["weights"]) == pytest.approx(6)
     assert sorted(calibration["weights"])[:2] == [0.5, 0.5]  # the two that are one brain
-    sure = metrics.score_sets(table, 0.9)
-    assert sure["n"] == 7 and metrics.Bootstrap(metrics.aggregate(table, "scan").group).counts.shape[1] == 6
+    z, y = table.logit.to_numpy(), (table.label == "AD").to_numpy()
+    by_group, by_scan = (metrics.fit_temperature(z, y, table[name]) for name in ("group", "scan"))
+    assert calibration["temperature"] == by_group != by_scan  # six groups hold against the prior, not seven scans
+    sets, rows = metrics.score_sets(table, 0.9), metrics.aggregate(table, "scan")
+    unsure = (rows.prediction_set == "AD|NC").to_numpy(float)  # of the two that are one brain: drawn together or not
+    by_group, by_scan = (metrics.interval(draws.total(unsure) / draws.total(np.ones(7)))
+                         for draws in map(metrics.Bootstrap, (rows.group, rows.scan)))  # fmt: skip
+    assert sets["n"] == 7 and sets["uncertain"] == pytest.approx(2 / 7)
+    assert sets["ci95"]["uncertain"] == by_group != by_scan
 
 
 # ---------------------------------------------------------------- a split that is given
