@@ -72,7 +72,8 @@ def load_checkpoint(path):
     if checkpoint["format"] != FORMAT:
         raise InputError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; train it again, or "
                          "use the version that wrote it")
-    missing = [name for name in (*KEYS, *RESUMABLE * ("optimizer" in checkpoint)) if name not in checkpoint]
+    expected = KEYS + RESUMABLE * any(name in checkpoint for name in RESUMABLE)
+    missing = [name for name in expected if name not in checkpoint]
     if missing:
         raise InputError(f"{path} is not a whole checkpoint: it has no {', '.join(missing)}; train it again")
     if checkpoint["classes"] != list(CLASSES):

@@ -122,18 +122,20 @@ def test_a_signal_lets_the_step_end_saves_and_the_run_resumes_bit_identically(
 
 
 def test_a_signal_in_validation_ends_it_after_a_batch_and_keeps_the_trained_epoch(ad_nc, tmp_path, whole, monkeypatch):
-    genuine, batches = inference.eval_transform, []
+    transform, predict, batches = inference.eval_transform, engine.predict_logits, []
 
     def stop(*args, **kwargs):
         batches.append(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return genuine(*args, **kwargs)
+        if len(batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return transform(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(inference, "eval_transform", stop)
+        patch.setattr(engine, "predict_logits", lambda *args, **how: predict(*args, **how | {"batch_size": 2}))
         with pytest.raises(runtime.Stopped):
             train_steps(ad_nc, tmp_path / "run", *FLAGS)
-    assert len(batches) == 1  # of two
+    assert len(batches) == 1  # of five
     last = load_checkpoint(tmp_path / "run" / "last.pth")
     assert last["epoch"] == 0 and last["step"] == 4
     assert same(whole, resume(tmp_path / "run"))
@@ -169,6 +171,24 @@ def test_a_second_signal_ends_at_once_and_leaves_what_was_saved(ad_nc, tmp_path,
     assert stop.value.code == 130
     assert load_checkpoint(tmp_path / "run" / "last.pth")["step"] == 0  # of the epoch before
     assert same(whole, resume(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("where, says", [("load_set", "before the first step"), ("assess_run", "resume with")])
+def test_a_signal_outside_training_ends_the_process_at_once(ad_nc, tmp_path, monkeypatch, capsys, where, says):
+    reached = []
+
+    def stop(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the line after the signal")
+
+    monkeypatch.setattr(train, where, stop)
+    with pytest.raises(runtime.Stopped) as stopped:
+        train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    assert stopped.value.code == 143 and not reached
+    assert f"stopped by SIGTERM {says}" in " ".join("".join(capsys.readouterr()).replace(";", "").split())
+    if where == "assess_run":  # what was trained is there
+        monkeypatch.undo()
+        assert same(train_steps(ad_nc, tmp_path / "whole", "--epochs", "1"), resume(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -417,12 +437,13 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(ad_nc, tmp_path, m
 
 
 def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
-    script = ("import os, sys, torch, conftest\nfor out in sys.argv[2:]:\n"
-              "    conftest.train_steps(sys.argv[1], out, '--epochs', '1', '--deterministic')\n"
+    script = ("import os, sys, torch, conftest\n"
+              "conftest.train_steps(sys.argv[1], sys.argv[2], '--epochs', '1', '--deterministic')\n"
               "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
               "assert os.environ['CUBLAS_WORKSPACE_CONFIG']")
-    words = [sys.executable, "-c", script, ad_nc, tmp_path / "a", tmp_path / "b"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
+    for out in ("a", "b"):  # a process each
+        words = [sys.executable, "-c", script, ad_nc, tmp_path / out]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr
     assert same(tmp_path / "a", tmp_path / "b")
