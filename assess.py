@@ -17,13 +17,12 @@ from metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregat
 from utils import CLASSES, InputError, read_csv, write_csv, write_json
 
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
-PICTURES = ("confusion_matrix", "roc_curve", "calibration", "window_accuracy", "risk_coverage")
 COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
 
 # ---------------------------------------------------------------- from predictions to scores
 
 
-def assess(predictions, title, *, leaks=(), notes=(), coverage=None):
+def score(predictions, title, *, leaks=(), notes=(), coverage=None):
     """All scores of labelled slice-level predictions, a dict as it is in metrics.json.
 
     `leaks` are sentences on the run, such as a split by slice, `notes` others; what the column exposure says is added
@@ -82,25 +81,27 @@ def cell(part, name, digits=3):
     return f"{part[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def format_table(rows, markdown=False):
-    """Lines of a table whose first row is the header."""
-    if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return [lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]
-    widths = [max(map(len, column)) + 3 for column in zip(*rows)]
-    return ["".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+def format_table(rows):
+    """Lines of a Markdown table whose first row is the header, padded for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
 
 
-def format_scores(scores, title, markdown=False):
+def format_difference(part):
+    """`+0.059 [-0.029, +0.157]` of a metric that `metrics.compare` compared."""
+    return f"{part['difference']:+.3f} [{part['ci95'][0]:+.3f}, {part['ci95'][1]:+.3f}]"
+
+
+def format_scores(scores, title):
     """`summarise`'s dict as lines: a row a metric, a column a unit."""
     units = [unit for unit in UNITS if scores[unit] is not None]
     rows = [["", *(f"{unit}s (n = {scores[unit]['n']:,})" for unit in units)]]
     rows += [[label, *(cell(scores[unit], name) for unit in units)] for name, label in METRICS.items()]
-    lines = [title, "", *format_table(rows, True)] if markdown else [title, *format_table(rows)]
-    return lines + ([] if "subject" in units else [""] * markdown + ["subject-level: subjects unknown"])
+    return [title, "", *format_table(rows), *([] if "subject" in units else ["", "subject-level: subjects unknown"])]
 
 
-def format_baselines(scores, markdown=False, unit="scan"):
+def format_baselines(scores, unit="scan"):
     """The ConvNeXt beside the baselines, and whether it is shown to beat them."""
     header = [f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
     rows = [[*header, "accuracy of the ConvNeXt minus it"]]
@@ -108,9 +109,8 @@ def format_baselines(scores, markdown=False, unit="scan"):
     beaten, unbeaten = [], []
     for name, part in scores["baselines"].items():
         minus = scores["minus_baseline"][name][unit]
-        low, high = minus["accuracy"]["ci95"]
-        text = f"{minus['accuracy']['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        rows.append([BASELINES[name], *(cell(part[unit], metric) for metric in COMPARED), text])
+        cells = (cell(part[unit], metric) for metric in COMPARED)
+        rows.append([BASELINES[name], *cells, format_difference(minus["accuracy"])])
         (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
     verdict = []
     if beaten:
@@ -119,25 +119,23 @@ def format_baselines(scores, markdown=False, unit="scan"):
         verdict = [f"{scores[unit]['groups']} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
     elif unbeaten:
         verdict.append(f"In {unit}-level accuracy, the ConvNeXt is NOT shown to beat: {', '.join(unbeaten)}.")
-    return ["", *format_table(rows, markdown), *([""] if markdown else []), " ".join(verdict)]
+    return ["", *format_table(rows), "", " ".join(verdict)]
 
 
 def format_sets(scores):
     part = scores["prediction_sets"]
-    return [f"prediction sets for a coverage of {part['coverage']:g}, scan-level (n = {part['n']:,}): "
+    return ["", f"prediction sets for a coverage of {part['coverage']:g}, scan-level (n = {part['n']:,}): "
             f"{cell(part, 'covered')} hold the label, {cell(part, 'uncertain')} are AD|NC; "
             f"accuracy of the other {part['n_certain']:,} {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
 
 
-def format_assessment(scores, markdown=False):
-    """`assess`'s dict as lines for people."""
+def format_assessment(scores):
+    """`score`'s dict as lines for people."""
     lines = []
-    for part in (scores, scores.get("unseen_subjects")):
-        if part is not None:
-            lines += format_scores(part, part["title"], markdown)
-            lines += format_baselines(part, markdown) if "baselines" in part else []
-            lines += ([""] if markdown else []) + format_sets(part) if "prediction_sets" in part else []
-            lines.append("")
+    for part in filter(None, (scores, scores.get("unseen_subjects"))):
+        lines += format_scores(part, part["title"])
+        lines += format_baselines(part) if "baselines" in part else []
+        lines += [*(format_sets(part) if "prediction_sets" in part else []), ""]
     return lines[:-1]
 
 
@@ -147,13 +145,12 @@ def format_assessment(scores, markdown=False):
 def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None, calibration=None):
     """Write the tables, and where all labels are known scores and pictures, of predictions into folder `out`.
 
-    `calibration` is that of the checkpoint, to be recorded in metrics.json. Returns the dict of `assess`, or None where
+    `calibration` is that of the checkpoint, to be recorded in metrics.json. Returns the dict of `score`, or None where
     a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "comparison.json", *(f"{name}.png" for name in PICTURES)):
-        (out / name).unlink(missing_ok=True)  # of an earlier prediction, they would not belong to these tables
+    (out / "metrics.json").unlink(missing_ok=True)  # of a run that is resumed: until the tables are whole
     write_csv(out / "predictions.csv", predictions[list(PREDICTIONS)])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
@@ -162,7 +159,7 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
     if predictions.empty or predictions.label.isna().any():
         return None
 
-    scores = assess(predictions, title, leaks=leaks, notes=notes, coverage=coverage)
+    scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage)
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
@@ -219,17 +216,13 @@ def read_run(folder, part="test"):
 # ---------------------------------------------------------------- a run's own assessment
 
 
-def run_leaks(checkpoint):
-    """Sentences on how the run itself was split, for the titles of all that it predicts."""
-    return ["of a run split by slice"] if checkpoint["split_by"] == "slice" else []
-
-
-def run_notes(checkpoint):
-    """Sentences on what cannot be known about a run, for the same titles."""
+def statements(checkpoint):
+    """Sentences for the titles of all that a checkpoint predicts: {"leaks": how its run was split, "notes": what cannot
+    be known about it}."""
     init = checkpoint["init"]
-    if not init or init["exposure"]:
-        return []
-    return [f"starts from {init['file']}, which does not say on whom it was trained"]
+    unknown = init and not init["exposure"]
+    return {"leaks": ["of a run split by slice"] * (checkpoint["split_by"] == "slice"),
+            "notes": [f"starts from {init['file']}, which does not say on whom it was trained"] if unknown else []}
 
 
 def assess_run(slices, args, run, runtime):
@@ -259,11 +252,11 @@ def assess_run(slices, args, run, runtime):
                     "{threshold:.3f}".format(**checkpoint["calibration"]))
             if most_coverage(checkpoint, COVERAGE):
                 run.log(f"too few subjects to promise a coverage of {COVERAGE}: every prediction set is AD|NC")
-        leaks = run_leaks(checkpoint)
-        if leaks and split == "val":
-            leaks = ["split by slice, its scans were trained on"]
-        scores = write_results(calibrated(predictions, checkpoint, COVERAGE), run.out / split, title=title, leaks=leaks,
-                               notes=run_notes(checkpoint), coverage=COVERAGE, calibration=checkpoint["calibration"])
+        stated = statements(checkpoint)
+        if stated["leaks"] and split == "val":
+            stated["leaks"] = ["split by slice, its scans were trained on"]
+        scores = write_results(calibrated(predictions, checkpoint, COVERAGE), run.out / split, title=title, **stated,
+                               coverage=COVERAGE, calibration=checkpoint["calibration"])
         if split == "val":  # it was chosen on: a line is enough
             run.log(f"{scores['title']}: accuracy slice-level {cell(scores['slice'], 'accuracy')}, "
                     f"scan-level {cell(scores['scan'], 'accuracy')}")

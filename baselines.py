@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from metrics import fit_windows
+
 SIDE = 16  # pixels of the short side after averaging
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation
 
@@ -38,8 +40,7 @@ def fit_baselines(slices):
 
     index, y = slices.index, slices.is_ad
     train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
-    scans = index[train].groupby("scan").agg(ad=("label", lambda labels: labels.iloc[0] == "AD"), at=("slice", "min"))
-    windows = scans.groupby("at").ad.agg(["sum", "size"])
+    scans = index[train].groupby("scan").agg(label=("label", "first"), at=("slice", "min"))
     x = shrink(slices.images, slices.rows)
     scale = StandardScaler().fit(x[train])
     standard = scale.transform(x)
@@ -53,9 +54,7 @@ def fit_baselines(slices):
             best, best_loss = model, loss
     weights = best.coef_[0] / scale.scale_  # on pixels as they are
     return {
-        "share_AD": float(scans.ad.mean()),
-        # Laplace's rule, so that a window of two scans is not certain; the vote is the same
-        "windows": {int(at): float((row["sum"] + 1) / (row["size"] + 2)) for at, row in windows.iterrows()},
+        "share_AD": float((scans.label == "AD").mean()), "windows": fit_windows(scans).to_dict(),
         "weights": weights.tolist(), "bias": float(best.intercept_[0] - weights @ scale.mean_), "C": float(best.C),
     }  # fmt: skip
 
@@ -63,11 +62,10 @@ def fit_baselines(slices):
 def predict_baselines(fitted, slices):
     """p_AD of each baseline, a DataFrame with a column each and the index of the SliceSet's, whose pixels have the size
     that the fit had. A window that training did not have gets the majority."""
-    windows = {int(at): p for at, p in fitted["windows"].items()}
     at = slices.index.groupby("scan").slice.transform("min")
     z = shrink(slices.images, slices.rows).astype(float) @ np.array(fitted["weights"]) + fitted["bias"]
     return pd.DataFrame({
         "majority_class": fitted["share_AD"],
-        "window_vote": at.map(windows).astype(float).fillna(fitted["share_AD"]).to_numpy(),
+        "window_vote": at.map(fitted["windows"]).astype(float).fillna(fitted["share_AD"]).to_numpy(),
         "logistic_regression": expit(z),
     }, index=slices.index.index).round(7)  # as predictions.csv has them  # fmt: skip

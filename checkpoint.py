@@ -169,8 +169,13 @@ def write_start(out, args, slices, runtime):
 def restore_run(state, last, args, run, runtime):
     """Put last.pth, as loaded, back into `state` and log what will differ. InputError where it is of other slices, or
     does not fit."""
-    if args.epochs < last["epoch"]:
-        raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}; expected no fewer")
+    if args.epochs < last["epoch"] + (last["step"] > 0):
+        steps = f" and {last['step']} steps of the next" * (last["step"] > 0)
+        raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}{steps}; expected no "
+                         "fewer")
+    if (run.out / "test" / "metrics.json").exists():
+        run.log(f"this run had come to its end: what {run.out / 'test'} holds is replaced, and if it trains on, its "
+                "test scores are no longer the first")
     if last["split_hash"] != run.card["split_hash"]:
         raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and split")
     try:

@@ -11,7 +11,8 @@ meta_data_with_label.json or subjects.csv beside AD_NC, and without them the aud
 
 import os
 import signal
-from collections import Counter
+import sys
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ import pandas as pd
 import cache
 import subjects
 from metrics import window_vote
-from slices import EXTENSIONS, common_size, hash_files, list_folder, parse_name, read_headers, send
+from slices import EXTENSIONS, common_size, list_folder, parse_name, send
 from subjects import assign_groups, read_subjects, split_index
 
 # ---------------------------------------------------------------- index
@@ -55,22 +56,27 @@ class Listing:
 def _tabulate(rows):
     """A table of rows (path, label, split, error): with scan and slice from the name, "" and <NA> where it has another
     form, and an error where rows contradict each other."""
-    table = pd.DataFrame(rows, columns=["path", "label", "split", "error"]).astype({"error": "string"})
-    names = [parse_name(path) or (path, None) for path in table.path]
-    table["scan"] = pd.Series([scan for scan, _ in names], dtype=object)
-    table["slice"] = pd.Series([number for _, number in names], dtype="Int64")
+    rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
+    for row in rows:
+        row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
     for column, what in (("label", "both classes"), ("split", "both train and test")):
-        fine = table[table.error.isna()]
-        several = fine[fine.groupby("scan")[column].transform("nunique") > 1]
-        others = several.groupby(["scan", column]).path.first()
-        for row in several.itertuples():
-            other = next(path for value, path in others[row.scan].items() if value != getattr(row, column))
-            table.loc[row.Index, "error"] = f"is of scan {row.scan}, which is in {what} (there as {other})"
-    fine = table[table.error.isna() & table.slice.notna()]
-    for _, paths in fine[fine.duplicated(["scan", "slice"], keep=False)].groupby(["scan", "slice"]).path:
-        others = [paths.iloc[1]] + [paths.iloc[0]] * (len(paths) - 1)
-        table.loc[paths.index, "error"] = [f"is the same slice of a scan as {other}" for other in others]
-    return table
+        fine, found = [row for row in rows if row["error"] is None], defaultdict(dict)
+        for row in fine:
+            if row[column] is not None:
+                found[row["scan"]].setdefault(row[column], row["path"])
+        for row in fine:
+            other = [path for value, path in found[row["scan"]].items() if value != row[column]]
+            if other and len(found[row["scan"]]) > 1:
+                row["error"] = f"is of scan {row['scan']}, which is in {what} (there as {other[0]})"
+    same = defaultdict(list)
+    for row in rows:
+        if row["error"] is None and row["slice"] is not None:
+            same[row["scan"], row["slice"]].append(row)
+    for twins in same.values():
+        for row in twins if len(twins) > 1 else ():
+            row["error"] = f"is the same slice of a scan as {twins[row is twins[0]]['path']}"  # the first or the second
+    table = pd.DataFrame(rows, columns=["path", "label", "split", "error", "scan", "slice"])
+    return table.astype({"error": "string", "slice": "Int64", "scan": object})
 
 
 def list_set(root):
@@ -219,13 +225,14 @@ class SliceSet:
     """Slices with their pixels. `index` has COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a slice are
     images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and no row.
     `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
-    --drop-test-subjects left out, or None."""
+    --drop-test-subjects left out, or None, `source` the file that the subjects came from, or None."""
 
     index: pd.DataFrame
     images: np.ndarray
     root: str = ""
     bad: list = field(default_factory=list)
     dropped: int | None = None
+    source: Path | None = None
 
     def __len__(self):
         return len(self.index)
@@ -247,30 +254,36 @@ class SliceSet:
         return (self.index.label == "AD").to_numpy()
 
 
+def decode_set(root, keep=True, bar="decoding"):
+    """Index and decode the folder `root`, for training and for the audit; returns a SliceSet. `keep`: in the cache.
+
+    Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
+    """
+    listing = list_set(root)
+    index, bad = usable(listing)
+    train, paths = index.path[index.split == "train"], index.path.tolist()
+    if train.empty:
+        raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
+    images, known, errors = cache.decode(paths, lambda: common_size(train), listing.root if keep else None, bar)
+    index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
+    readable = np.array([error is None for error in errors])
+    bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
+    return SliceSet(assign_groups(index[readable]), images, listing.root, bad, source=listing.source)
+
+
 def load_set(args, root, bar="decoding"):
     """Index, decode and split the folder `root` as the flags of train.py say; returns a SliceSet.
 
     Files that cannot be used are an InputError, or with --skip-bad they are left out and listed in `bad`.
     """
-    listing = list_set(root)
-    root = listing.root
-    index, bad = usable(listing)
-    train = index.path[index.split == "train"]
-    if train.empty:
-        raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
-    paths = index.path.tolist()
-    images, known, errors = cache.decode(paths, lambda: common_size(train), None if args.no_cache else root, bar)
-    index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
-    readable = np.array([error is None for error in errors])
-    bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
-    if bad and not args.skip_bad:
-        raise InputError(describe_bad(bad, "fix or remove them, or leave them out with --skip-bad"))
-    index = assign_groups(index[readable])
-    dropped = None
+    slices = decode_set(root, not args.no_cache, bar)
+    index, dropped = slices.index, None
+    if slices.bad and not args.skip_bad:
+        raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
     if args.folds is not None:  # the official test set takes part in nothing
         index = index[index.split == "train"]
     if args.split:
-        index = subjects.read_split(index, args.split, root)
+        index = subjects.read_split(index, args.split, slices.root)
     if args.drop_test_subjects:
         index, dropped = subjects.drop_test_subjects(index)
     if args.folds is not None:
@@ -280,9 +293,10 @@ def load_set(args, root, bar="decoding"):
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
-            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects or "
-                             f"more of each class in train/ and a --val-fraction over 0 (it is {args.val_fraction})")
-    return SliceSet(index.reset_index(drop=True), images, root, bad, dropped)
+            raise InputError(f"{slices.root}: no {' or '.join(sorted(missing))} is left for {split}; expected two "
+                             "subjects or more of each class in train/ and a --val-fraction over 0 (it is "
+                             f"{args.val_fraction})")
+    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
 
 
 def load_inputs(listing, size, bar="decoding"):
@@ -386,10 +400,10 @@ class _OnDevice:
 # ---------------------------------------------------------------- audit
 
 
-def audit(index, root, source):
-    """What the index of the folder `root` holds and where it leaks, as lines of text. Decodes each file once. `source`
-    is the file that the subjects came from, or None."""
-    yield f"{root}: {len(index):,} slices of {index.scan.nunique():,} scans"
+def audit(slices):
+    """What a SliceSet of `decode_set` holds and where it leaks, as lines of text."""
+    index, source = slices.index, slices.source
+    yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     unmapped = index.scan[index.subject.isna()].nunique()
     yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv: subjects unknown"
     yield ""
@@ -401,9 +415,9 @@ def audit(index, root, source):
     per_scan = index.groupby("scan").size().value_counts().sort_index()
     yield "slices per scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
-    headers = Counter(read_headers(index.path)).most_common()
-    kinds = ((f"{h[0]} wide x {h[1]} high, mode {h[2]}" if h else "UNREADABLE", n) for h, n in headers)
-    yield "image sizes: " + ", ".join(f"{kind} ({n:,} slices)" for kind, n in kinds)
+    sizes = index[["width", "height"]].astype(int).value_counts().items()
+    sizes = ", ".join(f"{width} wide x {height} high ({n:,} slices)" for (width, height), n in sizes)
+    yield f"image sizes: {sizes}; {(index.colour > 0).sum():,} slices are in colour"
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
     yield (f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test "
@@ -418,21 +432,18 @@ def audit(index, root, source):
                "too high; look at those on subjects not seen in training")
     elif test_subjects:
         yield f"none of the {test_subjects} known test subjects is in train"
-    yield from subjects.describe_copies(index.assign(pixel_hash=hash_files(index.path)))
+    yield from subjects.describe_copies(index)
     both = index.dropna(subset="subject").groupby("subject").label.nunique()
     if (both > 1).any():
         yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
 
 
 def main(args):
-    listing = list_set(args.root)
-    index, bad = usable(listing)
-    if index.empty:
-        raise InputError(describe_bad(bad))
-    for line in audit(index, listing.root, listing.source):
-        print(line)
-    if bad:
-        raise InputError(describe_bad(bad, "fix or remove them, or train without them with --skip-bad"))
+    slices = decode_set(args.root)
+    print(*audit(slices), sep="\n")
+    if slices.bad:
+        advice = "fix or remove them, or train without them with --skip-bad"
+        sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage
 
 
 if __name__ == "__main__":

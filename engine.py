@@ -58,7 +58,7 @@ class TrainState:
 
     def __init__(self, model, runtime, *, lr, weight_decay=1e-4, ema=0.0):
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.forward = model  # or what wraps it, see `train.fit`
+        self.forward = model  # or what wraps it, see `train.make_batches`
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)
         self.runtime, self.history = runtime, []
@@ -166,7 +166,8 @@ def train_one_epoch(state, batches, n, args, mix=None):
             now = state.numbers()
             if now["skipped_in_a_row"] >= NOT_FINITE:
                 raise InputError(f"the loss or its gradient was not finite in {now['skipped_in_a_row']:.0f} steps in a "
-                                 f"row, the last of them step {i + 1} of epoch {epoch}; lower --lr, or try --amp off")
+                                 f"row, the last of them step {i + 1} of epoch {epoch}; start a new run with a lower "
+                                 "--lr, or with --amp off")
             rate = (i + 1 - first) * args.batch_size / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {now['loss'] / max(1, now['slices']):.4f}, lr {lr:.2e}, {rate:.0f} images/s")
         if runtime.stop_requested():

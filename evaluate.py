@@ -23,7 +23,6 @@ def parse_args(argv=None):
     parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
     parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as the README has them")
     args = parser.parse_args(argv)
     if args.each and (args.against or args.out):
         parser.error("--each prints what the runs have written; it does not go with --against or --out")
@@ -36,10 +35,11 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
+import assess
 import metrics
-from assess import PARTS, assess, cell, find_leaks, format_assessment, format_table, read_run, write_results
+from assess import COMPARED, cell, format_difference, format_table, read_run
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
-from utils import write_json
+from utils import open_out, write_json
 
 # ---------------------------------------------------------------- finished runs
 
@@ -86,33 +86,24 @@ def warn_of_folds(folders):
         yield f"warning: of {folds} folds, {', '.join(map(str, missing))} are missing: not all subjects are counted"
 
 
-def format_comparison(comparison, markdown=False):
+def format_comparison(comparison):
     """`compare`'s dict as lines: a row a metric, a column a unit."""
     units = [unit for unit in UNITS if comparison[unit] is not None]
     rows = [["first minus second", *(f"{unit}-level" for unit in units)]]
-    lines = [comparison["title"], *([""] if markdown else [])]
     for name, label in METRICS.items():
-        row = [label + (" (lower is better)" if name in LOWER_IS_BETTER else "")]
-        for unit in units:
-            part = comparison[unit][name]
-            if part is None:
-                row.append("undefined")
-                continue
-            low, high = part["ci95"]
-            row.append(f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {part['p']:.3f}")
-        rows.append(row)
-    scan = comparison["scan"]
-    low, high = scan["accuracy"]["ci95"]
-    verdict = (f"{scan['groups']} subjects are too few for a verdict" if scan["groups"] < metrics.FEWEST else
+        parts = (comparison[unit][name] for unit in units)
+        cells = (f"{format_difference(part)}, p = {part['p']:.3f}" if part else "undefined" for part in parts)
+        rows.append([label + " (lower is better)" * (name in LOWER_IS_BETTER), *cells])
+    groups, (low, high) = comparison["scan"]["groups"], comparison["scan"]["accuracy"]["ci95"]
+    verdict = (f"{groups} subjects are too few for a verdict" if groups < metrics.FEWEST else
                "the first is better" if low > 0 else "the second is better" if high < 0 else
                "the difference may be noise: its interval holds 0")
-    return [*lines, *format_table(rows, markdown), *([""] if markdown else []), f"Scan-level accuracy: {verdict}."]
+    return ["", comparison["title"], "", *format_table(rows), "", f"Scan-level accuracy: {verdict}."]
 
 
-def format_each(folders, markdown=False):
+def format_each(folders):
     """Lines of a table of what runs have written themselves: a row for each run, part and unit."""
-    names = ("accuracy", "balanced_accuracy", "auroc", "brier")
-    rows = [["run", "part", "unit", "n", *(METRICS[name] for name in names)]]
+    rows = [["run", "part", "unit", "n", *(METRICS[name] for name in COMPARED)]]
     for folder in folders:
         parts = [part for part in ("val", "test") if (Path(folder) / part / "metrics.json").exists()] or [""]
         for part in parts:
@@ -121,9 +112,9 @@ def format_each(folders, markdown=False):
             for title, found in ((name, scores), ("only unseen subjects", scores.get("unseen_subjects"))):
                 for unit in UNITS if found else ():
                     if found[unit] is not None:
-                        cells = (cell(found[unit], metric) for metric in names)
+                        cells = (cell(found[unit], metric) for metric in COMPARED)
                         rows.append([Path(folder).name, title, unit, f"{found[unit]['n']:,}", *cells])
-    return format_table(rows, markdown)
+    return format_table(rows)
 
 
 def check_same(a, b):
@@ -159,7 +150,7 @@ def compare_runs(first, second, first_stated, second_stated):
     first, second = check_same(first, second)
     titles, apart = [], pd.Series(True, first.index)
     for name, table, stated in (("first", first, first_stated), ("second", second, second_stated)):
-        leaks, _ = find_leaks(table, **stated)
+        leaks, _ = assess.find_leaks(table, **stated)
         titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
         apart &= table.exposure == "no"
     comparisons = [(first, second, "; ".join(["first against second, paired bootstrap over subjects", *titles]))]
@@ -169,30 +160,30 @@ def compare_runs(first, second, first_stated, second_stated):
         yield {"title": title, **metrics.compare(bootstrap_scores(a), bootstrap_scores(b))}
 
 
-def format_aggregations(ways, markdown=False):
+def format_aggregations(ways):
     names = ("accuracy", "auroc", "brier", "calibration_error")
     n = next(iter(ways.values()))["n"]
     rows = [[f"scans (n = {n:,}), at 0.5, from their slices by", *(METRICS[name] for name in names)]]
-    return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()], markdown)
+    return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()])
 
 
 def main(args):
     if args.each:
-        print(*format_each(args.runs, args.markdown), sep="\n")
+        print(*format_each(args.runs), sep="\n")
         return
-    if args.out and any(Path(args.out).resolve().is_relative_to(Path(folder).resolve()) for folder in args.runs):
-        raise InputError(f"--out {args.out} lies in one of the runs, whose results it would replace; choose another")
     predictions, runs = pool(args.runs, args.part)
     stated = statements(runs)
-    title = f"{runs[0]['what']}, {args.runs[0]}" if len(runs) == 1 else f"{len(runs)} runs pooled, {PARTS[args.part]}"
+    several = f"{len(runs)} runs pooled, {assess.PARTS[args.part]}"
+    title = several if len(runs) > 1 else f"{runs[0]['what']}, {args.runs[0]}"
     extra = dict(title=title, **stated, coverage=runs[0].get("prediction_sets", {}).get("coverage"))
     lines = list(warn_of_folds(args.runs))
-    scores = write_results(predictions, args.out, **extra) if args.out else assess(predictions, **extra)
-    lines += format_assessment(scores, args.markdown)
-    lines += ["", *format_aggregations(metrics.aggregations(predictions), args.markdown)]
+    out = open_out(args.out, "") if args.out else None
+    scores = assess.write_results(predictions, out, **extra) if out else assess.score(predictions, **extra)
+    lines += assess.format_assessment(scores)
+    lines += ["", *format_aggregations(metrics.aggregations(predictions))]
     if len(runs) > 1:
         accuracies = [run["scan"]["accuracy"] for run in runs]
-        lines += [""] * args.markdown
+        lines.append("")
         lines.append(f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
                      f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
     if args.against:
@@ -200,7 +191,7 @@ def main(args):
         other, other_runs = pool(args.against, args.part)
         comparisons = list(compare_runs(predictions, other, stated, statements(other_runs)))
         for comparison in comparisons:
-            lines += ["", *format_comparison(comparison, args.markdown)]
+            lines += format_comparison(comparison)
         if args.out:
             text = {"against": args.against, **comparisons[0], "unseen_subjects": (comparisons[1:] or [None])[0]}
             write_json(Path(args.out) / "comparison.json", text)

@@ -189,26 +189,10 @@ def arrays(predictions, unit):
 
 
 def point_scores(y, p, predicted):
-    """METRICS of p_AD `p` (N,) and booleans `predicted` (N,) against y (N,), True for AD; None where not defined.
-
-    The Brier score is the mean squared error of p_AD. The calibration error is the expected one of ten equal bins of
-    p_AD: the mean distance between p_AD and the share of AD, by bin, weighted by its size; small samples raise it.
-    """
-    from sklearn import metrics as sk
-
-    ad, nc = bool(y.any()), bool(not y.all())
-    scores = {
-        "accuracy": sk.accuracy_score(y, predicted),
-        "balanced_accuracy": sk.balanced_accuracy_score(y, predicted) if ad and nc else None,
-        "sensitivity": sk.recall_score(y, predicted) if ad else None,
-        "specificity": sk.recall_score(y, predicted, pos_label=False) if nc else None,
-        "f1": sk.f1_score(y, predicted) if ad or predicted.any() else None,
-        "auroc": sk.roc_auc_score(y, p) if ad and nc else None,
-        "average_precision": sk.average_precision_score(y, p) if ad else None,
-        "brier": sk.brier_score_loss(y, p) if ad and nc else np.mean((p - y) ** 2),
-        "calibration_error": np.abs(np.bincount(which_bin(p), p - y)).sum() / len(y),
-    }
-    return {name: None if value is None else float(value) for name, value in scores.items()}
+    """METRICS of p_AD `p` (N,) and booleans `predicted` (N,) against y (N,), True for AD; None where not defined."""
+    once = Bootstrap(np.zeros(len(y)), 1)  # one group, drawn once
+    scores = {name: float(values[0]) for name, values in resampled_scores(y, p, predicted, once).items()}
+    return {name: None if math.isnan(value) else value for name, value in scores.items()}
 
 
 def which_bin(p):
@@ -241,7 +225,11 @@ class Bootstrap:
 
 
 def resampled_scores(y, p, predicted, bootstrap):
-    """METRICS in each resample, a dict of arrays (resamples,); nan where a resample lacks a class."""
+    """METRICS in each resample, a dict of arrays (resamples,); nan where a resample lacks a class that one needs.
+
+    The Brier score is the mean squared error of p_AD. The calibration error is the expected one of ten equal bins of
+    p_AD: the mean distance between p_AD and the share of AD, by bin, weighted by its size; small samples raise it.
+    """
     total = bootstrap.total
     n, ad, nc = total(np.ones(len(y))), total(y), total(~y)
     hit_ad, hit_nc = total(predicted & y), total(~predicted & ~y)
@@ -271,7 +259,7 @@ def _areas(above_ad, above_nc):
     precision = np.divide(above_ad, above, out=np.zeros_like(above), where=above > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         auroc = (more_nc * (above_ad - more_ad / 2)).sum(1) / (ad * nc)
-        return auroc, (more_ad * precision).sum(1) / ad
+        return auroc, np.where(nc > 0, (more_ad * precision).sum(1) / ad, np.nan)
 
 
 def interval(drawn):
@@ -368,17 +356,21 @@ def risk_coverage(p, right, threshold=THRESHOLD):
     return answered / len(p), np.cumsum(~np.asarray(right, bool)[order]) / answered
 
 
-def window_vote(index):
-    """Scan accuracy on test of a vote on the slice window alone (the lowest slice number of a scan), fitted on train.
+def fit_windows(scans):
+    """The share of AD by slice window of a table of training scans, a row a scan: Series from `at` (the window: the
+    lowest slice number of the scan) to a share, by Laplace's rule, so that a window of two scans is not certain; what a
+    model can get from the choice of slices without looking at anatomy."""
+    windows = (scans.label == "AD").groupby(scans["at"]).agg(["sum", "size"])
+    return (windows["sum"] + 1) / (windows["size"] + 2)
 
-    What a model can get from the choice of slices without looking at anatomy; windows unseen in train count as the
-    larger class of train. Returns a fraction of the test scans.
-    """
-    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), window=("slice", "min")).reset_index()
+
+def window_vote(index):
+    """Scan accuracy on test of a vote on the slice window alone, fitted on train; windows unseen in train count as the
+    larger class of train. Returns a fraction of the test scans."""
+    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), at=("slice", "min")).reset_index()
     train, test = scans[scans.split == "train"], scans[scans.split == "test"]
-    majority = train.label.mode()[0]
-    vote = train.groupby("window").label.agg(lambda labels: labels.mode()[0])
-    return float((test.window.map(vote).fillna(majority) == test.label).mean())
+    share = test["at"].map(fit_windows(train)).fillna((train.label == "AD").mean())
+    return float((np.where(share >= THRESHOLD, "AD", "NC") == test.label).mean())
 
 
 def by_window(predictions):

@@ -1,7 +1,5 @@
 """ConvNeXt (Liu et al. 2022, arXiv 2201.03545), written from scratch.
 
-    python modules.py                  # the variants, and each one compared with torchvision's of the same name
-
     from modules import convnext
     model = convnext("tiny")           # one grey channel in, two classes out (NC, AD)
     logits = model(torch.randn(8, 1, 224, 224))        # (8, 2)
@@ -217,41 +215,3 @@ def load_weights(model, state_dict):
             "expected a ConvNeXt of the same variant, as torchvision, timm or this project saves it"
         )
     return loaded, left
-
-
-def compare_with_torchvision(variant, seed=0):
-    """Measure ours against torchvision.models.convnext_<variant>, both with the same random weights, in float32.
-
-    Returns (parameters of ours, of theirs, largest difference of the logits, spread of the logits) at 3 channels,
-    1,000 classes and a batch of 2 x 96 x 96. LayerScale is drawn about 0.1: at its start of 1e-6 the blocks would hide.
-    """
-    import torchvision
-
-    torch.manual_seed(seed)
-    theirs = getattr(torchvision.models, f"convnext_{variant}")().eval()
-    for p in theirs.parameters():
-        nn.init.normal_(p, mean=0.0 if p.ndim > 1 else 0.1, std=0.03 if p.ndim > 1 else 0.1)
-    ours = convnext(variant, in_chans=3, num_classes=1000).eval()
-    load_weights(ours, theirs.state_dict())
-    x = torch.randn(2, 3, 96, 96)
-    with torch.inference_mode():
-        a, b = ours(x), theirs(x)
-    counts = (sum(p.numel() for p in model.parameters()) for model in (ours, theirs))
-    return *counts, (a - b).abs().max().item(), b.std().item()
-
-
-def main():
-    print(f"{'variant':<9}{'depths':<15}{'dims':<23}{'parameters':>12}   (1 channel, 2 classes)")
-    for name, sizes in VARIANTS.items():
-        with torch.device("meta"):
-            count = sum(p.numel() for p in convnext(name).parameters())
-        print(f"{name:<9}{str(sizes['depths']):<15}{str(sizes['dims']):<23}{count:>12,}")
-    print("\nagainst torchvision, same weights, 3 channels, 1,000 classes, float32:")
-    print(f"{'variant':<9}{'ours':>12}{'torchvision':>14}{'max |difference|':>19}{'SD of logits':>15}")
-    for name in ("tiny", "small", "base", "large"):
-        ours, theirs, difference, spread = compare_with_torchvision(name)
-        print(f"{name:<9}{ours:>12,}{theirs:>14,}{difference:>19.1e}{spread:>15.3f}")
-
-
-if __name__ == "__main__":
-    main()

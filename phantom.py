@@ -28,16 +28,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
-from utils import InputError, Parser, read_flags, run_script
+from utils import SEED, InputError, Parser, number, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("out", nargs="?", help="folder to write AD_NC and meta_data_with_label.json into")
-    parser.add_argument("--subjects", type=int, default=60, help="10 to 5000; the real set has 680 (60)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
-    parser.add_argument("--workers", type=int, help="threads; no influence on the result (one a core)")
-    parser.add_argument("--sheet", metavar="FILE", help="save a contact sheet, too; without OUT, that alone")
+    parser.add_argument("--subjects", type=number(10, 5000, int), default=60, help="the real set has 680 (60)")
+    parser.add_argument("--seed", type=SEED, default=0, help="another seed, another set (0)")
+    parser.add_argument("--workers", type=number(1, 1024, int), help="threads; no influence on the result (one a core)")
+    parser.add_argument("--sheet", metavar="FILE", help="save a contact sheet (PNG), too; without OUT, that alone")
     return parser.parse_args(argv)
 
 
@@ -48,6 +48,7 @@ import numpy as np
 from PIL import Image
 
 from anatomy import Scan, render
+from utils import make_folder, write_atomically
 
 EFFECT = 1.37                            # half the distance between the classes, in SD; Phi(1.37) = 0.915
 SCAN_IDS = np.arange(10_000, 1_210_000)  # image ids as ADNI has them
@@ -77,13 +78,10 @@ def _quota(rng, values, weights, n):
 def plan(subjects=60, seed=0):
     """The scans of a set, as a list of Scan: who has which class, is where, and how far the disease went.
 
-    Everything is drawn by quota, so that 60 subjects have the same proportions as 680. Raises InputError
-    where there are too few subjects to fill train and test with both classes.
+    Everything is drawn by quota, so that 60 subjects have the same proportions as 680.
     """
-    if not 10 <= subjects <= 5000:
-        raise InputError(f"--subjects is {subjects}; expected 10 to 5000, to fill train and test")
-    if seed < 0:
-        raise InputError(f"--seed is {seed}; expected 0 or more")
+    if subjects < 10:
+        raise InputError(f"{subjects} subjects are too few; expected 10 or more, to fill train and test")
     rng = np.random.default_rng([seed, 0])
     numbers = rng.choice(7999, subjects, replace=False) + 1
     names = [f"{rng.integers(2, 142):03d}_S_{number:04d}" for number in numbers]
@@ -156,12 +154,8 @@ def draw(out, subjects=60, seed=0, workers=None, progress=True):
     for name in ("AD_NC", "meta_data_with_label.json"):
         if (out / name).exists():
             raise InputError(f"{out / name} exists; expected a folder without a set: name another or move it")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}; expected 1 or more")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; expected a folder, or a name that is free")
     scans = plan(subjects, seed)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     draft = Path(tempfile.mkdtemp(prefix=".phantom-", dir=out))
     try:
         for folder in ("train/AD", "train/NC", "test/AD", "test/NC"):
@@ -193,7 +187,7 @@ def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105
             axis.set_title(f"slice {index}" if row == 0 else "", fontsize=9)
         axes[row, 0].set_ylabel(f"{label}, atrophy {scan.atrophy:+.1f}", fontsize=9)
     figure.suptitle("phantom.py: synthetic sagittal slices, not patients")
-    figure.savefig(file, dpi=110)
+    write_atomically(file, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     return Path(file)
 
 

@@ -1,4 +1,4 @@
-"""Every picture: of a run, of its scores, of the phantom, of speed.
+"""Every picture: of a run and of its scores.
 
 Not run by itself. Tables of predictions come in as `metrics.aggregate` makes them; what is computed here is where ink
 goes. matplotlib is imported by the first picture.
@@ -137,14 +137,3 @@ def plot_risk(path, tables, title, sets=None):
         axes.set(xlabel="share of units that are answered, the surest first", ylabel="error rate among them",
                  xlim=(0, 1.02), ylim=(-0.01, None))
         axes.legend()
-
-
-def plot_speed(path, ratios, title):
-    """Bars of speeds as multiples of torchvision's, a dict by name; ours are dark."""
-    with _figure(path, title, height=0.3 * len(ratios) + 1.2, width=6) as ((axes,),):
-        shade = ["0.4" if "ours" in name else "0.8" for name in ratios]
-        bars = axes.barh(list(ratios), list(ratios.values()), color=shade)
-        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios.values()], padding=2)
-        axes.invert_yaxis()
-        axes.set(xlabel="speed, times torchvision's (the first bar of each group)",
-                 xlim=(0, 1.1 * max(ratios.values())))  # fmt: skip

@@ -16,7 +16,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from utils import InputError, Parser, make_folder, new_folder, printable, read_flags, run_script
+from utils import COUNT, InputError, Parser, number, open_out, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -24,24 +24,19 @@ def parse_args(argv=None):
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, or a folder of slices (or of AD/ and NC/)")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
-    parser.add_argument("--coverage", type=float, metavar="C",
+    parser.add_argument("--coverage", type=number(1e-6, 0.999999), metavar="C",
                         help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="slices at once (default: as in training)")
+    parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    args = parser.parse_args(argv)
-    if args.batch_size is not None and not 1 <= args.batch_size <= 1e6:
-        parser.error(f"--batch-size is {args.batch_size}; expected a number from 1 to 1e+06")
-    if args.coverage is not None and not 0 < args.coverage < 1:
-        parser.error(f"--coverage is {args.coverage}; expected more than 0 and less than 1, such as 0.9")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     ARGS = read_flags(parse_args)
 
-from assess import format_assessment, run_leaks, run_notes, write_results
+from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import list_inputs, load_inputs
 from inference import calibrated, most_coverage, predict_slices
@@ -96,7 +91,7 @@ def main(args):
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
     listing = list_inputs(args.inputs)
-    out = make_folder(args.out) if args.out else new_folder(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
+    out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: ConvNeXt {checkpoint['model']['variant']}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}")
 
@@ -106,8 +101,8 @@ def main(args):
     predictions = calibrated(raw, checkpoint, args.coverage)
     read = predictions[predictions.p_AD.notna()]
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
-    scores = write_results(predictions, out, title=title, leaks=run_leaks(checkpoint), notes=run_notes(checkpoint),
-                           coverage=args.coverage, calibration=checkpoint.get("calibration"))
+    scores = write_results(predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
+                           calibration=checkpoint.get("calibration"))
     scans, warnings = aggregate(read, "scan"), [*listing.warnings, *warn_of_checkpoint(checkpoint, args.coverage)]
     if 0 < read.label.isna().sum() < len(read):
         warnings.append(f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed")

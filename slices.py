@@ -85,29 +85,23 @@ def _open(path):
     return image
 
 
-def _header(path):
-    """(width, height, mode) of an image file, or None if it is not one. Reads only the header."""
+def header(path):
+    """(height, width) of an image file, or None if it is not one. Reads only the header."""
     try:
         with _open(path) as image:
             sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return *(image.size[::-1] if sideways else image.size), image.mode
+            return image.size if sideways else image.size[::-1]
     except Exception:  # Pillow raises nearly anything on a damaged file; decoding it says what
         return None
 
 
-def read_headers(paths):
-    """`(width, height, mode)` or None for each of the files, read in parallel."""
-    with quiet_pillow(), ThreadPoolExecutor() as pool:
-        return list(pool.map(_header, paths))
-
-
 def common_size(paths):
     """The most frequent size (H, W) among the image files; InputError if none of them can be read."""
-    headers = pd.Series([header for header in read_headers(paths) if header])
-    if headers.empty:
+    with quiet_pillow(), ThreadPoolExecutor() as pool:
+        sizes = pd.Series([size for size in pool.map(header, paths) if size])
+    if sizes.empty:
         raise InputError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
-    width, height, _ = headers.mode()[0]
-    return height, width
+    return sizes.mode()[0]
 
 
 def hash_pixels(pixels):
@@ -121,19 +115,6 @@ def hash_slices(images):
     """`hash_pixels` of each of uint8 (N, H, W), in parallel."""
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
         return list(pool.map(hash_pixels, images))
-
-
-def _hash_file(path):
-    try:
-        return hash_pixels(_decode(path, None)[0])
-    except Exception:  # the audit counts it as unreadable
-        return ""
-
-
-def hash_files(paths):
-    """`hash_pixels` of each of the files at its own size, in parallel; "" where it cannot be read."""
-    with quiet_pillow(), ThreadPoolExecutor() as pool:
-        return list(pool.map(_hash_file, paths))
 
 
 # ---------------------------------------------------------------- decoding

@@ -289,7 +289,7 @@ def find_exposure(table, recorded):
 
 def describe_transfer(index, init):
     """A line for each part of the data whose subjects the weights of --init were trained on. `init` is that of
-    `checkpoint.model_card`."""
+    `checkpoint.start_model`."""
     for split in ("val", "test") if init and init["exposure"] else ():
         part = index[index.split == split]
         shared = part.scan[find_exposure(part, init["exposure"]) == "yes"].nunique()

@@ -13,20 +13,19 @@ ended. Ctrl-C, SIGTERM and SIGUSR1 end the step, save and say so (exit status 13
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
 
-from utils import InputError, Parser, fingerprint, make_folder, make_log, near, new_folder, read_flags, run_script
+from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
 DEMO_SUBJECTS = 60
 # What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
 DEMO = dict(model="atto", image_size=48, epochs=6, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
 # What may differ when a run is resumed: where it runs and when it ends, not how it learns.
-FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "tensorboard", "threshold", "no_cache",
-                  "compile", "workers"}
+FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
+                  "workers"}
 
 # ---------------------------------------------------------------- flags
 
@@ -40,43 +39,43 @@ def make_parser():
     add("--resume", action="store_true", help="resume the run in --out; its flags are taken from config.json")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
-    add("--tensorboard", action="store_true", help="also write events for TensorBoard into the run folder")
     add = parser.add_argument_group("split").add_argument
     add("--split", metavar="FILE", help="take who is where from the split.csv of an earlier run, or one made by hand")
-    add("--val-fraction", type=float, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
+    add("--val-fraction", type=SHARE, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
     add("--split-by", choices=("subject", "slice"), default="subject", help="slice LEAKS, to show what it does")
     add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
     add("--drop-test-subjects", action="store_true", help="leave out of train/ who is also in test/")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", metavar="V", help="atto, femto, pico, nano, tiny, small, base or large (tiny)")
-    add("--image-size", type=int, default=224, metavar="PX", help="side of the model's square input (224)")
-    add("--drop-path", type=float, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
+    add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's square input (224)")
+    add("--drop-path", type=SHARE, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
     add("--init", metavar="FILE", help="start from a ConvNeXt state dict of torchvision or timm")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100, metavar="N", help="length of the schedule (100)")
-    add("--batch-size", type=int, default=64, metavar="N", help="slices a step (64)")
-    add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (1e-4)")
-    add("--weight-decay", type=float, default=1e-4, metavar="W", help="not on 1-D parameters (1e-4)")
-    add("--label-smoothing", type=float, default=0.1, metavar="S", help="of the cross-entropy (0.1)")
-    add("--clip-grad", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
-    add("--warmup-epochs", type=float, default=1, metavar="N", help="linear warm-up before the cosine (1)")
-    add("--patience", type=int, default=20, metavar="N", help="stop after N epochs without a better val (20; 0: never)")
+    add("--epochs", type=COUNT, default=100, metavar="N", help="length of the schedule (100)")
+    add("--batch-size", type=COUNT, default=64, metavar="N", help="slices a step (64)")
+    add("--lr", type=POSITIVE, default=1e-4, help="peak learning rate of AdamW (1e-4)")
+    add("--weight-decay", type=AMOUNT, default=1e-4, metavar="W", help="not on 1-D parameters (1e-4)")
+    add("--label-smoothing", type=SHARE, default=0.1, metavar="S", help="of the cross-entropy (0.1)")
+    add("--clip-grad", type=POSITIVE, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
+    add("--warmup-epochs", type=AMOUNT, default=1, metavar="N", help="linear warm-up before the cosine (1)")
+    add("--patience", type=number(0, 1e6, int), default=20, metavar="N",
+        help="stop after N epochs without a better val (20; 0: never)")
     add("--threshold", choices=("0.5", "youden"), default="0.5", help="p_AD of an AD; youden: from validation (0.5)")
-    add("--ema", type=float, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
+    add("--ema", type=SHARE, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-flip", action="store_true", help="no horizontal flip (on AD_NC it swaps front and back)")
     add("--no-augment", action="store_true", help="train on the view of the evaluation; memorises soonest")
-    add("--mixup", type=float, default=0.0, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2 (0: off)")
-    add("--cutmix", type=float, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
+    add("--mixup", type=AMOUNT, default=0.0, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2 (0: off)")
+    add("--cutmix", type=AMOUNT, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
     add = parser.add_argument_group("machine").add_argument
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="auto: fp16 on CUDA, native bf16 on CPU")
     add("--compile", action="store_true", help="compile the step; for long runs, and needs a C++ compiler or CUDA")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA if there is one)")
-    add("--workers", type=int, default=0, metavar="N",
+    add("--workers", type=number(0, 256, int), default=0, metavar="N",
         help="processes that fetch batches; the result is the same (0: none, two if a set does not fit onto the GPU)")
     add("--deterministic", action="store_true", help="on CUDA only kernels that give the same bits again; slower")
-    add("--seed", type=int, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
+    add("--seed", type=SEED, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
     return parser
 
 
@@ -99,7 +98,9 @@ def parse_args(argv=None):
                 saved["split"] = str(Path(args.out) / "split.csv")  # which holds the same
         except (OSError, ValueError, KeyError, TypeError) as problem:
             parser.error(f"{args.out} holds no run to resume ({problem})")
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "out")})
+        # as words, which are checked like those of the command line
+        parser.set_defaults(**{name: value if isinstance(value, bool) else str(value) for name, value in saved.items()
+                               if name not in ("resume", "out") and value is not None})
     args = parser.parse_args(argv)
     if args.resume:
         changed = [name for name, value in saved.items()
@@ -107,25 +108,6 @@ def parse_args(argv=None):
         if changed:
             words = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}" for name in changed)
             parser.error(f"a resumed run keeps its flags ({words}); leave them out, or start a new run")
-    try:
-        _check(parser, args)
-    except TypeError:  # of a config.json that was changed by hand
-        parser.error(f"{args.out}/config.json holds flags that are not numbers; fix it, or start a new run")
-    return args
-
-
-def _check(parser, args):
-    positive = ("epochs", "batch_size", "lr", "clip_grad")
-    at_least_0 = ("weight_decay", "warmup_epochs", "patience", "mixup", "cutmix")
-    limit = 1e6  # beyond it, and at inf, is a slip of the finger
-    ranges = {name: (0, limit) for name in at_least_0}
-    ranges |= {name: (0, 0.999999) for name in ("val_fraction", "drop_path", "label_smoothing", "ema")}
-    ranges |= {"image_size": (32, 4096), "seed": (0, 2**32 - 1), "workers": (0, 256)}
-    for name in (*positive, *ranges):
-        value, (low, high) = getattr(args, name), ranges.get(name, (0, limit))
-        if not low <= value <= high or (name in positive and value == 0):
-            expected = f"more than 0, up to {high:.7g}" if name in positive else f"from {low} to {high:.10g}"
-            parser.error(f"--{name.replace('_', '-')} is {value}; expected a number {expected}")
     if args.demo and args.data:
         parser.error("--demo draws its own data; leave out --data, or --demo")
     if (args.fold is None) != (args.folds is None):
@@ -134,6 +116,7 @@ def _check(parser, args):
         parser.error("--split names every slice's part; leave out --fold, --drop-test-subjects and --split-by slice")
     if args.folds is not None and args.drop_test_subjects:
         parser.error("--drop-test-subjects looks into test/, which --folds does not read; leave out one of them")
+    return args
 
 
 if __name__ == "__main__":
@@ -153,7 +136,7 @@ from inference import COVERAGE
 from modules import VARIANTS
 from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
 from subjects import describe_split, describe_transfer
-from utils import seed_of, write_csv
+from utils import fingerprint, make_log, near, open_out, seed_of, write_csv
 
 # ---------------------------------------------------------------- data and run folder
 
@@ -178,21 +161,17 @@ def demo_data():
     here = Path(__file__).parent
     version = fingerprint("".join((here / name).read_text() for name in ("anatomy.py", "phantom.py")), 8)
     folder = cache_folder() / f"phantom-{DEMO_SUBJECTS}-{version}"
-    if not folder.is_dir():
+    if not (folder / "AD_NC").is_dir():  # which phantom.py makes whole or not at all
         try:
-            draft = make_folder(folder.with_name(f"{folder.name}.{os.getpid()}"))  # another run may be drawing it too
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise OSError(f"{problem}; name a folder that can be written with XDG_CACHE_HOME") from None
+            raise OSError(f"{folder} cannot be made: {problem.strerror}; name a folder that can be written with the "
+                          "environment variable XDG_CACHE_HOME") from None
         print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
-        words = [sys.executable, here / "phantom.py", draft, "--subjects", str(DEMO_SUBJECTS)]
-        try:
-            status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
-            if status:
-                raise SystemExit(status)  # it has said why
-            if not folder.is_dir():
-                os.replace(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        words = [sys.executable, here / "phantom.py", folder, "--subjects", str(DEMO_SUBJECTS)]
+        status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
+        if status and not (folder / "AD_NC").is_dir():  # another run may have drawn it meanwhile
+            raise SystemExit(status)  # it has said why
     return folder / "AD_NC"
 
 
@@ -203,13 +182,8 @@ def open_run(args):
             raise InputError(f"{args.out} has a best_model.pth but no last.pth to resume from, and a run never "
                              "overwrites another; choose a new --out")
         return Path(args.out)
-    if args.out is None:
-        leaky = "-LEAKY" if args.split_by == "slice" else ""
-        return new_folder(f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
-    out = make_folder(args.out)
-    if any(out.iterdir()):
-        raise InputError(f"{out} is not empty, and a run never overwrites another; choose a new --out, or add --resume")
-    return out
+    leaky = "-LEAKY" if args.split_by == "slice" else ""
+    return open_out(args.out, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}", ", or add --resume")
 
 
 def how_to_resume(out):
@@ -240,31 +214,10 @@ def format_epoch(row, best, remark):
             f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
 
 
-def is_better(row, best):
-    """By validation accuracy; the lower loss decides between equals. A whole-class guess ties for many epochs."""
-    return best is None or (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
-
-
 def best_of(history):
-    best = None
-    for row in history:
-        best = row if is_better(row, best) else best
-    return best
-
-
-def open_tensorboard(out):
-    """A function that writes a row of the history as TensorBoard events into the run folder."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(out)
-
-    def write_events(row):
-        for name, value in row.items():
-            if name != "epoch" and value is not None:
-                writer.add_scalar(name, value, row["epoch"])
-        writer.flush()
-
-    return write_events
+    """The row with the best validation accuracy; the lower loss decides between equals, for a whole-class guess ties in
+    many epochs, and then the earlier row. None where there is none."""
+    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=None)
 
 
 def make_batches(state, train, args):
@@ -287,7 +240,6 @@ def fit(state, slices, args, run):
     runtime, train, val = state.runtime, slices.part("train"), slices.part("val")
     batches, order = make_batches(state, train, args)
     mix, best = make_mix(args), best_of(state.history)
-    write_events = open_tensorboard(run.out) if args.tensorboard and runtime.is_rank_0 else lambda row: None
     if runtime.is_rank_0:
         plots.plot_lr(run.out / "lr_schedule.png", **schedule(args, len(batches)))
         if state.history:  # a killed run may have saved an epoch and not yet listed it
@@ -312,12 +264,10 @@ def fit(state, slices, args, run):
         scores, remark = validated
         state.history.append(row | scores)
         state.start_epoch()
-        better = is_better(state.history[-1], best)
-        if better:
-            best = state.history[-1]
+        best = best_of(state.history)
+        better = best is state.history[-1]
         if runtime.is_rank_0:
             keep_epoch(state, run, better)
-            write_events(state.history[-1])
             run.log(format_epoch(state.history[-1], better, remark))
         if runtime.stop_requested():
             return False

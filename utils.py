@@ -35,6 +35,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)}\n")
 
 
+def number(low, high, kind=float):
+    """A `type` for argparse: a number from `low` to `high`; with kind=int a whole one."""
+
+    def read(word):
+        with contextlib.suppress(ValueError):
+            if low <= kind(word) <= high:  # not so for nan
+                return kind(word)
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{word} is not a {what} from {low:.10g} to {high:.10g}")
+
+    return read
+
+
+AMOUNT, POSITIVE = number(0, 1e6), number(1e-30, 1e6)  # more, or inf, is a slip of the finger
+SHARE = number(0, 0.999999)
+COUNT, SIDE, SEED = number(1, 1e6, int), number(32, 4096, int), number(0, 2**32 - 1, int)
+
+
 def read_flags(parse_args):
     """The flags of a script that is run, read before the imports that take time: --help and a mistyped flag answer at
     once, and Ctrl-C in those imports ends without a traceback (exit status 130)."""
@@ -179,23 +197,28 @@ def make_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise OSError(f"{path} is not a folder, or lies in a file; name another") from None
+        raise OSError(f"{path} is not a folder, or lies in a file; name another with --out") from None
     except OSError as problem:
-        raise OSError(f"the folder {path} cannot be made: {problem.strerror}; name another") from None
+        raise OSError(f"the folder {path} cannot be made: {problem.strerror}; name another with --out") from None
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise OSError(f"the folder {path} cannot be written into; name another")
+        raise OSError(f"the folder {path} cannot be written into; name another with --out")
     return path
 
 
-def new_folder(path):
-    """Make `path`, or path-2, path-3, ... where it is taken; returns what was made."""
-    for number in itertools.count(1):
-        folder = Path(path if number == 1 else f"{path}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
+def open_out(path, default, or_else=""):
+    """The folder for results: `path`, made if it is not there, or without one `default`, default-2, ... where it is
+    taken. InputError if it is not empty, since nothing is overwritten; `or_else` says what else can be done."""
+    if path is None:
+        make_folder(Path(default).parent)
+        for number in itertools.count(1):
+            folder = Path(default if number == 1 else f"{default}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    folder = make_folder(path)
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
+    return folder
 
 
 def near(path):

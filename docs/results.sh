@@ -44,8 +44,7 @@ export -f start_or_resume
 tr '\n' '\0' < "$list" | xargs -0 -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
 
 unset OMP_NUM_THREADS
-[ -f "$runs/parity.txt" ] || python modules.py > "$runs/parity.txt"
-[ -f "$runs/speed.json" ] || python benchmark.py --json "$runs/speed.json" --figure figures/benchmark.png > "$runs/speed.txt"
+[ -f "$runs/speed.json" ] || python benchmark.py --json "$runs/speed.json" > "$runs/speed.txt"
 export OMP_NUM_THREADS=1
 
 # ---- the page
@@ -58,6 +57,7 @@ tables() {  # COMMAND: what it prints, under the command
 }
 commands() { block bash "$(grep -E -- "--out $runs/($1) " "$list")"; }
 
+rm -rf "$runs/cv"
 {
     cat <<'TEXT'
 # Results
@@ -85,7 +85,7 @@ alone (at 2e-3 the first fold stayed at ln 2). One scan a subject, so scan and s
 scans have one window, so that its vote is the majority class. Most AD subjects are very mild (CDR 0.5).
 TEXT
     commands 'fold.'
-    tables python evaluate.py "$runs"/fold? --markdown --out "$runs/cv"
+    tables python evaluate.py "$runs"/fold? --out "$runs/cv"
     cat <<'TEXT'
 
 ## Is augmentation better, or is it noise?
@@ -93,7 +93,7 @@ TEXT
 The recipe above (20 epochs) against the one without augmentation (12).
 TEXT
     commands 'plain-fold.'
-    tables python evaluate.py "$runs"/fold? --against "$runs"/plain-fold? --markdown | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
+    tables python evaluate.py "$runs"/fold? --against "$runs"/plain-fold? | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
     cat <<'TEXT'
 
 ## What leakage does
@@ -103,26 +103,20 @@ memorise its slices. LEAKY at the test rows of the second says how the model was
 set is in train.
 TEXT
     commands 'by-subject|by-slice-LEAKY'
-    tables python evaluate.py "$runs/by-subject" "$runs/by-slice-LEAKY" --each --markdown
+    tables python evaluate.py "$runs/by-subject" "$runs/by-slice-LEAKY" --each
     cat <<'TEXT'
 
 On the phantom, whose test set shares subjects with its training set, as that of `AD_NC` does:
 TEXT
     commands 'phantom-by-subject|phantom-by-slice-LEAKY'
-    tables python evaluate.py "$runs/phantom-by-subject" "$runs/phantom-by-slice-LEAKY" --each --markdown
+    tables python evaluate.py "$runs/phantom-by-subject" "$runs/phantom-by-slice-LEAKY" --each
     cat <<'TEXT'
 
-## Parity with torchvision
-TEXT
-    block bash "python modules.py"
-    block "" "$(cat "$runs/parity.txt")"
-    cat <<'TEXT'
-
-## Speed against torchvision
+## Parity and speed against torchvision
 
 The first line of each group is the reference. See [speed.md](speed.md) for what is done and what is not shown.
 TEXT
-    block bash "python benchmark.py --json $runs/speed.json --figure figures/benchmark.png"
+    block bash "python benchmark.py --json $runs/speed.json"
     block "" "$(grep -v "decoded slices are kept" "$runs/speed.txt")"
     cat <<'TEXT'
 
@@ -134,8 +128,8 @@ TEXT
 | ![Risk-coverage curves](../figures/oasis_risk_coverage.png) | ![Confusion matrices](../figures/oasis_confusion_matrix.png) |
 | **Split by subject** | **Split by slice (LEAKY)** |
 | ![Training curves, split by subject](../figures/leak_by_subject.png) | ![Training curves, split by slice](../figures/leak_by_slice.png) |
-| **Accuracy by window, phantom** | **Speed** |
-| ![Accuracy by slice window](../figures/phantom_window_accuracy.png) | ![Speed](../figures/benchmark.png) |
+| **Accuracy by window, phantom** | |
+| ![Accuracy by slice window](../figures/phantom_window_accuracy.png) | |
 
 Data were provided by OASIS-1: Cross-Sectional: Principal Investigators: D. Marcus, R. Buckner, J. Csernansky, J. Morris;
 P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382.

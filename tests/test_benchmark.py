@@ -1,10 +1,9 @@
 """The benchmark measures what it says, and refuses to time a wrong answer."""
 
 import json
-import subprocess
-import sys
 import time
 
+import command
 import pytest
 import torch
 from conftest import ROOT
@@ -39,15 +38,16 @@ def test_the_models_that_are_compared_give_the_same_answer():
     assert a.std() > 0.01 and torch.allclose(a, b, atol=1e-5)
 
 
-def test_the_cpu_part_runs_in_small_and_writes_its_numbers(run_folder, tmp_path):
+def test_the_cpu_part_runs_in_small_and_writes_its_numbers(tmp_path):
     words = ["--image-size", "32", "--batch-size", "2", "--slices", "45", "--repeats", "1", "--json",
-             tmp_path / "cpu.json", "--figure", tmp_path / "cpu.png", "--checkpoint", run_folder / "best_model.pth"]
-    done = subprocess.run([sys.executable, ROOT / "benchmark.py", *words], capture_output=True, text=True)
+             tmp_path / "cpu.json"]
+    done = command.run(ROOT / "benchmark.py", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "cpu.json").read_text())
     assert results["predict"]["torchvision, float32"]["ratio"] == 1 and results["load"]["slices"] == 45
-    assert results["difference_of_p_AD"]["ours, float32"] < 1e-4 and results["trained"]["bfloat16"] < 0.01
-    assert set(results["train"]) >= {"float32"} and (tmp_path / "cpu.png").stat().st_size > 5000
+    assert results["difference_of_p_AD"]["ours, float32"] < 1e-4
+    assert results["train"]["batch 2"]["ours, float32"]["ratio"] > 0
+    assert results["parity"]["ours"] == results["parity"]["torchvision"] and results["parity"]["difference"] < 1e-4
 
 
 def test_slices_are_repeated_where_more_are_asked_for_than_are_drawn():
@@ -55,15 +55,14 @@ def test_slices_are_repeated_where_more_are_asked_for_than_are_drawn():
     assert few.shape == (40, 1, 240, 256) and len(benchmark.some_slices(1500)) == 1500
 
 
-@pytest.mark.parametrize("words", [["--json", "nowhere/x.json"], ["--figure", "nowhere/x.png"], ["--device", "cpu"],
+@pytest.mark.parametrize("words", [["--json", "nowhere/x.json"], ["--device", "cpu"],
                                    ["--batch-size", "0"]])  # fmt: skip
 def test_wrong_flags_are_reported_before_anything_is_measured(words, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.parse_args(words)
-    assert stop.value.code == 2 and f"error: {words[0]}" in capsys.readouterr().err
+    assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_reported(tmp_path):
-    words = [sys.executable, ROOT / "benchmark.py", "--gpu"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = command.run(ROOT / "benchmark.py", "--gpu")
     assert done.returncode == 2 and "device cuda cannot be used here" in done.stderr

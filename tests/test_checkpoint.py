@@ -1,9 +1,8 @@
 """Checkpoints are data, never code, and what does not fit is said in a sentence."""
 
 import pickle
-import subprocess
-import sys
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -111,7 +110,7 @@ def test_weights_of_another_model_are_a_sentence_at_the_command_line(run_folder,
     changed["model"]["variant"] = "pico"
     save_checkpoint(tmp_path / "m.pth", **changed)
     words = [ad_nc / "test", "--checkpoint", tmp_path / "m.pth", "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, ROOT / "predict.py", *words], capture_output=True, text=True)
+    done = command.run(ROOT / "predict.py", *words)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: the weights are not those of a ConvNeXt pico")
 

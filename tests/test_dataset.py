@@ -1,8 +1,7 @@
 import json
 import shutil
-import subprocess
-import sys
 
+import command
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +15,7 @@ import slices
 import subjects
 import train
 from checkpoint import load_checkpoint
-from dataset import SliceSet, list_set, make_loader, read_index, split_index, usable
+from dataset import SliceSet, make_loader, read_index, split_index
 from subjects import assign_groups, fold_index
 from utils import InputError
 
@@ -25,8 +24,7 @@ from utils import InputError
 
 def audit(root):
     """The lines of the audit of a folder."""
-    listing = list_set(root)
-    return list(dataset.audit(usable(listing)[0], listing.root, listing.source))
+    return list(dataset.audit(dataset.decode_set(root, bar=None)))
 
 
 def test_index_has_a_row_a_slice_and_knows_three_units(ad_nc):
@@ -154,7 +152,7 @@ def test_audit_counts_and_finds_the_subjects_that_train_and_test_share(tmp_path)
     text = "\n".join(audit(write_set(tmp_path, scans)))
     assert "LEAK: 2 of the 6 test subjects are also in train" in text
     assert "test AD         15       3         3" in text
-    assert "48 wide x 40 high, mode L (90 slices)" in text
+    assert "48 wide x 40 high (90 slices); 0 slices are in colour" in text
     assert "slices per scan: 5 (18 scans)" in text and "slice numbers: 70 to 74" in text
 
 
@@ -169,9 +167,9 @@ def test_window_vote_finds_a_shortcut_and_only_a_shortcut(tmp_path):
 
 
 def test_the_audit_command_prints_it_and_wrong_input_exits_with_2(ad_nc, tmp_path):
-    done = subprocess.run([sys.executable, "dataset.py", ad_nc], capture_output=True, text=True)
+    done = command.run("dataset.py", ad_nc)
     assert done.returncode == 0 and "none of the 6 known test subjects is in train" in done.stdout
-    done = subprocess.run([sys.executable, "dataset.py", tmp_path], capture_output=True, text=True)
+    done = command.run("dataset.py", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import command
 import pytest
 from conftest import ROOT
 
@@ -98,13 +99,13 @@ def test_help_and_a_mistyped_flag_answer_in_under_three_tenths_of_a_second(scrip
 def test_a_defect_of_ours_keeps_its_traceback_and_what_the_user_can_fix_is_one_line(tmp_path):
     script = "import sys, utils; utils.run_script(lambda args: (_ for _ in ()).throw(eval(sys.argv[1])), None)"
     for problem in ("ValueError('of NumPy')", "KeyError('x')", "TypeError('y')", "RuntimeError('z')", "IndexError()"):
-        done = subprocess.run([sys.executable, "-c", script, problem], capture_output=True, text=True, cwd=ROOT)
+        done = command.run(script, problem)
         assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, problem
     for problem in ("utils.InputError('no such thing')", "OSError('no such thing')"):
-        done = subprocess.run([sys.executable, "-c", script, problem], capture_output=True, text=True, cwd=ROOT)
+        done = command.run(script, problem)
         assert (done.returncode, done.stderr) == (2, "error: no such thing\n")
     script = "import utils, warnings; utils.run_script(lambda args: warnings.warn('slower'), None)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = command.run(script)
     assert (done.returncode, done.stderr) == (0, "warning: slower\n")
 
 
@@ -112,5 +113,5 @@ def test_a_defect_in_the_middle_of_a_script_is_not_called_the_users(ad_nc, tmp_p
     """A ValueError of a library, planted where the index is made."""
     script = ("import sys, dataset\ndef broken(*args): raise ValueError('operands could not be broadcast')\n"
               "dataset.assign_groups = broken\ndataset.run_script(dataset.main, dataset.parse_args(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", script, ad_nc], capture_output=True, text=True, cwd=ROOT)
+    done = command.run(script, ad_nc)
     assert done.returncode == 1 and "Traceback" in done.stderr and "broken" in done.stderr

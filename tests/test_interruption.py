@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -13,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,11 +72,9 @@ def whole(ad_nc, tmp_path_factory):
 
 def test_a_run_killed_at_25_random_moments_saves_included_ends_bit_identical(ad_nc, tmp_path):
     flags = ["--data", str(ad_nc), *SMALL, *FLAGS, "--epochs", "12"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    common = dict(capture_output=True, text=True, env=environment, timeout=600)
-    unbroken = subprocess.run([sys.executable, ROOT / "train.py", *flags, "--out", tmp_path / "whole"], **common)
+    unbroken = command.run(ROOT / "train.py", *flags, "--out", tmp_path / "whole")
     assert unbroken.returncode == 0, unbroken.stderr
-    done = subprocess.run([sys.executable, ROOT / "tests" / "kill.py", tmp_path, "25", *flags], **common)
+    done = command.run(ROOT / "tests" / "kill.py", tmp_path, "25", *flags, timeout=600)
     assert done.returncode == 0, done.stderr
     kills = re.findall(r"^killed .*half written: (.*)$", done.stdout, re.MULTILINE)
     assert len(kills) == 25 and sum(what != "nothing" for what in kills) >= 5  # in the middle of a save
@@ -201,9 +199,9 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err and f"stopped by {number.name}; resume with:" in out
-    command = shlex.split(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1])
+    words = shlex.split(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1])
     epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"]
-    again = subprocess.run([*command, "--epochs", str(epochs + 1)], capture_output=True, text=True, timeout=120)
+    again = subprocess.run([*words, "--epochs", str(epochs + 1)], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 
@@ -265,7 +263,7 @@ def restored(run, last, amp=None):
     where = Runtime(torch.device("cpu"), amp, StopRequest())
     state = TrainState(checkpoint.build_model(last), where, lr=1e-3)
     card = {"split_hash": last["split_hash"], "machine": last["machine"]}
-    checkpoint.restore_run(state, last, train.parse_args(["--epochs", "6"]), Run(run, print, card), where)
+    checkpoint.restore_run(state, last, train.parse_args(["--epochs", "7"]), Run(run, print, card), where)
     return state
 
 
@@ -287,16 +285,10 @@ def test_the_scale_of_another_precision_is_not_taken_over(run_folder, capsys):
 # ---------------------------------------------------------------- writes that fail
 
 
-def limited(bytes_a_file):
-    """What a full disk does to a process: no file may grow beyond so many bytes."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
-
-
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, tmp_path):
     run = train_steps(ad_nc, tmp_path / "run", "--epochs", "2")
     before = {path: path.read_bytes() for path in run.rglob("*.pth")}
-    words = [sys.executable, ROOT / "train.py", "--out", run, "--resume", "--epochs", "4"]
-    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited(5_000_000), timeout=120)
+    done = command.run(ROOT / "train.py", "--out", run, "--resume", "--epochs", "4", file_size=5_000_000)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert re.search(r"\.pth cannot be written: .*; what was there before is untouched", done.stderr)
     assert re.search(r"the last good checkpoint is .*last\.pth, after epoch 2, .*--resume", done.stderr, re.DOTALL)
@@ -314,11 +306,10 @@ def test_every_kind_of_file_is_whole_or_as_before(tmp_path, write):
     file.write_bytes(b"before")
     script = (f"import sys, pandas, torch, checkpoint, utils; path = sys.argv[1]\n"
               f"try: {write}\nexcept OSError as problem: sys.exit(str(problem))")
-    command = dict(args=[sys.executable, "-c", script, file], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    done = subprocess.run(**command, preexec_fn=limited(100_000))
+    done = command.run(script, file, file_size=100_000)
     assert done.returncode == 1 and done.stderr.startswith(f"{file} cannot be written: ")
     assert file.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert subprocess.run(**command).returncode == 0 and file.stat().st_size > 10**6
+    assert command.run(script, file).returncode == 0 and file.stat().st_size > 10**6
 
 
 def test_a_folder_that_cannot_be_written_is_one_error():
@@ -342,7 +333,7 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_done(ad_nc, run_fol
     for script, words in (("train.py", ["--data", ad_nc]), ("predict.py", [ad_nc / "test", "--checkpoint",
                                                                           run_folder / "best_model.pth"])):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
-            done = subprocess.run([sys.executable, ROOT / script, *words, "--out", out], capture_output=True, text=True)
+            done = command.run(ROOT / script, *words, "--out", out)
             assert done.returncode == 2 and "Traceback" not in done.stderr and "is not a folder" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -441,9 +432,7 @@ def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
               "conftest.train_steps(sys.argv[1], sys.argv[2], '--epochs', '1', '--deterministic')\n"
               "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
               "assert os.environ['CUBLAS_WORKSPACE_CONFIG']")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     for out in ("a", "b"):  # a process each
-        words = [sys.executable, "-c", script, ad_nc, tmp_path / out]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+        done = command.run(script, ad_nc, tmp_path / out)
         assert done.returncode == 0, done.stderr
     assert same(tmp_path / "a", tmp_path / "b")

@@ -125,6 +125,7 @@ def test_score_of_one_class_leaves_undefined_scores_empty():
     table = random_predictions()
     scores = metrics.summarise(metrics.bootstrap_scores(table[table.label == "AD"]))["slice"]
     assert scores["specificity"] is scores["auroc"] is scores["balanced_accuracy"] is None
+    assert scores["average_precision"] is scores["ci95"]["average_precision"] is None
     assert scores["ci95"]["auroc"] is None and scores["accuracy"] == scores["sensitivity"]
 
 

@@ -3,10 +3,8 @@ import collections
 import hashlib
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 from PIL import Image
@@ -180,7 +178,6 @@ def test_interrupted_run_leaves_no_half_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["OUT", "--subjects", "3"], ["OUT", "--seed", "-1"], []])
 def test_wrong_input_is_one_error_line_and_status_2(tmp_path, arguments):
-    done = subprocess.run([sys.executable, Path(phantom.__file__), *arguments], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = command.run(phantom.__file__, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and re.fullmatch(r"error: .+\n", done.stderr)
     assert not any(tmp_path.iterdir())

@@ -116,10 +116,10 @@ def test_the_checkpoint_alone_decides_size_and_architecture(run_folder, ad_nc, t
 
 
 def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path, capsys):
-    run_predict(run_folder, tmp_path, ad_nc / "train" / "AD")  # without labels, there is no title to say it
+    run_predict(run_folder, tmp_path / "AD", ad_nc / "train" / "AD")  # without labels, there is no title to say it
     assert "6 of 6 scans are of subjects seen in training: memory, not a test" in capsys.readouterr().err
-    run_predict(run_folder, tmp_path, ad_nc / "train")
-    title = json.loads((tmp_path / "metrics.json").read_text())["title"]
+    run_predict(run_folder, tmp_path / "both", ad_nc / "train")
+    title = json.loads((tmp_path / "both" / "metrics.json").read_text())["title"]
     assert "LEAKY: 12 of 12 scans are of subjects seen in training" in title
 
 
@@ -209,11 +209,13 @@ def test_some_unlabelled_slices_are_reported_and_cost_the_scores(run_folder, ad_
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_results_of_an_earlier_prediction_do_not_stay_beside_new_ones(run_folder, ad_nc, tmp_path, pictures):
-    run_predict(run_folder, tmp_path, ad_nc / "test")
-    assert (tmp_path / "metrics.json").exists() and (tmp_path / "roc_curve.png").exists()
-    run_predict(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg")
-    assert {path.name for path in tmp_path.iterdir()} == {"predictions.csv", "scans.csv", "subjects.csv"}
+def test_a_prediction_does_not_replace_results(run_folder, ad_nc, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for out in (run, run / "test"):
+        with pytest.raises(ValueError, match="is not empty, and nothing is overwritten; choose a new --out"):
+            run_predict(run_folder, out, ad_nc / "test" / "AD" / "300_70.jpeg")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc, tmp_path):
@@ -226,16 +228,16 @@ def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc,
 
 
 def test_coverage_writes_a_prediction_set_for_each_scan(run_folder, ad_nc, tmp_path, capsys):
-    words = [str(ad_nc / "test"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path)]
-    predict.main(predict.parse_args([*words, "--coverage", "0.6"]))
-    sets = pd.read_csv(tmp_path / "scans.csv", dtype={"scan": str}).set_index("scan").prediction_set
+    words = [str(ad_nc / "test"), "--checkpoint", str(run_folder / "best_model.pth")]
+    predict.main(predict.parse_args([*words, "--out", str(tmp_path / "a"), "--coverage", "0.6"]))
+    sets = pd.read_csv(tmp_path / "a" / "scans.csv", dtype={"scan": str}).set_index("scan").prediction_set
     assert set(sets) <= {"AD", "NC", "AD|NC"} and sets["300"] == "AD" and sets["400"] == "NC"
-    predict.main(predict.parse_args([*words, "--coverage", "0.9"]))
-    assert (pd.read_csv(tmp_path / "scans.csv").prediction_set == "AD|NC").all()  # three validation subjects
+    predict.main(predict.parse_args([*words, "--out", str(tmp_path / "b"), "--coverage", "0.9"]))
+    assert (pd.read_csv(tmp_path / "b" / "scans.csv").prediction_set == "AD|NC").all()  # three validation subjects
     told = capsys.readouterr()
     assert "validation subjects can promise a coverage of at most 0." in told.err
     assert "scan 300: AD|NC (uncertain), p_AD" in told.out
-    assert json.loads((tmp_path / "metrics.json").read_text())["prediction_sets"]["uncertain"] == 1
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["prediction_sets"]["uncertain"] == 1
 
 
 def test_a_checkpoint_of_an_unfinished_run_predicts_and_says_that_it_is_not_calibrated(

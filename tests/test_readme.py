@@ -88,8 +88,7 @@ def test_requirements_name_what_is_imported_and_nothing_else():
     package = {"sklearn": "scikit-learn", "PIL": "pillow"}
     text = (ROOT / "requirements.txt").read_text()
     required = set(re.findall(r"^([\w-]+)>=[\d.]+$", text, re.MULTILINE))
-    # train.py imports tensorboard through torch.utils.tensorboard
-    assert required == {package.get(name, name) for name in imported} | {"tensorboard"}
+    assert required == {package.get(name, name) for name in imported}
 
 
 def test_every_test_that_the_pages_name_exists():

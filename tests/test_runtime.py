@@ -3,11 +3,13 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import command
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,10 +26,16 @@ EXACT = ["--amp", "off", "--no-flip", "--warmup-epochs", "0"]
 
 
 def torchrun(processes, *words, timeout=300):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*launcher, str(ROOT / "train.py"), *map(str, words)], capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    return done
+    """What the command torchrun does, without the start of the libraries; returns how the processes ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    waits = [command.start(ROOT / "train.py", *words, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(processes)]
+    ends = [wait(timeout) for wait in waits]
+    return subprocess.CompletedProcess(words, max(end.returncode for end in ends),
+                                       *("".join(getattr(end, name) for end in ends) for name in ("stdout", "stderr")))
 
 
 @pytest.mark.parametrize("batch, epochs", [("64", "8"), ("13", "2")])  # a step an epoch; 4 uneven steps an epoch
@@ -60,7 +68,7 @@ def test_a_run_of_several_processes_is_resumed_by_one(ad_nc, tmp_path):
 
 def test_wrong_input_ends_all_processes(ad_nc, run_folder):
     done = torchrun(2, "--data", ad_nc, "--out", run_folder, *SMALL, timeout=120)
-    assert done.returncode != 0 and done.stderr.count("is not empty, and a run never overwrites another") == 1
+    assert done.returncode != 0 and done.stderr.count("is not empty, and nothing is overwritten") == 1
     assert "train.py\", line" not in done.stderr  # of none of the processes there is a traceback
 
 
