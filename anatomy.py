@@ -12,10 +12,13 @@ import numpy as np
 WIDTH, HEIGHT, SLICES = 256, 240, 20
 MIDLINE, SPACING = 90.5, 1.2             # slice index of the midline; mm between slices (a pixel is 1 mm)
 CSF, GREY, WHITE = 0.16, 0.60, 1.0       # T1 contrast, relative to white matter
+LOCAL_SLICES = (68, 71, 74, 107, 110, 113)   # where temporal horn and hippocampus are, on either side
 
 
 class Scan(NamedTuple):
-    """One scan of the plan. `atrophy` is the subject's latent; `visit` counts the subject's scans from 0."""
+    """One scan of the plan. `atrophy` is the subject's latent; `visit` counts the subject's scans from 0. With the
+    local cue `ageing` is a second latent, which says nothing of the class: atrophy then acts on the temporal horn and
+    the hippocampus alone, ageing on ventricles and sulci, and scanners and heads differ more."""
     scan: int
     subject: str
     label: str
@@ -23,6 +26,12 @@ class Scan(NamedTuple):
     start: int
     atrophy: float
     visit: int
+    ageing: float | None = None
+
+    @property
+    def indices(self):
+        """The slice indices of the scan: its window, or with the local cue where that can be seen."""
+        return LOCAL_SLICES if self.ageing is not None else tuple(range(self.start, self.start + SLICES))
 
 
 # ---- shapes: signed distances in mm, negative inside; p = (x, y, z), y forward, z up -----------------------
@@ -64,18 +73,21 @@ def _paint(image, distance, value, soft=1.5):
 # ---- one subject -------------------------------------------------------------------------------------------
 
 class Anatomy:
-    """The shape of one subject's brain, a function of the seed, the subject's name and the atrophy alone."""
+    """The shape of one subject's brain, a function of the seed, the subject's name, atrophy and ageing alone."""
     GRID, PITCH, WAVE = 64, 3.0, 22.0    # folding: cells, mm a cell, mm for two sulci
 
-    def __init__(self, seed, subject, atrophy):
+    def __init__(self, seed, subject, atrophy, ageing=None):
         rng = np.random.default_rng([seed, 2, int(subject[:3]), int(subject[6:])])
         own = rng.standard_normal(4)     # each effect of atrophy has a spread of its own
         # plain floats: a NumPy float64 would turn every float32 array that it meets into float64
+        local = ageing is not None
+        wide = ageing if local else atrophy
         # steep where the classes meet, with a limit to what fits into a head
-        self.ventricle = float(np.exp(0.05 + 0.9 * np.tanh(0.45 * atrophy) + 0.11 * own[0]))
-        self.sulcus = float(np.exp(0.20 * atrophy + 0.10 * own[1]))
-        self.hippocampus = float(np.exp(-0.09 * atrophy + 0.05 * own[2]))
-        self.temporal = float(np.exp(-0.025 * atrophy + 0.02 * own[3]))
+        self.ventricle = float(np.exp(0.05 + 0.9 * np.tanh(0.45 * wide) + 0.11 * own[0]))
+        self.sulcus = float(np.exp(0.20 * wide + 0.10 * own[1]))
+        self.hippocampus = float(np.exp((-0.12 if local else -0.09) * atrophy + 0.05 * own[2]))
+        self.temporal = float(np.exp(-0.025 * wide + 0.02 * own[3]))
+        self.horn = float(np.exp(0.30 * atrophy)) if local else self.ventricle
         self.size = (1 + 0.025 * rng.standard_normal(3)).tolist()
         self.bumps = rng.uniform(-2.5, 2.5, 10).tolist()
         self.phase = rng.uniform(0, 2 * np.pi, 12).tolist()
@@ -177,8 +189,9 @@ class Anatomy:
         body = _tube(p, (11, 35, 5, 2.6 * v), (9, 25, 12, 4.4 * v), (8, 6, 17 + lift / 2, 4.0 * v),
                      (11, -14, 16 + lift / 2, 4.0 * v), (17, -28, 11, 5.0 * v), (23, -38, 4, 5.4 * v),
                      (25, -60, 1, 1.6 * v))
-        horn = _tube(p, (23, -36, 2, 4.5 * v), (28, -24, -8, 2.3 * v), (29, -8, -14, 2.0 * v),
-                     (30, 6, -17, 1.5 * v))
+        t = self.horn
+        horn = _tube(p, (23, -36, 2, 4.5 * v), (28, -24, -8, 2.3 * t), (29, -8, -14, 2.0 * t),
+                     (30, 6, -17, 1.5 * t))
         _paint(image, _join(body, horn, 3), CSF)
         tail = [(25, 3, -20, 6.0), (27, -10, -18.5, 5.2), (25, -24, -11, 4.2), (20, -34, -1, 3.0)]
         # CSF fills the room that a shrinking hippocampus leaves
@@ -225,34 +238,57 @@ class Anatomy:
 # ---- one scan ----------------------------------------------------------------------------------------------
 
 def render(scan, seed=0, slices=None):
-    """Draw a scan: uint8 array (slices, 240, 256), by default the 20 of its window.
+    """Draw a scan: uint8 array (slices, 240, 256), by default those of `scan.indices`.
 
     Pose, brightness, contrast, bias and noise depend on seed, subject and visit only, never on the class.
     """
-    slices = np.arange(scan.start, scan.start + SLICES) if slices is None else np.asarray(slices)
+    slices = scan.indices if slices is None else slices
     key = [seed, 3, int(scan.subject[:3]), int(scan.subject[6:])]
     head = np.random.default_rng(key).standard_normal(8)
     rng = np.random.default_rng(key + [scan.visit])
     pose = (0.8 * head + 0.35 * rng.standard_normal(8)).tolist()
     # from scan to scan the disease goes on a little, in both classes alike
     atrophy = scan.atrophy + 0.06 * scan.visit + 0.06 * rng.standard_normal()
-    anatomy = Anatomy(seed, scan.subject, atrophy)
-    turn, scale = np.deg2rad(3.0 * pose[0]), 1 + 0.025 * head[1] + 0.004 * pose[1]
+    anatomy = Anatomy(seed, scan.subject, atrophy, scan.ageing)
+    more = _more_differences(scan, key)
+    turn, scale = np.deg2rad(3.0 * pose[0] + more["turn"]), 1 + 0.025 * head[1] + 0.004 * pose[1]
     column, row = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
-    right, down = (column - 128 - 2.5 * pose[2]) / scale, (row - 123 - 2.5 * pose[3]) / scale
+    right = (column - 128 - 2.5 * pose[2] - more["right"]) / scale
+    down = (row - 123 - 2.5 * pose[3] - more["down"]) / scale
     y = (-np.cos(turn) * right - np.sin(turn) * down).astype(np.float32)   # the face looks to the left
     z = (np.sin(turn) * right - np.cos(turn) * down).astype(np.float32)
     near = np.flatnonzero((y / 101) ** 2 + ((z + 2) / 89) ** 2 < 1)      # no brain outside this ellipse
     y, z = y.ravel()[near], z.ravel()[near]
-    white, gamma = float(178 * np.exp(0.09 * pose[4])), 1 + 0.08 * pose[5]
+    white, gamma = float(178 * np.exp(0.09 * pose[4])), (1 + 0.08 * pose[5]) * more["gamma"]
     bias = 1 + 0.05 * pose[6] * y / 80 + 0.05 * pose[7] * z / 60
-    noise = white * float(rng.uniform(0.022, 0.04))
+    noise = white * float(rng.uniform(0.022, 0.04)) * more["noise"]
     drawn = np.zeros((len(slices), HEIGHT * WIDTH), np.uint8)
     for picture, index in zip(drawn, slices):
-        x = np.full_like(y, (index - MIDLINE + 0.5 * pose[1]) * SPACING / scale)
+        x = np.full_like(y, (index - MIDLINE + 0.5 * pose[1]) * SPACING / scale) + more["roll"] * z + more["yaw"] * y
         image, share = anatomy.section(x, y, z)
         image = white * bias * np.clip(image, 0, None) ** gamma
-        real, imaginary = noise * rng.standard_normal((2, len(near)), np.float32)
+        real, imaginary = noise * _grains(rng, near, more["grain"])
         # Rician, as a magnitude image; the stripped skull leaves true black
         picture[near] = np.clip(share * np.hypot(image + real, imaginary), 0, 255)
     return drawn.reshape(-1, HEIGHT, WIDTH)
+
+
+def _more_differences(scan, key):
+    """What heads and scanners with the local cue differ in beyond the others: a turn (degrees) and shifts (pixels) in
+    the plane, slopes of the plane, factors of gamma and noise, and over how many pixels the noise is alike."""
+    if scan.ageing is None:
+        return dict(turn=0.0, right=0.0, down=0.0, roll=0.0, yaw=0.0, gamma=1.0, noise=1.0, grain=0.0)
+    rng = np.random.default_rng(key + [scan.visit, 1])
+    z = rng.standard_normal(6).tolist()
+    return dict(turn=6 * z[0], right=6 * z[1], down=6 * z[2], roll=0.026 * z[3], yaw=0.026 * z[4],   # 1.5 degrees
+                gamma=float(np.exp(0.12 * z[5])), noise=float(rng.uniform(0.8, 1.6)), grain=float(rng.uniform(0, 0.9)))
+
+
+def _grains(rng, near, grain):
+    """Two fields of noise of unit variance at the pixels `near`, float32 (2, n), alike over `grain` pixels."""
+    if not grain:
+        return rng.standard_normal((2, len(near)), np.float32)
+    from scipy.ndimage import gaussian_filter
+
+    noise = gaussian_filter(rng.standard_normal((2, HEIGHT, WIDTH), np.float32), (0, grain, grain))
+    return (noise / noise.std()).reshape(2, -1)[:, near]

@@ -102,10 +102,10 @@ def format_scores(scores, title):
 
 
 def format_baselines(scores, unit="scan"):
-    """The ConvNeXt beside the baselines, and whether it is shown to beat them."""
+    """The model beside the baselines, and whether it is shown to beat them."""
     header = [f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
-    rows = [[*header, "accuracy of the ConvNeXt minus it"]]
-    rows.append(["ConvNeXt", *(cell(scores[unit], name) for name in COMPARED), ""])
+    rows = [[*header, "accuracy of the model minus it"]]
+    rows.append(["the model", *(cell(scores[unit], name) for name in COMPARED), ""])
     beaten, unbeaten = [], []
     for name, part in scores["baselines"].items():
         minus = scores["minus_baseline"][name][unit]
@@ -114,11 +114,11 @@ def format_baselines(scores, unit="scan"):
         (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
     verdict = []
     if beaten:
-        verdict.append(f"In {unit}-level accuracy, the ConvNeXt beats: {', '.join(beaten)}.")
+        verdict.append(f"In {unit}-level accuracy, the model beats: {', '.join(beaten)}.")
     if scores[unit]["groups"] < metrics.FEWEST:
         verdict = [f"{scores[unit]['groups']} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
     elif unbeaten:
-        verdict.append(f"In {unit}-level accuracy, the ConvNeXt is NOT shown to beat: {', '.join(unbeaten)}.")
+        verdict.append(f"In {unit}-level accuracy, the model is NOT shown to beat: {', '.join(unbeaten)}.")
     return ["", *format_table(rows), "", " ".join(verdict)]
 
 
@@ -231,7 +231,8 @@ def assess_run(slices, args, run, runtime):
     What is learned here, from train and val alone, goes into best_model.pth: the baselines and the calibration.
     """
     checkpoint = load_checkpoint(run.best)
-    run.log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
+    last = args.keep == "last"
+    run.log(f"{'last' if last else 'best'} epoch {checkpoint['epoch']}{', chosen by validation accuracy' * (not last)}")
     checkpoint["baselines"] = fit_baselines(slices)
     titles = dict(PARTS)
     if args.folds is not None:

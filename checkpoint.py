@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 import subjects
-from modules import convnext, load_weights
+from modules import PAPER, describe_model, load_weights, make_model
 from slices import MEAN, STD, stats_range
 from utils import CLASSES, InputError, write_atomically, write_csv, write_json
 
@@ -84,13 +84,19 @@ def load_checkpoint(path):
 def build_model(checkpoint):
     """The model that a checkpoint describes, with its weights; InputError where they are those of another one."""
     try:
-        model = convnext(**checkpoint["model"])
+        model = make_model(**checkpoint["model"])
         model.load_state_dict(checkpoint["weights"])
     except (RuntimeError, ValueError) as problem:
         first = str(problem).splitlines()[1:2] or [str(problem)]
-        raise InputError(f"the weights are not those of a ConvNeXt {checkpoint['model']['variant']}: "
+        raise InputError(f"the weights are not those of a {describe_model(checkpoint['model']['variant'])}: "
                          f"{first[0].strip()}") from None
     return model
+
+
+def model_options(args):
+    """The arguments of `modules.make_model` that the flags of train.py ask for."""
+    given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
+    return {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path, **given}
 
 
 def start_model(args, log, last=None):
@@ -99,7 +105,7 @@ def start_model(args, log, last=None):
     `last` knows init from there."""
     init = last["init"] if last else None
     try:
-        model = convnext(args.model, drop_path_rate=args.drop_path)
+        model = make_model(**model_options(args))
         if args.init and not last:
             state = load_tensors(args.init)
             loaded, left = load_weights(model, state)
@@ -144,7 +150,7 @@ def model_card(args, slices, runtime, init=None):
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])
     return {
-        "model": {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path},
+        "model": model_options(args),
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(slices.images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,

@@ -35,7 +35,8 @@ import cache
 import subjects
 from metrics import window_vote
 from slices import EXTENSIONS, common_size, list_folder, parse_name, send
-from subjects import assign_groups, read_subjects, split_index
+from subjects import assign_groups, read_subjects
+from subjects import split_index as split_index
 
 # ---------------------------------------------------------------- index
 
@@ -277,19 +278,9 @@ def load_set(args, root, bar="decoding"):
     Files that cannot be used are an InputError, or with --skip-bad they are left out and listed in `bad`.
     """
     slices = decode_set(root, not args.no_cache, bar)
-    index, dropped = slices.index, None
     if slices.bad and not args.skip_bad:
         raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
-    if args.folds is not None:  # the official test set takes part in nothing
-        index = index[index.split == "train"]
-    if args.split:
-        index = subjects.read_split(index, args.split, slices.root)
-    if args.drop_test_subjects:
-        index, dropped = subjects.drop_test_subjects(index)
-    if args.folds is not None:
-        index = subjects.fold_index(index, args.fold, args.folds, args.split_by, args.seed)
-    if not args.split:
-        index = split_index(index, args.val_fraction, args.split_by, args.seed)
+    index, dropped = subjects.split_as_asked(slices.index, args, slices.root)
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from inference import micro_batch, predict_logits
 from metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
+from modules import has_batch_norm
 from runtime import seed_everything
 from slices import train_transform
 from utils import CLASSES, InputError, lr_at, seed_of
@@ -58,8 +59,9 @@ class TrainState:
 
     def __init__(self, model, runtime, *, lr, weight_decay=1e-4, ema=0.0):
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
+        self.whole = has_batch_norm(model)  # then a batch is not taken in parts, whose statistics would be others
         self.forward = model  # or what wraps it, see `train.make_batches`
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)
         self.runtime, self.history = runtime, []
         self.sums = {"skipped_in_a_row": torch.zeros((), device=runtime.device)}
@@ -111,7 +113,7 @@ def train_step(state, x, y, *, label_smoothing=0.1, clip_grad=1.0, size=None):
     """
     runtime, scaler, size = state.runtime, state.scaler, size or len(x)
     criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="none")
-    mine, at_once = runtime.share(size), micro_batch(runtime.device, *x.shape[2:])
+    mine, at_once = runtime.share(size), len(x) if state.whole else micro_batch(runtime.device, *x.shape[2:])
     state.optimizer.zero_grad(set_to_none=True)
     found = torch.zeros(3, device=runtime.device)
     for at in range(0, len(x), at_once):

@@ -23,7 +23,7 @@ import metrics
 from baselines import predict_baselines
 from checkpoint import build_model
 from dataset import make_loader
-from modules import ConvNeXt
+from modules import ConvNeXt, has_batch_norm
 from slices import MEAN, STD, eval_transform, out_of_range
 from subjects import find_exposure
 from utils import CLASSES, InputError
@@ -48,7 +48,7 @@ def make_engine(model, runtime):
     """
     model.eval()
     plain = _Plain(model, runtime)
-    if runtime.device.type != "cpu" or not isinstance(model, ConvNeXt):
+    if runtime.device.type != "cpu" or not isinstance(model, ConvNeXt) or has_batch_norm(model):
         return plain
     try:
         folded = _Folded(model, runtime.amp or torch.float32)

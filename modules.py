@@ -18,6 +18,8 @@ import torch.nn.functional as F
 # Liu et al. 2022, section 2.3, for tiny to large; the four below tiny are the sizes of timm and of ConvNeXt V2
 # (Woo et al. 2023, arXiv 2301.00808, table 9) with the block of V1.
 VARIANTS = {
+    "narrow": dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), norm="batch", stem="conv", downsample="pool",
+                   layer_scale=1.0, init_std="fan_in"),
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
     "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
     "pico": dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512)),
@@ -27,6 +29,9 @@ VARIANTS = {
     "base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
     "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }
+
+
+PAPER = dict(norm="layer", stem="patch", downsample="patch", layer_scale=1e-6, init_std=0.02)
 
 
 class DropPath(nn.Module):
@@ -73,17 +78,22 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+def make_norm(kind, dim):
+    """Normalisation of (N, C, H, W): "layer" over the channels, or "batch" (Ioffe & Szegedy 2015, arXiv 1502.03167)."""
+    return {"layer": lambda: LayerNorm(dim, channels_first=True), "batch": lambda: nn.BatchNorm2d(dim)}[kind]()
+
+
 class ConvNeXtBlock(nn.Module):
-    """One residual block (paper, figure 4): depthwise 7x7, LayerNorm, C to 4C, GELU, 4C to C, LayerScale, DropPath.
+    """One residual block (paper, figure 4): depthwise 7x7, norm, C to 4C, GELU, 4C to C, LayerScale, DropPath.
 
     Takes and gives (N, C, H, W). `gamma` is LayerScale (Touvron et al. 2021, arXiv 2103.17239): a learned factor per
-    channel that starts at 1e-6, so that every block starts as the identity.
+    channel that starts at `layer_scale`; at 1e-6 every block starts as the identity.
     """
 
-    def __init__(self, dim, drop_path=0.0, layer_scale=1e-6):
+    def __init__(self, dim, drop_path=0.0, layer_scale=1e-6, norm="layer"):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
-        self.norm = LayerNorm(dim)
+        self.norm = make_norm(norm, dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)  # a 1x1 convolution, as a matrix product on (N, H, W, C)
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * dim, dim)
@@ -91,42 +101,48 @@ class ConvNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        y = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        y = self.pwconv2(self.act(self.pwconv1(y)))
         y = (self.gamma.to(y.dtype) * y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return x + self.drop_path(y)
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt of four stages; `convnext(variant)` makes one by name.
+    """ConvNeXt of four stages; `convnext(variant)` makes one by name. The options have the paper's values by default.
 
-    `downsample_layers[0]` is the stem, 4x4 with stride 4 and LayerNorm; the other three are LayerNorm and 2x2 with
-    stride 2. Takes (N, in_chans, H, W) with H and W of at least 32, gives logits (N, num_classes).
-    The drop-path rate grows linearly over the blocks, from 0 in the first to `drop_path_rate` in the last.
+    `downsample_layers[0]` is the stem: "patch", 4x4 with stride 4 and norm, or "conv", 3x3, norm and 2x2 max pooling.
+    The other three are norm and "patch", 2x2 with stride 2, or "pool", 3x3 and 2x2 max pooling. `init_std` is the SD of
+    the initial weights, or "fan_in": one over the root of the inputs of a neuron. Takes (N, in_chans, H, W) with H and
+    W of at least 32, gives logits (N, num_classes). The drop-path rate grows linearly over the blocks, from 0 in the
+    first to `drop_path_rate` in the last.
     """
 
-    def __init__(self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0):
+    def __init__(self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0, **options):
         super().__init__()
-        self.downsample_layers = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), LayerNorm(dims[0], True))]
-        )
+        options = PAPER | options
+        norm, layer_scale = options["norm"], options["layer_scale"]
+        first = [nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), make_norm(norm, dims[0])]
+        if options["stem"] == "conv":
+            first = [nn.Conv2d(in_chans, dims[0], kernel_size=3, padding=1), make_norm(norm, dims[0]), nn.MaxPool2d(2)]
+        self.downsample_layers = nn.ModuleList([nn.Sequential(*first)])
         for before, after in zip(dims, dims[1:]):
-            self.downsample_layers.append(
-                nn.Sequential(LayerNorm(before, True), nn.Conv2d(before, after, kernel_size=2, stride=2))
-            )
+            halve = [nn.Conv2d(before, after, kernel_size=2, stride=2)]
+            if options["downsample"] == "pool":
+                halve = [nn.Conv2d(before, after, kernel_size=3, padding=1), nn.MaxPool2d(2)]
+            self.downsample_layers.append(nn.Sequential(make_norm(norm, before), *halve))
         rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvNeXtBlock(dim, next(rates)) for _ in range(depth))) for depth, dim in zip(depths, dims)
+            nn.Sequential(*(ConvNeXtBlock(dim, next(rates), layer_scale, norm) for _ in range(depth)))
+            for depth, dim in zip(depths, dims)
         )
         self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                fan_in = module.weight[0].numel()
+                std = fan_in**-0.5 if options["init_std"] == "fan_in" else options["init_std"]
+                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> (N, dims[-1]): the normalised mean over the last feature map."""
@@ -142,11 +158,39 @@ class ConvNeXt(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0):
-    """A ConvNeXt with fresh weights. `variant` is a key of `VARIANTS`; another name is a ValueError."""
+def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0, **options):
+    """A ConvNeXt with fresh weights. `variant` is a key of `VARIANTS`; another name is a ValueError. Options are those
+    of `PAPER`; where they are not given they are the variant's, or the paper's."""
     if variant not in VARIANTS:
         raise ValueError(f"there is no ConvNeXt variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-    return ConvNeXt(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate, **VARIANTS[variant])
+    given = dict(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate) | options
+    return ConvNeXt(**VARIANTS[variant] | given)
+
+
+def has_batch_norm(model):
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+class PlainCNN(nn.Sequential):
+    """What one would train instead: four times 3x3 convolution, BatchNorm, ReLU and 2x2 max pooling, then mean and
+    linear layer. Takes (N, in_chans, H, W) with H and W of at least 16, gives logits (N, num_classes)."""
+
+    def __init__(self, *, in_chans=1, num_classes=2, dims=(16, 32, 64, 128)):
+        layers = []
+        for before, after in zip((in_chans, *dims), dims):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dims[-1], num_classes))
+
+
+def make_model(variant, *, in_chans=1, num_classes=2, **options):
+    """The ConvNeXt of that name, or for "cnn" the plain one, to which options mean nothing."""
+    if variant == "cnn":
+        return PlainCNN(in_chans=in_chans, num_classes=num_classes)
+    return convnext(variant, in_chans=in_chans, num_classes=num_classes, **options)
+
+
+def describe_model(variant):
+    return "plain CNN" if variant == "cnn" else f"ConvNeXt {variant}"
 
 
 # Each pair rewrites a name of torchvision's (features, classifier) or timm's (stem, blocks, head.fc) into ours. Even

@@ -41,6 +41,7 @@ from checkpoint import load_checkpoint
 from dataset import list_inputs, load_inputs
 from inference import calibrated, most_coverage, predict_slices
 from metrics import aggregate
+from modules import describe_model
 from runtime import Runtime, explain_end, pick_amp, pick_device
 
 
@@ -92,7 +93,7 @@ def main(args):
     runtime = Runtime(device, pick_amp(args.amp, device))
     listing = list_inputs(args.inputs)
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
-    print(f"{path}: ConvNeXt {checkpoint['model']['variant']}, {checkpoint['image_size']} px, epoch "
+    print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}")
 
     with explain_end(args):

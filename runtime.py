@@ -168,7 +168,10 @@ class Runtime:
         """The model to call in a training step; its gradients are the means over all processes."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        cuda = self.device.type == "cuda"
+        if cuda:  # on a CPU, BatchNorm has the statistics of this process's share: PyTorch has no other
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        return DistributedDataParallel(model, device_ids=[self.device] if cuda else None)
 
     def total(self, values):
         """The sum of a tensor over all processes, in place."""

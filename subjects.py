@@ -108,6 +108,20 @@ def drop_test_subjects(index):
     return index[~out], index.scan[out].nunique()
 
 
+def take_subjects(index, n, seed=0):
+    """Keep n groups of split "train", of each class its share, in a seeded order: fewer are among more, as learning
+    curves need it. InputError where there are fewer."""
+    train = index[index.split == "train"]
+    label = train.groupby("group").label.first()
+    if n > len(label):
+        raise InputError(f"--subjects is {n}, but train/ has {len(label)}; expected no more")
+    order = np.random.default_rng(seed).permutation(len(label))
+    rank = label.iloc[order].groupby(label.iloc[order]).cumcount()
+    share = label.map(label.value_counts()) / len(label)
+    first = ((rank + 0.5) / share.loc[rank.index]).sort_values(kind="stable").index[:n]
+    return index[(index.split != "train") | index.group.isin(first)]
+
+
 def _units(index, by):
     """What a split keeps together: the group, or each slice by itself."""
     if by not in ("subject", "slice"):
@@ -191,6 +205,23 @@ def read_split(index, file, root):
         raise InputError(f"--split {file} has {len(shared)} groups in both train and val, first {shared[0]}; expected "
                          "all scans of a subject, and copies of a scan, on one side")
     return index
+
+
+def split_as_asked(index, args, root):
+    """The index with the split that the flags of train.py ask for; and how many scans --drop-test-subjects left out, or
+    None."""
+    dropped = None
+    if args.folds is not None:  # the official test set takes part in nothing
+        index = index[index.split == "train"]
+    if args.split:
+        return read_split(index, args.split, root), None
+    if args.drop_test_subjects:
+        index, dropped = drop_test_subjects(index)
+    if args.subjects is not None:
+        index = take_subjects(index, args.subjects, args.seed)
+    if args.folds is not None:
+        index = fold_index(index, args.fold, args.folds, args.split_by, args.seed)
+    return split_index(index, args.val_fraction, args.split_by, args.seed), dropped
 
 
 def _shared(index, column, one, other):

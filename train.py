@@ -21,8 +21,13 @@ from pathlib import Path
 from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
 DEMO_SUBJECTS = 60
-# What --demo changes: small enough for minutes on two cores. 1e-4 is too slow for so few steps.
-DEMO = dict(model="atto", image_size=48, epochs=6, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2)
+# What the name of a recipe stands for; flags that are given win.
+RECIPES = {
+    "paper": {},  # the defaults: Liu et al. 2022, from scratch
+    "small": dict(model="narrow", image_size=112, epochs=20, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
+    # small enough for minutes on two cores; 1e-4 is too slow for so few steps
+    "demo": dict(model="atto", image_size=48, epochs=6, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
+}
 # What may differ when a run is resumed: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
                   "workers"}
@@ -39,6 +44,7 @@ def make_parser():
     add("--resume", action="store_true", help="resume the run in --out; its flags are taken from config.json")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
+    add("--recipe", choices=RECIPES, default="paper", help="small: for few subjects; sets flags, see RECIPES")
     add = parser.add_argument_group("split").add_argument
     add("--split", metavar="FILE", help="take who is where from the split.csv of an earlier run, or one made by hand")
     add("--val-fraction", type=SHARE, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
@@ -46,10 +52,17 @@ def make_parser():
     add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
     add("--drop-test-subjects", action="store_true", help="leave out of train/ who is also in test/")
+    add("--subjects", type=COUNT, metavar="N", help="use N subjects of train/ only, to see how many it takes")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny", metavar="V", help="atto, femto, pico, nano, tiny, small, base or large (tiny)")
+    add("--model", default="tiny", metavar="V",
+        help="narrow, atto, femto, pico, nano, tiny, small, base or large; cnn: a plain CNN (tiny)")
     add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's square input (224)")
     add("--drop-path", type=SHARE, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
+    add("--norm", choices=("layer", "batch"), help="normalisation (that of the variant: layer, of narrow batch)")
+    add("--stem", choices=("patch", "conv"), help="4x4 with stride 4, or 3x3 and pooling (that of the variant)")
+    add("--downsample", choices=("patch", "pool"), help="2x2 with stride 2, or 3x3 and pooling (that of the variant)")
+    add("--layer-scale", type=AMOUNT, metavar="G", help="start of LayerScale (that of the variant)")
+    add("--init-std", type=POSITIVE, metavar="SD", help="of the initial weights (that of the variant)")
     add("--init", metavar="FILE", help="start from a ConvNeXt state dict of torchvision or timm")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, default=100, metavar="N", help="length of the schedule (100)")
@@ -61,6 +74,7 @@ def make_parser():
     add("--warmup-epochs", type=AMOUNT, default=1, metavar="N", help="linear warm-up before the cosine (1)")
     add("--patience", type=number(0, 1e6, int), default=20, metavar="N",
         help="stop after N epochs without a better val (20; 0: never)")
+    add("--keep", choices=("best", "last"), default="best", help="the epoch: best on validation, or the last")
     add("--threshold", choices=("0.5", "youden"), default="0.5", help="p_AD of an AD; youden: from validation (0.5)")
     add("--ema", type=SHARE, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
     add = parser.add_argument_group("augmentation").add_argument
@@ -83,8 +97,7 @@ def parse_args(argv=None):
     """The flags; where not given, those of --demo, or on --resume those of the run."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**DEMO)
+    parser.set_defaults(**RECIPES["demo" if args.demo and args.recipe == "paper" else args.recipe])
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out RUN, the folder of the run to resume")
@@ -114,6 +127,8 @@ def parse_args(argv=None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
     if args.split and (args.folds is not None or args.drop_test_subjects or args.split_by == "slice"):
         parser.error("--split names every slice's part; leave out --fold, --drop-test-subjects and --split-by slice")
+    if args.split and args.subjects:
+        parser.error("--split names who is in train; leave out --subjects")
     if args.folds is not None and args.drop_test_subjects:
         parser.error("--drop-test-subjects looks into test/, which --folds does not read; leave out one of them")
     return args
@@ -133,7 +148,7 @@ from checkpoint import Run, load_checkpoint, save_checkpoint
 from dataset import load_set, make_loader
 from engine import TrainState, make_mix, schedule, train_one_epoch, validate
 from inference import COVERAGE
-from modules import VARIANTS
+from modules import VARIANTS, describe_model
 from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
 from subjects import describe_split, describe_transfer
 from utils import fingerprint, make_log, near, open_out, seed_of, write_csv
@@ -214,9 +229,11 @@ def format_epoch(row, best, remark):
             f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
 
 
-def best_of(history):
-    """The row with the best validation accuracy; the lower loss decides between equals, for a whole-class guess ties in
-    many epochs, and then the earlier row. None where there is none."""
+def kept_of(history, keep):
+    """The row of the epoch that is kept, or None: the last, or the one with the best validation accuracy; the lower
+    loss decides between equals, for a whole-class guess ties in many epochs, and then the earlier row."""
+    if keep == "last":
+        return history[-1] if history else None
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=None)
 
 
@@ -239,7 +256,7 @@ def fit(state, slices, args, run):
     its end; False if a signal stopped it, and last.pth then holds the state after the last step."""
     runtime, train, val = state.runtime, slices.part("train"), slices.part("val")
     batches, order = make_batches(state, train, args)
-    mix, best = make_mix(args), best_of(state.history)
+    mix, best = make_mix(args), kept_of(state.history, args.keep)
     if runtime.is_rank_0:
         plots.plot_lr(run.out / "lr_schedule.png", **schedule(args, len(batches)))
         if state.history:  # a killed run may have saved an epoch and not yet listed it
@@ -264,7 +281,7 @@ def fit(state, slices, args, run):
         scores, remark = validated
         state.history.append(row | scores)
         state.start_epoch()
-        best = best_of(state.history)
+        best = kept_of(state.history, args.keep)
         better = best is state.history[-1]
         if runtime.is_rank_0:
             keep_epoch(state, run, better)
@@ -301,8 +318,8 @@ def main(args):
 
 def train(args, stop):
     runtime = start(args, stop)
-    if args.model not in VARIANTS:
-        raise InputError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}")
+    if args.model not in (*VARIANTS, "cnn"):
+        raise InputError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}, or cnn")
     bar = "decoding" if runtime.is_rank_0 else None
     slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
     out = runtime.from_rank_0(lambda: open_run(args))
@@ -322,8 +339,9 @@ def train(args, stop):
     elif runtime.is_rank_0:  # so that a run that was stopped in its first epoch is resumed, too, on the same slices
         run.save(state, state.state_dict()["sums"])
     several = f", {runtime.world} processes" * (runtime.world > 1)
-    log(f"ConvNeXt {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.image_size} px, "
-        f"{runtime.device}, {runtime.precision}{several}; run folder {out}")
+    size = sum(p.numel() for p in model.parameters())
+    log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
+        f"{runtime.precision}{several}; run folder {out}")
     for line in (*describe_split(slices.index, args.split_by, slices.dropped), *describe_transfer(slices.index, init)):
         log(line)
     if args.skip_bad:

@@ -412,3 +412,19 @@ def test_oasis_is_what_its_readme_says(oasis):
     assert counts.subjects.tolist() == [20, 14, 58, 44]
     assert subjects.shared_subjects(index) == []
     assert slices.common_size(index.path[:10]) == (208, 176)
+
+
+def test_fewer_subjects_are_among_more_with_the_shares_of_the_classes(tmp_path):
+    scans = {str(100 + i): ("train", "AD" if i % 3 == 0 else "NC", f"s{i}") for i in range(30)}
+    index = read_index(write_set(tmp_path, scans | {"900": ("test", "AD", "t0"), "901": ("test", "NC", "t1")}, [70]))
+    before = set()
+    for n in (3, 6, 15, 30):
+        taken = subjects.take_subjects(index, n, seed=3)
+        train = taken[taken.split == "train"]
+        now = set(train.subject)
+        assert len(now) == n and before <= now and (train.label == "AD").sum() == n // 3
+        assert (taken.split == "test").sum() == 2  # which stays whole
+        before = now
+    assert before != set(subjects.take_subjects(index, 15, seed=4).subject)
+    with pytest.raises(InputError, match="--subjects is 31, but train/ has 30"):
+        subjects.take_subjects(index, 31)

@@ -206,6 +206,16 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 
 
+def test_a_model_with_batch_norm_is_resumed_bit_identically(ad_nc, tmp_path, monkeypatch):
+    flags = ["--epochs", "2", "--ema", "0.9", "--model", "narrow", "--keep", "last"]
+    whole = train_steps(ad_nc, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        at_step(6, lambda x: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(runtime.Stopped):
+            train_steps(ad_nc, tmp_path / "run", *flags)
+    assert same(whole, resume(tmp_path / "run"))  # its running statistics included
+
+
 def test_a_run_stopped_in_its_first_epoch_resumes_on_its_own_slices_only(ad_nc, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(2, lambda x: os.kill(os.getpid(), signal.SIGTERM), patch)

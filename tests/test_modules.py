@@ -3,7 +3,7 @@ import pytest
 import torch
 import torchvision
 
-from modules import VARIANTS, ConvNeXtBlock, DropPath, convnext, load_weights
+from modules import PAPER, VARIANTS, ConvNeXtBlock, DropPath, convnext, load_weights, make_model
 
 
 def fill(model, seed=0):
@@ -138,3 +138,38 @@ def test_all_variants_can_be_built():
     with torch.device("meta"):
         sizes = [parameters(convnext(variant)) for variant in VARIANTS]
     assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("option", [{"norm": "batch"}, {"stem": "conv"}, {"downsample": "pool"}, {"layer_scale": 0.5},
+                                    {"init_std": "fan_in"}])  # fmt: skip
+def test_an_option_changes_what_it_says_and_the_default_is_the_papers(option):
+    (name,) = option
+    torch.manual_seed(0)
+    model = convnext("atto", **option)
+    torch.manual_seed(0)
+    assert str(convnext("atto", **{name: PAPER[name]})) == str(convnext("atto"))
+    paper = convnext("atto")
+    kinds = [sum(isinstance(m, kind) for m in model.modules()) for kind in (torch.nn.BatchNorm2d, torch.nn.MaxPool2d)]
+    assert kinds == [16 * (name == "norm"), {"stem": 1, "downsample": 3}.get(name, 0)]
+    assert (model.stages[0][0].gamma == 0.5).all() == (name == "layer_scale")
+    std = model.stages[3][0].pwconv1.weight.std().item()
+    assert std == pytest.approx(320**-0.5 if name == "init_std" else 0.02, rel=0.05)
+    assert parameters(paper) == parameters(model) or name in ("stem", "downsample")
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 2)
+
+
+def test_the_plain_cnn_is_small_and_a_model_like_the_others():
+    model = make_model("cnn", drop_path_rate=0.1, norm="layer")  # options of a ConvNeXt mean nothing to it
+    assert parameters(model) == 97_890 and model(torch.randn(2, 1, 48, 40)).shape == (2, 2)
+
+
+def test_a_slice_gets_the_same_answer_alone_and_in_a_batch_also_with_batch_norm():
+    for name in ("narrow", "cnn"):
+        torch.manual_seed(0)
+        model, x = make_model(name), torch.randn(6, 1, 64, 64)
+        for _ in range(3):
+            model(x)  # moves the running statistics
+        with torch.inference_mode():
+            together = model.eval()(x)
+            alone = torch.cat([model(part) for part in x.split(1)])
+        assert together.std() > 0.01 and torch.allclose(together, alone, atol=1e-5)

@@ -3,13 +3,17 @@ import collections
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import command
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 import phantom
+from baselines import STRENGTHS, shrink
 
 SUBJECTS = 14
 
@@ -181,3 +185,34 @@ def test_wrong_input_is_one_error_line_and_status_2(tmp_path, arguments):
     done = command.run(phantom.__file__, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and re.fullmatch(r"error: .+\n", done.stderr)
     assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the local cue
+
+
+def test_the_best_observer_of_the_local_cue_is_right_on_nine_of_ten_subjects():
+    scans = phantom.plan_local(250)
+    for split, n in (("train", 200), ("test", 50)):
+        part = [scan for scan in scans if scan.split == split]
+        assert len(part) == len({scan.subject for scan in part}) == n
+        assert np.mean([(scan.atrophy > 0) == (scan.label == "AD") for scan in part]) == pytest.approx(0.915, abs=0.02)
+        assert abs(auroc(*([s.ageing for s in part if s.label == label] for label in ("AD", "NC"))) - 0.5) < 0.2
+    assert not {s.subject for s in scans if s.split == "train"} & {s.subject for s in scans if s.split == "test"}
+
+
+def test_a_blur_does_not_show_the_local_cue():
+    """AUROC on the test subjects of a logistic regression on blurred slices of 200 subjects, at the penalty that suits
+    test best."""
+    scans = phantom.plan_local(250)
+    with ThreadPoolExecutor(2) as pool:
+        drawn = np.stack(list(pool.map(phantom.render, scans)))
+    y, test = np.array([s.label == "AD" for s in scans]), np.array([s.split == "test" for s in scans])
+    x = shrink(drawn.reshape(-1, 240, 256)).reshape(len(scans), 6, -1)
+    train = StandardScaler().fit(x[~test].reshape(-1, x.shape[2]))
+    best = 0
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=500)
+        model.fit(train.transform(x[~test].reshape(-1, x.shape[2])), y[~test].repeat(6))
+        p = model.predict_proba(train.transform(x[test].reshape(-1, x.shape[2])))[:, 1].reshape(-1, 6).mean(1)
+        best = max(best, auroc(p[y[test]], p[~y[test]]))
+    assert best < 0.7

@@ -264,6 +264,34 @@ def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence)
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model", ["narrow", "cnn"])
+def test_the_average_of_a_model_with_batch_norm_has_averaged_statistics_and_the_last_epoch_is_kept(
+    ad_nc, tmp_path, model
+):
+    run = train_steps(ad_nc, tmp_path / "run", "--model", model, "--epochs", "2", "--ema", "0.5", "--keep", "last")
+    last, best = (load_checkpoint(run / name) for name in ("last.pth", "best_model.pth"))
+    name = next(name for name in last["weights"] if name.endswith("running_var"))
+    assert not torch.equal(last["weights"][name], last["ema"][f"module.{name}"])
+    assert best["epoch"] == 2 and torch.equal(best["weights"][name], last["ema"][f"module.{name}"])
+
+
+def test_a_batch_is_not_taken_in_parts_where_its_statistics_count(ad_nc, tmp_path, monkeypatch):
+    runs = []
+    for at_once in (5, 1000):
+        monkeypatch.setattr(engine, "micro_batch", lambda device, height, width: at_once)  # noqa: B023
+        runs.append(train_steps(ad_nc, tmp_path / str(at_once), "--model", "narrow", "--epochs", "1"))
+    assert history(runs[0]).train_loss.equals(history(runs[1]).train_loss)
+
+
+def test_a_recipe_sets_flags_and_flags_that_are_given_win():
+    args = train.parse_args(["--recipe", "small", "--lr", "3e-3"])
+    assert (args.model, args.keep, args.lr) == ("narrow", "last", 3e-3)
+    assert train.parse_args([]).model == "tiny"
+    for name, flags in train.RECIPES.items():
+        known = vars(train.parse_args([]))
+        assert set(flags) <= set(known), name
+
+
 # ---------------------------------------------------------------- the demo
 
 
