@@ -4,6 +4,7 @@
     python evaluate.py runs/fold* --out results                  # the out-of-fold predictions of all folds in one table
     python evaluate.py runs/fold* --against runs/other-fold*     # is the first better, or is it noise?
     python evaluate.py runs/a runs/b --each                      # several runs in one table, not pooled
+    python evaluate.py runs/a runs/b --stress                    # what small changes of the slices do to decisions
 
 RUN is a folder of train.py (its test/ is read, or with --part val its val/) or of predict.py on labelled slices.
 Several must not share a scan. Printed are the slice-, scan- and subject-level metrics, the baselines beside them,
@@ -21,9 +22,12 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
     parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
     parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
+    parser.add_argument("--stress", action="store_true", help="change the test slices a little, and look at each stage")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
     parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
     args = parser.parse_args(argv)
+    if args.stress and (args.against or args.each or args.part != "test"):
+        parser.error("--stress looks at the test of each run; it goes with --out only")
     if args.each and (args.against or args.out):
         parser.error("--each prints what the runs have written; it does not go with --against or --out")
     return args
@@ -37,9 +41,10 @@ import pandas as pd
 
 import assess
 import metrics
+import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
-from utils import open_out, write_json
+from utils import open_out, write_csv, write_json
 
 # ---------------------------------------------------------------- finished runs
 
@@ -167,7 +172,41 @@ def format_aggregations(ways):
     return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()])
 
 
+def show_stress(args):
+    """Print, and with --out write, what changes do to the decisions of runs, and what their stages know."""
+    import stress
+    from runtime import Runtime, pick_amp, pick_device
+
+    out, device = open_out(args.out, "") if args.out else None, pick_device()
+    runtime = Runtime(device, pick_amp("auto", device))
+    tables, known = {}, {}
+    for folder in args.runs:
+        test = stress.load_test(folder, read_run(folder)[0])
+        tables[Path(folder).name] = stress.stress(*test, runtime)
+        known[Path(folder).name] = stress.probe(*test, runtime)
+    first = next(iter(tables.values()))
+    rows = [[f"scans (n = {first.n[0]:,})", *(f"{name}: {what}" for name in tables for what in ("changed", "AUROC"))]]
+    for i, row in first.iterrows():
+        cells = (cell({what: table[what][i], "ci95": {what: table[f"{what}_ci95"][i]}}, what)
+                 for table in tables.values() for what in ("changed", "auroc"))  # fmt: skip
+        rows.append([f"{row.change} {row.level}".strip(), *cells])
+    print("share of scans whose decision changes, and AUROC, if slices are changed", "", *format_table(rows), sep="\n")
+    names = dict.fromkeys(name for scores in known.values() for name in scores)
+    rows = [["linear read-out", *known]]
+    rows += [[f"after {name}", *(f"{scores[name]:.3f}" if name in scores else "" for scores in known.values())]
+             for name in names]  # fmt: skip
+    title = "scan-level AUROC of a linear read-out of the mean over the map, cross-validated by group"
+    print("", title, "", *format_table(rows), sep="\n")
+    if out:
+        table = pd.concat([table.assign(run=name) for name, table in tables.items()])
+        write_csv(out / "stress.csv", table.astype({name: str for name in table if name.endswith("ci95")}))
+        plots.plot_stress(out / "stress.png", tables, "decisions that change where the slices are changed")
+        print(f"results in {out}")
+
+
 def main(args):
+    if args.stress:
+        return show_stress(args)
     if args.each:
         print(*format_each(args.runs), sep="\n")
         return

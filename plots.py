@@ -137,3 +137,19 @@ def plot_risk(path, tables, title, sets=None):
         axes.set(xlabel="share of units that are answered, the surest first", ylabel="error rate among them",
                  xlim=(0, 1.02), ylim=(-0.01, None))
         axes.legend()
+
+
+def plot_stress(path, tables, title):
+    """For each kind of change the share of scans whose decision changes, by level; a line a run, from a dict of tables
+    of `stress.stress`."""
+    first = next(iter(tables.values()))
+    kinds = [kind for kind in dict.fromkeys(first.change) if kind != "none"]
+    height = math.ceil(len(kinds) / 3)
+    with _figure(path, title, 3, height=2.2 * height, width=3, ratios=[1] * height) as rows:
+        for axes, kind in zip(rows.flat, kinds):
+            for name, table in tables.items():
+                part = table[table.change == kind]
+                axes.plot(part.level, part.changed, marker="o", markersize=3, label=name)
+            axes.set(title=kind, ylim=(-0.02, 0.6))
+        rows.flat[0].legend()
+        rows[0][0].set_ylabel("share of scans")
