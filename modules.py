@@ -83,6 +83,24 @@ def make_norm(kind, dim):
     return {"layer": lambda: LayerNorm(dim, channels_first=True), "batch": lambda: nn.BatchNorm2d(dim)}[kind]()
 
 
+class _Depthwise(torch.autograd.Function):
+    """Depthwise 7x7 convolution of x bfloat16 (N, C, H, W) on a CPU. The gradient of the weights is taken in float32:
+    it is more exact, and oneDNN's kernel for it in bfloat16 takes twice as long (docs/speed.md)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=3, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dim, flipped = x.shape[1], weight.to(x.dtype).flip(2, 3)
+        _, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            grad.float(), x.float(), weight, [dim], [1, 1], [3, 3], [1, 1], False, [0, 0], dim, [False, True, True])
+        return F.conv2d(grad, flipped, padding=3, groups=dim), of_weight, of_bias
+
+
 class ConvNeXtBlock(nn.Module):
     """One residual block (paper, figure 4): depthwise 7x7, norm, C to 4C, GELU, 4C to C, LayerScale, DropPath.
 
@@ -100,8 +118,13 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path)
 
+    def _depthwise(self, x):
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
+            return _Depthwise.apply(x, self.dwconv.weight, self.dwconv.bias)
+        return self.dwconv(x)
+
     def forward(self, x):
-        y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        y = self.norm(self._depthwise(x)).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         y = self.pwconv2(self.act(self.pwconv1(y)))
         y = (self.gamma.to(y.dtype) * y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return x + self.drop_path(y)

@@ -173,3 +173,18 @@ def test_a_slice_gets_the_same_answer_alone_and_in_a_batch_also_with_batch_norm(
             together = model.eval()(x)
             alone = torch.cat([model(part) for part in x.split(1)])
         assert together.std() > 0.01 and torch.allclose(together, alone, atol=1e-5)
+
+
+def test_in_bfloat16_on_a_cpu_the_depthwise_gradients_are_those_of_float32():
+    torch.manual_seed(0)
+    block = ConvNeXtBlock(24)
+    x, g = torch.randn(2, 4, 24, 12, 10).bfloat16()
+    exact, short = {}, {}
+    for found, dtype, convolve in ((exact, torch.float32, block.dwconv), (short, torch.bfloat16, block._depthwise)):
+        block.zero_grad()
+        given = x.to(dtype).requires_grad_()
+        convolve(given).backward(g.to(dtype))
+        found |= {"x": given.grad.float(), "weight": block.dwconv.weight.grad, "bias": block.dwconv.bias.grad}
+    assert torch.allclose(short["weight"], exact["weight"], rtol=1e-4, atol=1e-4)  # bfloat16 would be off by 1e-2
+    assert torch.allclose(short["bias"], exact["bias"], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(short["x"], exact["x"], atol=0.02) and short["weight"].dtype == torch.float32
