@@ -378,8 +378,8 @@ def test_a_skipped_step_changes_nothing(ad_nc, tmp_path, monkeypatch):
         states.append([p.detach().clone() for p in states.pop().parameters()])
         return x * float("nan")
 
-    genuine = checkpoint.convnext
-    monkeypatch.setattr(checkpoint, "convnext", lambda *a, **k: states.append(genuine(*a, **k)) or states[-1])
+    genuine = checkpoint.make_model
+    monkeypatch.setattr(checkpoint, "make_model", lambda *a, **k: states.append(genuine(*a, **k)) or states[-1])
     at_step(4, look, monkeypatch)
     run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1")
     after = load_checkpoint(run / "last.pth")["weights"].values()
