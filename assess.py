@@ -234,7 +234,7 @@ def assess_run(slices, args, run, runtime):
     last = args.keep == "last"
     run.log(f"{'last' if last else 'best'} epoch {checkpoint['epoch']}{', chosen by validation accuracy' * (not last)}")
     checkpoint["baselines"] = fit_baselines(slices)
-    titles = dict(PARTS)
+    titles = PARTS | ({"val": "validation (calibration was chosen on it)"} if last else {})
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
     nobody = subjects.record_exposure(slices.index[:0])

@@ -340,8 +340,8 @@ def measure_prediction(args, results, device, batch):
     print(f"prediction, {args.model}, {args.image_size} px, batch {batch}", flush=True)
     results["predict"], differences = predict(args, device, batch)
     results["difference_of_p_AD"] = differences
-    show(results["predict"], batch, {name: f"  (largest difference of p_AD {value:.1g})"
-                                     for name, value in differences.items()})  # fmt: skip
+    notes = {name: f"  (largest difference of p_AD {value:.1g})" for name, value in differences.items()}
+    show(results["predict"], batch, device, notes)
 
 
 def measure_steps(args, results, device, batch, kinds):
@@ -349,13 +349,13 @@ def measure_steps(args, results, device, batch, kinds):
     torch._dynamo.reset()  # or it takes another batch size for a size that varies
     rows = take_turns({kind: step_of(kind, args, batch, device) for kind in kinds}, args.repeats, sync_of(device))
     results.setdefault("train", {}).setdefault(f"batch {batch}", {}).update(rows)
-    show(rows, batch)
+    show(rows, batch, device)
 
 
-def show(rows, batch, notes=None):
+def show(rows, batch, device, notes=None):
     """Ratios; images a second only of a GPU, for those of a CPU that others use as well mean nothing."""
     for name, row in rows.items():
-        rate = f"  {batch / row['seconds']:>9,.0f} images/s" if torch.cuda.is_available() else ""
+        rate = f"  {batch / row['seconds']:>9,.0f} images/s" if device.type == "cuda" else ""
         print(f"  {name:<50}{row['ratio']:>6.2f} x{rate}{(notes or {}).get(name, '')}", flush=True)
 
 

@@ -182,15 +182,15 @@ def show_stress(args):
     tables, known = {}, {}
     for folder in args.runs:
         test = stress.load_test(folder, read_run(folder)[0])
-        tables[Path(folder).name] = stress.stress(*test, runtime)
-        known[Path(folder).name] = stress.probe(*test, runtime)
-    first = next(iter(tables.values()))
-    rows = [[f"scans (n = {first.n[0]:,})", *(f"{name}: {what}" for name in tables for what in ("changed", "AUROC"))]]
-    for i, row in first.iterrows():
+        tables[folder], known[folder] = stress.stress(*test, runtime), stress.probe(*test, runtime)
+    rows = [["change", *(f"{folder} (n = {table.n[0]:,}): {what}" for folder, table in tables.items()
+                         for what in ("changed", "AUROC"))]]  # fmt: skip
+    for i, row in tables[args.runs[0]].iterrows():
         cells = (cell({what: table[what][i], "ci95": {what: table[f"{what}_ci95"][i]}}, what)
                  for table in tables.values() for what in ("changed", "auroc"))  # fmt: skip
         rows.append([f"{row.change} {row.level}".strip(), *cells])
-    print("share of scans whose decision changes, and AUROC, if slices are changed", "", *format_table(rows), sep="\n")
+    title = "share of scans whose decision changes, and scan-level AUROC, if slices are changed"
+    print(title, "", *format_table(rows), sep="\n")
     names = dict.fromkeys(name for scores in known.values() for name in scores)
     rows = [["linear read-out", *known]]
     rows += [[f"after {name}", *(f"{scores[name]:.3f}" if name in scores else "" for scores in known.values())]

@@ -31,7 +31,7 @@ VARIANTS = {
 }
 
 
-PAPER = dict(norm="layer", stem="patch", downsample="patch", layer_scale=1e-6, init_std=0.02)
+PAPER = dict(norm="layer", stem="patch", downsample="patch", layer_scale=1e-6, init_std=0.02, head_norm="layer")
 
 
 class DropPath(nn.Module):
@@ -81,6 +81,16 @@ class LayerNorm(nn.LayerNorm):
 def make_norm(kind, dim):
     """Normalisation of (N, C, H, W): "layer" over the channels, or "batch" (Ioffe & Szegedy 2015, arXiv 1502.03167)."""
     return {"layer": lambda: LayerNorm(dim, channels_first=True), "batch": lambda: nn.BatchNorm2d(dim)}[kind]()
+
+
+class PooledBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of pooled features (N, C). A batch of one, as the last of an epoch may be, has no statistics: it gets
+    the running ones."""
+
+    def forward(self, x):
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -135,9 +145,9 @@ class ConvNeXt(nn.Module):
 
     `downsample_layers[0]` is the stem: "patch", 4x4 with stride 4 and norm, or "conv", 3x3, norm and 2x2 max pooling.
     The other three are norm and "patch", 2x2 with stride 2, or "pool", 3x3 and 2x2 max pooling. `init_std` is the SD of
-    the initial weights, or "fan_in": one over the root of the inputs of a neuron. Takes (N, in_chans, H, W) with H and
-    W of at least 32, gives logits (N, num_classes). The drop-path rate grows linearly over the blocks, from 0 in the
-    first to `drop_path_rate` in the last.
+    the initial weights, or "fan_in": one over the root of the inputs of a neuron. `head_norm` is that of the pooled
+    features, "layer" or "batch". Takes (N, in_chans, H, W) with H and W of at least 32, gives logits (N, num_classes).
+    The drop-path rate grows linearly over the blocks, from 0 in the first to `drop_path_rate` in the last.
     """
 
     def __init__(self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0, **options):
@@ -158,7 +168,7 @@ class ConvNeXt(nn.Module):
             nn.Sequential(*(ConvNeXtBlock(dim, next(rates), layer_scale, norm) for _ in range(depth)))
             for depth, dim in zip(depths, dims)
         )
-        self.norm = LayerNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1]) if options["head_norm"] == "layer" else PooledBatchNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -24,7 +24,7 @@ With --cue local the atrophy acts on the temporal horn and the hippocampus alone
 ageing that says nothing of the class, and scanners (contrast, texture, noise), tilt and position differ as much as
 in real sets. Each subject has one scan of six slices, the same of everybody, so that there is no window to vote on;
 a fifth of the subjects is in test. The best observer is right on 0.915 of the subjects, a logistic regression on
-blurred slices of 200 subjects is near chance.
+blurred slices of 200 subjects stays below an AUROC of 0.7.
 """
 
 import json

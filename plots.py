@@ -150,6 +150,6 @@ def plot_stress(path, tables, title):
             for name, table in tables.items():
                 part = table[table.change == kind]
                 axes.plot(part.level, part.changed, marker="o", markersize=3, label=name)
-            axes.set(title=kind, ylim=(-0.02, 0.6))
+            axes.set(title=kind, ylim=(-0.02, 1.02))
         rows.flat[0].legend()
         rows[0][0].set_ylabel("share of scans")

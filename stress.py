@@ -115,7 +115,12 @@ def load_test(folder, predictions):
         raise InputError(f"{len(missing)} test slices of {folder} are not where they were, first {missing[0]}")
     listing = list_inputs(predictions.path.tolist())
     listing.index["label"] = listing.index.path.map(dict(zip(predictions.path, predictions.label)))
-    return checkpoint, load_inputs(listing, checkpoint["slice_size"])
+    slices = load_inputs(listing, checkpoint["slice_size"])
+    failed = slices.index[slices.index.error.notna()]
+    if len(failed):
+        raise InputError(f"{len(failed)} test slices of {folder} cannot be read any more, first {failed.path.iloc[0]}: "
+                         f"{failed.error.iloc[0]}")
+    return checkpoint, slices
 
 
 def score_change(plain, other):

@@ -13,6 +13,7 @@ ended. Ctrl-C, SIGTERM and SIGUSR1 end the step, save and say so (exit status 13
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -28,6 +29,8 @@ RECIPES = {
     # small enough for minutes on two cores; 1e-4 is too slow for so few steps
     "demo": dict(model="atto", image_size=48, epochs=6, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
 }
+# What a ConvNeXt may differ from the paper's in: the names of modules.PAPER, which is not imported for --help.
+ARCHITECTURE = ("norm", "stem", "downsample", "layer_scale", "init_std", "head_norm")
 # What may differ when a run is resumed: where it runs and when it ends, not how it learns.
 FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
                   "workers"}
@@ -55,12 +58,13 @@ def make_parser():
     add("--subjects", type=COUNT, metavar="N", help="use N subjects of train/ only, to see how many it takes")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="tiny", metavar="V",
-        help="narrow, atto, femto, pico, nano, tiny, small, base or large; cnn: a plain CNN (tiny)")
+        help="narrow, atto, femto, pico, nano, tiny, small, base or large; cnn: a plain CNN without drop-path (tiny)")
     add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's square input (224)")
     add("--drop-path", type=SHARE, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
     add("--norm", choices=("layer", "batch"), help="normalisation (that of the variant: layer, of narrow batch)")
     add("--stem", choices=("patch", "conv"), help="4x4 with stride 4, or 3x3 and pooling (that of the variant)")
     add("--downsample", choices=("patch", "pool"), help="2x2 with stride 2, or 3x3 and pooling (that of the variant)")
+    add("--head-norm", choices=("layer", "batch"), help="normalisation of the pooled features (layer)")
     add("--layer-scale", type=AMOUNT, metavar="G", help="start of LayerScale (that of the variant)")
     add("--init-std", type=POSITIVE, metavar="SD", help="of the initial weights (that of the variant)")
     add("--init", metavar="FILE", help="start from a ConvNeXt state dict of torchvision or timm")
@@ -127,6 +131,9 @@ def parse_args(argv=None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
     if args.split and (args.folds is not None or args.drop_test_subjects or args.split_by == "slice"):
         parser.error("--split names every slice's part; leave out --fold, --drop-test-subjects and --split-by slice")
+    given = [name for name in ARCHITECTURE if getattr(args, name) is not None]
+    if args.model == "cnn" and given:
+        parser.error(f"--model cnn has no --{given[0].replace('_', '-')}; leave it out")
     if args.split and args.subjects:
         parser.error("--split names who is in train; leave out --subjects")
     if args.folds is not None and args.drop_test_subjects:
@@ -176,17 +183,23 @@ def demo_data():
     here = Path(__file__).parent
     version = fingerprint("".join((here / name).read_text() for name in ("anatomy.py", "phantom.py")), 8)
     folder = cache_folder() / f"phantom-{DEMO_SUBJECTS}-{version}"
-    if not (folder / "AD_NC").is_dir():  # which phantom.py makes whole or not at all
+    if not folder.is_dir():
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be drawing it, too
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            draft.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise OSError(f"{folder} cannot be made: {problem.strerror}; name a folder that can be written with the "
+            raise OSError(f"{draft} cannot be made: {problem.strerror}; name a folder that can be written with the "
                           "environment variable XDG_CACHE_HOME") from None
         print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
-        words = [sys.executable, here / "phantom.py", folder, "--subjects", str(DEMO_SUBJECTS)]
-        status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
-        if status and not (folder / "AD_NC").is_dir():  # another run may have drawn it meanwhile
-            raise SystemExit(status)  # it has said why
+        words = [sys.executable, here / "phantom.py", draft, "--subjects", str(DEMO_SUBJECTS)]
+        try:
+            status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
+            if status:
+                raise SystemExit(status)  # it has said why
+            if not folder.is_dir():
+                os.replace(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder / "AD_NC"
 
 
@@ -285,7 +298,7 @@ def fit(state, slices, args, run):
         better = best is state.history[-1]
         if runtime.is_rank_0:
             keep_epoch(state, run, better)
-            run.log(format_epoch(state.history[-1], better, remark))
+            run.log(format_epoch(state.history[-1], better and args.keep == "best", remark))
         if runtime.stop_requested():
             return False
     if runtime.is_rank_0:

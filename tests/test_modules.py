@@ -141,7 +141,7 @@ def test_all_variants_can_be_built():
 
 
 @pytest.mark.parametrize("option", [{"norm": "batch"}, {"stem": "conv"}, {"downsample": "pool"}, {"layer_scale": 0.5},
-                                    {"init_std": "fan_in"}])  # fmt: skip
+                                    {"init_std": "fan_in"}, {"head_norm": "batch"}])  # fmt: skip
 def test_an_option_changes_what_it_says_and_the_default_is_the_papers(option):
     (name,) = option
     torch.manual_seed(0)
@@ -156,6 +156,16 @@ def test_an_option_changes_what_it_says_and_the_default_is_the_papers(option):
     assert std == pytest.approx(320**-0.5 if name == "init_std" else 0.02, rel=0.05)
     assert parameters(paper) == parameters(model) or name in ("stem", "downsample")
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 2)
+
+
+def test_a_batch_of_one_trains_with_batch_norm_behind_the_pooling():
+    torch.manual_seed(0)
+    model = convnext("narrow", norm="layer", head_norm="batch").train()
+    before = model.norm.running_mean.clone()
+    model(torch.randn(1, 1, 32, 32)).sum().backward()
+    assert torch.equal(model.norm.running_mean, before) and model.head.weight.grad.isfinite().all()
+    model(torch.randn(4, 1, 32, 32))
+    assert not torch.equal(model.norm.running_mean, before)
 
 
 def test_the_plain_cnn_is_small_and_a_model_like_the_others():

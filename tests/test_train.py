@@ -15,6 +15,7 @@ import torchvision
 from conftest import ROOT, SCANS, SMALL, train_small, train_steps, write_set
 
 import engine
+import modules
 import train
 import utils
 from checkpoint import load_checkpoint
@@ -252,6 +253,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
     (["--drop-path", "1"], "--drop-path: 1 is not a number from 0 to 0.999999"),
     (["--fold", "1"], "--fold and --folds go together"),
     (["--fold", "1", "--folds", "5", "--drop-test-subjects"], "--folds does not read; leave out one of them"),
+    (["--model", "cnn", "--head-norm", "batch"], "--model cnn has no --head-norm; leave it out"),
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no ConvNeXt variant 'huge'"),
     (["--data", "nowhere"], "nowhere/train/AD is not a folder"),
@@ -286,7 +288,7 @@ def test_a_batch_is_not_taken_in_parts_where_its_statistics_count(ad_nc, tmp_pat
 def test_a_recipe_sets_flags_and_flags_that_are_given_win():
     args = train.parse_args(["--recipe", "small", "--lr", "3e-3"])
     assert (args.model, args.keep, args.lr) == ("narrow", "last", 3e-3)
-    assert train.parse_args([]).model == "tiny"
+    assert train.parse_args([]).model == "tiny" and set(train.ARCHITECTURE) == set(modules.PAPER)
     for name, flags in train.RECIPES.items():
         known = vars(train.parse_args([]))
         assert set(flags) <= set(known), name
