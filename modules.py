@@ -95,7 +95,7 @@ class PooledBatchNorm(nn.BatchNorm1d):
 
 class _Depthwise(torch.autograd.Function):
     """Depthwise 7x7 convolution of x bfloat16 (N, C, H, W) on a CPU. The gradient of the weights is taken in float32:
-    it is more exact, and oneDNN's kernel for it in bfloat16 takes twice as long (docs/speed.md)."""
+    it is more exact, and oneDNN's kernel for it is faster (docs/speed.md)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

@@ -64,7 +64,8 @@ rm -rf "$runs/cv"
 
 Written by `docs/results.sh`, which holds every command; never edited. In brackets, 95 % intervals of a bootstrap over
 subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects. Each run prints
-its own tables to `training_log.txt`; these are printed by the commands above them.
+its own tables to `training_log.txt`; these are printed by the commands above them. Since these runs, the gradient of the
+depthwise weights is taken in float32 where a CPU trains in bfloat16: retrained, they will differ in the last digits.
 
 TEXT
     python - "$runs/fold0/config.json" "$runs/speed.json" <<'PYTHON'
