@@ -5,14 +5,17 @@
     python evaluate.py runs/fold* --against runs/other-fold*     # is the first better, or is it noise?
     python evaluate.py runs/a runs/b --each                      # several runs in one table, not pooled
     python evaluate.py runs/a runs/b --stress                    # what small changes of the slices do to decisions
+    python evaluate.py runs/n*-s? --curve curve.png              # how many subjects does it take?
 
 RUN is a folder of train.py (its test/ is read, or with --part val its val/) or of predict.py on labelled slices.
-Several must not share a scan. Printed are the slice-, scan- and subject-level metrics, the baselines beside them,
-prediction sets and three ways to get from slices to a scan; --out writes what a run's test/ holds. Nothing is chosen.
+Several must not share a scan, unless they are of other seeds: then scores are means over seeds. Printed are the slice-,
+scan- and subject-level metrics, the baselines beside them, prediction sets and three ways to get from slices to a scan;
+--out writes what a run's test/ holds. Nothing is chosen.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from utils import InputError, Parser, read_flags, run_script
 
@@ -23,6 +26,9 @@ def parse_args(argv=None):
     parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
     parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
     parser.add_argument("--stress", action="store_true", help="change the test slices a little, and look at each stage")
+    parser.add_argument("--curve", metavar="PNG", help="AUROC by number of training subjects, table and picture")
+    parser.add_argument("--by", nargs=2, metavar=("CSV", "COLUMN"),
+                        help="AD of each value of a column, such as the severity, against all NC")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
     parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
     args = parser.parse_args(argv)
@@ -30,6 +36,8 @@ def parse_args(argv=None):
         parser.error("--stress looks at the test of each run; it goes with --out only")
     if args.each and (args.against or args.out):
         parser.error("--each prints what the runs have written; it does not go with --against or --out")
+    if args.curve and (args.against or args.each or args.stress or args.out or args.by):
+        parser.error("--curve writes its table and picture only; it goes with --part only")
     return args
 
 
@@ -44,20 +52,35 @@ import metrics
 import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
-from utils import open_out, write_csv, write_json
+from modules import describe_model
+from utils import open_out, read_csv, write_csv, write_json
 
 # ---------------------------------------------------------------- finished runs
 
 
+class Pool(NamedTuple):
+    """The predictions of runs that share no scan, in one table, and metrics.json of each run."""
+
+    folders: list
+    table: pd.DataFrame
+    runs: list
+
+    @property
+    def stated(self):
+        """What the runs state about themselves, once each: {"leaks": sentences, "notes": sentences}."""
+        return {name: list(dict.fromkeys(text for run in self.runs for text in run[f"run_{name}"]))
+                for name in ("leaks", "notes")}
+
+
 def pool(folders, part="test"):
-    """The predictions of several runs in one table; returns (predictions, metrics.json of each)."""
+    """The Pool of several runs; InputError where two share a scan."""
     tables, scores, owner = [], [], {}
     for folder in folders:
         table, score = read_run(folder, part)
         for scan in table.scan.unique():
             if scan in owner:
                 raise InputError(f"scan {scan} is in {owner[scan]} and in {folder}; expected the folds of one "
-                                 "cross-validation, which share none")
+                                 "cross-validation, which share none, or runs of other seeds")
             owner[scan] = folder
         tables.append(table)
         scores.append(score)
@@ -65,19 +88,31 @@ def pool(folders, part="test"):
     coverages = {score.get("prediction_sets", {}).get("coverage") for score in scores}
     if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
         table["prediction_set"] = pd.array([None] * len(table), "string")
-    return table, scores
+    return Pool(folders, table, scores)
+
+
+def pool_seeds(folders, part="test"):
+    """A Pool for each --seed among runs of train.py; one where that is unknown."""
+    seeds = {}
+    for folder in folders:
+        seeds.setdefault(read_config(folder).get("seed"), []).append(folder)
+    return [pool(members, part) for members in seeds.values()]
+
+
+def read_config(folder):
+    """The flags of a run of train.py, {} for a folder of predict.py."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["flags"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise InputError(f"{path} cannot be read ({problem}); expected that of a run of train.py") from None
 
 
 def warn_of_folds(folders):
     """Sentences on what does not fit in the flags of runs that are pooled."""
-    flags = {}
-    for folder in folders:
-        path = Path(folder) / "config.json"
-        if path.exists():
-            try:
-                flags[folder] = json.loads(path.read_text(encoding="utf-8"))["flags"]
-            except (ValueError, KeyError, TypeError) as problem:
-                raise InputError(f"{path} cannot be read ({problem}); expected that of a run of train.py") from None
+    flags = {folder: found for folder in folders if (found := read_config(folder))}
     if len(flags) < 2:
         return
     first, one = next(iter(flags.items()))
@@ -122,47 +157,106 @@ def format_each(folders):
     return format_table(rows)
 
 
-def check_same(a, b):
-    """Two tables of the same slices with the same labels, else an InputError; returned in one order and with the same
-    groups, so that their resamples are pairs. A subject that one of them does not know is taken from the other."""
+def check_same(tables):
+    """Tables of the same slices with the same labels, else an InputError; returned in one order and with the same
+    groups, so that their resamples are pairs. A subject that one of them does not know is taken from the others."""
     key = ["scan", "slice"]
-    both = a.merge(b, on=key, how="outer", indicator=True, suffixes=("", "_b"))
-    alone = both[both._merge != "both"]
-    if len(alone):
-        row = alone.iloc[0]
-        where = "the first" if row._merge == "left_only" else "the second"
-        raise InputError(f"{len(alone)} slices are in one of the two only, first {row.scan}_{row.slice} in {where}; "
-                         "expected predictions of the same slices")
-    for name in ("label", "subject"):
-        differ = both[both[name].notna() & both[f"{name}_b"].notna() & (both[name] != both[f"{name}_b"])]
-        if len(differ):
-            raise InputError(f"the two disagree on the {name} of {differ.scan.nunique()} scans, first "
-                             f"{differ.scan.iloc[0]}; expected predictions of the same slices")
-    a, b = (table.sort_values(key, ignore_index=True) for table in (a, b))
-    who = {"subject": a.subject.combine_first(b.subject), "group": a.group.where(a.subject.notna(), b.group)}
-    return a.assign(**who), b.assign(**who)
+    first, *others = (table.sort_values(key, ignore_index=True) for table in tables)
+    for other in others:
+        both = first.merge(other, on=key, how="outer", indicator=True, suffixes=("", "_b"))
+        alone = both[both._merge != "both"]
+        if len(alone):
+            row = alone.iloc[0]
+            where = "the first" if row._merge == "left_only" else "the second"
+            raise InputError(f"{len(alone)} slices are in one of the two only, first {row.scan}_{row.slice} in "
+                             f"{where}; expected predictions of the same slices")
+        for name in ("label", "subject"):
+            differ = both[both[name].notna() & both[f"{name}_b"].notna() & (both[name] != both[f"{name}_b"])]
+            if len(differ):
+                raise InputError(f"the two disagree on the {name} of {differ.scan.nunique()} scans, first "
+                                 f"{differ.scan.iloc[0]}; expected predictions of the same slices")
+        first = first.assign(subject=first.subject.combine_first(other.subject),
+                             group=first.group.where(first.subject.notna(), other.group))
+    return [table.assign(subject=first.subject, group=first.group) for table in (first, *others)]
 
 
-def statements(runs):
-    """What runs state about themselves, once each: {"leaks": sentences, "notes": sentences}."""
-    return {name: list(dict.fromkeys(text for run in runs for text in run[f"run_{name}"]))
-            for name in ("leaks", "notes")}
+def mean_scores(tables):
+    """`bootstrap_scores` of tables of the same slices, averaged over them."""
+    return metrics.mean_of([bootstrap_scores(table) for table in tables])
 
 
-def compare_runs(first, second, first_stated, second_stated):
-    """Compare two pooled tables: dicts of `metrics.compare` with a title that names the leaks of both. Where training
-    has seen subjects of some scans but not of others, a second one is of the latter alone."""
-    first, second = check_same(first, second)
-    titles, apart = [], pd.Series(True, first.index)
-    for name, table, stated in (("first", first, first_stated), ("second", second, second_stated)):
-        leaks, _ = assess.find_leaks(table, **stated)
-        titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
+def compare_runs(first, second):
+    """Compare two lists of Pools, a Pool a seed: dicts of `metrics.compare` with a title that names the leaks of both.
+    Where training has seen subjects of some scans but not of others, a second one is of the latter alone."""
+    tables = check_same([found.table for found in (*first, *second)])
+    titles, apart = [], pd.Series(True, tables[0].index)
+    for name, pools in (("first", first), ("second", second)):
+        leaks = [leak for found in pools for leak in assess.find_leaks(found.table, **found.stated)[0]]
+        titles += [f"{name} LEAKY: {', '.join(dict.fromkeys(leaks))}"] if leaks else []
+    for table in tables:
         apart &= table.exposure == "no"
-    comparisons = [(first, second, "; ".join(["first against second, paired bootstrap over subjects", *titles]))]
+    several = f", mean over {len(first)} and {len(second)} seeds" if len(tables) > 2 else ""
+    title = "; ".join([f"first against second, paired bootstrap over subjects{several}", *titles])
+    comparisons = [(title, tables)]
     if apart.any() and not apart.all():
-        comparisons.append((first[apart], second[apart], "the same, only subjects that neither has seen in training"))
-    for a, b, title in comparisons:
-        yield {"title": title, **metrics.compare(bootstrap_scores(a), bootstrap_scores(b))}
+        title = "the same, only subjects that neither has seen in training"
+        comparisons.append((title, [table[apart] for table in tables]))
+    for title, parts in comparisons:
+        one, other = mean_scores(parts[: len(first)]), mean_scores(parts[len(first) :])
+        yield {"title": title, **metrics.compare(one, other)}
+
+
+def format_by(tables, file, column):
+    """Lines of a table: AD with each value of a column of a CSV file (which has scan or subject, too) against all NC,
+    mean over tables of the same slices."""
+    known = read_csv(file)
+    unit = next((name for name in ("scan", "subject") if name in known), None)
+    if unit is None or column not in known:
+        raise InputError(f"{file} has the columns {', '.join(known)}; expected {column}, and scan or subject")
+    value = tables[0][unit].map(dict(zip(known[unit].astype(str), known[column])))
+    ad = tables[0].label == "AD"
+    if value[ad].isna().all():
+        raise InputError(f"{file} knows {column} of none of the AD scans; its {unit} is such as {known[unit].iloc[0]}, "
+                         f"theirs {tables[0][unit].iloc[0]}")
+    rows = [[f"AD with this {column}, against all NC", "subjects", "AUROC", "sensitivity"]]
+    for level in sorted(value[ad].dropna().unique()):
+        scores = metrics.summarise(mean_scores([table[~ad | (value == level)] for table in tables]))
+        part = scores["subject"] or scores["scan"]
+        rows.append([level, f"{part['n']}", cell(part, "auroc"), cell(part, "sensitivity")])
+    return ["", *format_table(rows)]
+
+
+def learning_curve(folders, part="test"):
+    """Subject-level AUROC by number of training subjects of each model, mean over seeds: {model: {subjects: scores}},
+    with the logistic regression of the first model's runs."""
+    found = {}
+    for folder in folders:
+        flags, split = read_config(folder), read_csv(Path(folder) / "split.csv")
+        n = split.group[split.split != "test"].nunique()
+        key = "ConvNeXt" if not flags else describe_model(flags["model"])
+        found.setdefault(key, {}).setdefault(n, []).append(read_run(folder, part)[0])
+    tables = [table for sizes in found.values() for members in sizes.values() for table in members]
+    same, curves = iter(check_same(tables)), {}
+    for model, sizes in found.items():
+        for n, members in sizes.items():
+            members = [next(same) for _ in members]
+            curves.setdefault(model, {})[n] = metrics.summarise(mean_scores(members))
+            if model == next(iter(found)):
+                plain = [table.assign(p_AD=table.logistic_regression, threshold=metrics.THRESHOLD) for table in members]
+                curves.setdefault("logistic regression", {})[n] = metrics.summarise(mean_scores(plain))
+    return {model: {n: sizes[n]["subject"] or sizes[n]["scan"] for n in sorted(sizes)}
+            for model, sizes in curves.items()}
+
+
+def show_curve(args):
+    curves = learning_curve(args.runs, args.part)
+    counts = sorted({n for sizes in curves.values() for n in sizes})
+    rows = [["training subjects", *curves]]
+    rows += [[f"{n:,}", *(cell(sizes[n], "auroc") if n in sizes else "" for sizes in curves.values())]
+             for n in counts]  # fmt: skip
+    print("AUROC by number of training subjects, mean over seeds", "", *format_table(rows), sep="\n")
+    plots.plot_curve(args.curve, curves, "how many subjects do you need?")
+    print(f"picture in {args.curve}")
 
 
 def format_aggregations(ways):
@@ -204,31 +298,51 @@ def show_stress(args):
         print(f"results in {out}")
 
 
-def main(args):
-    if args.stress:
-        return show_stress(args)
-    if args.each:
-        print(*format_each(args.runs), sep="\n")
-        return
-    predictions, runs = pool(args.runs, args.part)
-    stated = statements(runs)
-    several = f"{len(runs)} runs pooled, {assess.PARTS[args.part]}"
-    title = several if len(runs) > 1 else f"{runs[0]['what']}, {args.runs[0]}"
-    extra = dict(title=title, **stated, coverage=runs[0].get("prediction_sets", {}).get("coverage"))
-    lines = list(warn_of_folds(args.runs))
+def format_pool(found, args):
+    """Lines on one Pool; with --out its tables, scores and pictures are written there."""
+    several = f"{len(found.runs)} runs pooled, {assess.PARTS[args.part]}"
+    title = several if len(found.runs) > 1 else f"{found.runs[0]['what']}, {found.folders[0]}"
+    extra = dict(title=title, **found.stated, coverage=found.runs[0].get("prediction_sets", {}).get("coverage"))
+    lines = list(warn_of_folds(found.folders))
     out = open_out(args.out, "") if args.out else None
-    scores = assess.write_results(predictions, out, **extra) if out else assess.score(predictions, **extra)
+    scores = assess.write_results(found.table, out, **extra) if out else assess.score(found.table, **extra)
     lines += assess.format_assessment(scores)
-    lines += ["", *format_aggregations(metrics.aggregations(predictions))]
-    if len(runs) > 1:
-        accuracies = [run["scan"]["accuracy"] for run in runs]
+    lines += ["", *format_aggregations(metrics.aggregations(found.table))]
+    if len(found.runs) > 1:
+        accuracies = [run["scan"]["accuracy"] for run in found.runs]
         lines.append("")
         lines.append(f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
                      f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
+    return lines
+
+
+def format_seeds(pools):
+    """Lines on Pools of the same slices, one a seed: the scores averaged over them."""
+    lines = [line for found in pools for line in warn_of_folds(found.folders)]
+    tables = check_same([found.table for found in pools])
+    leaks = dict.fromkeys(leak for found in pools for leak in assess.find_leaks(found.table, **found.stated)[0])
+    title = f"mean over {len(pools)} seeds" + f"; LEAKY: {', '.join(leaks)}" * bool(leaks)
+    return lines + assess.format_scores(metrics.summarise(mean_scores(tables)), title)
+
+
+def main(args):
+    if args.stress:
+        return show_stress(args)
+    if args.curve:
+        return show_curve(args)
+    if args.each:
+        print(*format_each(args.runs), sep="\n")
+        return
+    first = pool_seeds(args.runs, args.part)
+    if args.out and len(first) > 1:
+        raise InputError(f"--out takes runs of one seed; {', '.join(args.runs)} are of {len(first)}")
+    lines = format_seeds(first) if len(first) > 1 else format_pool(first[0], args)
+    if args.by:
+        lines += format_by(check_same([found.table for found in first]), *args.by)
     if args.against:
-        lines += warn_of_folds(args.against)
-        other, other_runs = pool(args.against, args.part)
-        comparisons = list(compare_runs(predictions, other, stated, statements(other_runs)))
+        second = pool_seeds(args.against, args.part)
+        lines += [line for found in second for line in warn_of_folds(found.folders)]
+        comparisons = list(compare_runs(first, second))
         for comparison in comparisons:
             lines += format_comparison(comparison)
         if args.out:

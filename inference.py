@@ -3,9 +3,10 @@
 Not run by itself: validation, the final test and predict.py all come here.
 
 On a GPU the engine is the model under autocast. On a CPU some things are done otherwise, to the same function (up to
-rounding): LayerScale is folded into the linear layer before it; linear layers hold their weights in oneDNN's blocked
-layout, with GELU in the same kernel; and every core works on a few images of its own, in the wide layers on some rows
-of them, so that activations stay in its cache and no memory is given back and faulted in again between layers.
+rounding): LayerScale is folded into the linear layer before it, BatchNorm into the convolution before it; linear layers
+hold their weights in oneDNN's blocked layout, with GELU in the same kernel; and every core works on a few images of its
+own, in the wide layers on some rows of them, so that activations stay in its cache and no memory is given back and
+faulted in again between layers.
 """
 
 import copy
@@ -17,13 +18,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import metrics
 from baselines import predict_baselines
 from checkpoint import build_model
 from dataset import make_loader
-from modules import ConvNeXt, has_batch_norm
+from modules import ConvNeXt
 from slices import MEAN, STD, eval_transform, out_of_range
 from subjects import find_exposure
 from utils import CLASSES, InputError
@@ -48,7 +50,7 @@ def make_engine(model, runtime):
     """
     model.eval()
     plain = _Plain(model, runtime)
-    if runtime.device.type != "cpu" or not isinstance(model, ConvNeXt) or has_batch_norm(model):
+    if runtime.device.type != "cpu" or not isinstance(model, ConvNeXt):
         return plain
     try:
         folded = _Folded(model, runtime.amp or torch.float32)
@@ -93,36 +95,36 @@ class _Folded:
     @torch.inference_mode()
     def __init__(self, model, dtype):
         self.dtype, self.stages = dtype, []
-        for number, (downsample, stage) in enumerate(zip(model.downsample_layers, model.stages)):
-            conv, norm = downsample if number == 0 else reversed(downsample)
-            self.stages.append((self._copy(conv), conv.stride, self._copy(norm), [self._block(b) for b in stage]))
+        for downsample, stage in zip(model.downsample_layers, model.stages):
+            self.stages.append((self._fold(downsample), [self._block(block) for block in stage]))
         self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
 
-    def _copy(self, layer):
-        weight, bias = layer.weight.to(self.dtype, copy=True), layer.bias.to(self.dtype, copy=True)
-        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight, bias
+    def _fold(self, layers):
+        """A copy of layers, with each BatchNorm in the convolution before it; one before a padded convolution stays."""
+        folded = []
+        for layer in layers:
+            if isinstance(layer, nn.BatchNorm2d) and folded and isinstance(folded[-1], nn.Conv2d):
+                folded[-1] = nn.utils.fuse_conv_bn_eval(folded[-1], layer)
+            else:
+                folded.append(copy.deepcopy(layer))
+        return nn.Sequential(*folded).to(self.dtype, memory_format=torch.channels_last)
 
     def _block(self, block):
         expand = make_linear(block.pwconv1.weight, block.pwconv1.bias, self.dtype, gelu=True)
         weight, bias = block.pwconv2.weight * block.gamma[:, None], block.pwconv2.bias * block.gamma
-        return self._copy(block.dwconv), self._copy(block.norm), expand, make_linear(weight, bias, self.dtype)
+        return self._fold([block.dwconv, block.norm]), expand, make_linear(weight, bias, self.dtype)
 
     @torch.inference_mode()  # a mode of the thread
     def _forward(self, x):
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        for number, (kernel, stride, norm, blocks) in enumerate(self.stages):
-            if number > 0:
-                x = _normalise(x, norm)
-            x = torch.conv2d(x, *kernel, stride)
-            if number == 0:
-                x = _normalise(x, norm)
+        for downsample, blocks in self.stages:
+            x = downsample(x)
             dim = x.shape[1]
             stream = x.permute(0, 2, 3, 1).reshape(-1, dim)  # (N, C, H, W) -> (N H W, C); what x is a view of
             x = stream.view(len(x), *x.shape[2:], dim).permute(0, 3, 1, 2)
             rows = max(256, HIDDEN_BYTES // (4 * dim * stream.element_size()))
-            for (weight, bias), norm, expand, project in blocks:
-                y = _normalise(torch.conv2d(x, weight, bias, padding=3, groups=dim), norm)
-                y = y.permute(0, 2, 3, 1).reshape(-1, dim)
+            for depthwise, expand, project in blocks:
+                y = depthwise(x).permute(0, 2, 3, 1).reshape(-1, dim)
                 for into, part in zip(stream.split(rows), y.split(rows)):
                     into.add_(project(expand(part)))
         return self.head(self.norm(x.float().mean((2, 3))))
@@ -139,11 +141,6 @@ class _Folded:
                 return torch.cat(list(pool.map(self._forward, parts)))
         finally:
             torch.set_num_threads(threads)
-
-
-def _normalise(x, norm):
-    """LayerNorm over the channels of (N, C, H, W) in memory format channels_last."""
-    return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], *norm, eps=1e-6).permute(0, 3, 1, 2)
 
 
 def make_linear(weight, bias, dtype, gelu=False):

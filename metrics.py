@@ -180,6 +180,21 @@ def summarise_unit(sample):
     return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
 
 
+def mean_of(results):
+    """Results of `bootstrap_scores` of the same units and seed, as those of one whose scores are their means."""
+    means = {}
+    for unit in UNITS:
+        samples = [result[unit] for result in results]
+        if len(samples) == 1 or None in samples:
+            means[unit] = samples[0]
+            continue
+        scores = {name: [sample.scores[name] for sample in samples] for name in METRICS}
+        scores = {name: None if None in values else float(np.mean(values)) for name, values in scores.items()}
+        resampled = {name: np.mean([sample.resampled[name] for sample in samples], 0) for name in METRICS}
+        means[unit] = samples[0]._replace(scores=scores, resampled=resampled)
+    return means
+
+
 def arrays(predictions, unit):
     """(y, p, predicted, group), arrays (N,) of labelled predictions of a unit: whether AD, p_AD, whether AD is
     predicted, and the group."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 # Liu et al. 2022, section 2.3, for tiny to large; the four below tiny are the sizes of timm and of ConvNeXt V2
 # (Woo et al. 2023, arXiv 2301.00808, table 9) with the block of V1.
 VARIANTS = {
-    "narrow": dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128), norm="batch", stem="conv", downsample="pool",
+    "narrow": dict(depths=(1, 1, 1), dims=(32, 64, 128), norm="batch", stem="conv", downsample="pool",
                    layer_scale=1.0, init_std="fan_in"),
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320)),
     "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384)),
@@ -141,13 +141,15 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt of four stages; `convnext(variant)` makes one by name. The options have the paper's values by default.
+    """ConvNeXt of any number of stages; `convnext(variant)` makes one by name. The options have the paper's values by
+    default.
 
-    `downsample_layers[0]` is the stem: "patch", 4x4 with stride 4 and norm, or "conv", 3x3, norm and 2x2 max pooling.
-    The other three are norm and "patch", 2x2 with stride 2, or "pool", 3x3 and 2x2 max pooling. `init_std` is the SD of
-    the initial weights, or "fan_in": one over the root of the inputs of a neuron. `head_norm` is that of the pooled
-    features, "layer" or "batch". Takes (N, in_chans, H, W) with H and W of at least 32, gives logits (N, num_classes).
-    The drop-path rate grows linearly over the blocks, from 0 in the first to `drop_path_rate` in the last.
+    `downsample_layers[0]` is the stem, which divides the sides by 4: "patch", 4x4 with stride 4 and norm, or "conv",
+    twice 3x3, norm, ReLU and 2x2 max pooling. The others are norm and "patch", 2x2 with stride 2, or "pool", 3x3 and
+    2x2 max pooling. `init_std` is the SD of the initial weights, or "fan_in": one over the root of the inputs of a
+    neuron. `head_norm` is that of the pooled features, "layer" or "batch". Takes (N, in_chans, H, W) with sides of at
+    least 4 for the first stage, twice that for the second, and so on; gives logits (N, num_classes). The drop-path rate
+    grows linearly over the blocks, from 0 in the first to `drop_path_rate` in the last.
     """
 
     def __init__(self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0, **options):
@@ -156,7 +158,10 @@ class ConvNeXt(nn.Module):
         norm, layer_scale = options["norm"], options["layer_scale"]
         first = [nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), make_norm(norm, dims[0])]
         if options["stem"] == "conv":
-            first = [nn.Conv2d(in_chans, dims[0], kernel_size=3, padding=1), make_norm(norm, dims[0]), nn.MaxPool2d(2)]
+            first = []
+            for before, after in ((in_chans, dims[0] // 2), (dims[0] // 2, dims[0])):
+                first += [nn.Conv2d(before, after, kernel_size=3, padding=1), make_norm(norm, after), nn.ReLU(),
+                          nn.MaxPool2d(2)]  # fmt: skip
         self.downsample_layers = nn.ModuleList([nn.Sequential(*first)])
         for before, after in zip(dims, dims[1:]):
             halve = [nn.Conv2d(before, after, kernel_size=2, stride=2)]
@@ -179,7 +184,7 @@ class ConvNeXt(nn.Module):
 
     def forward_features(self, x):
         """(N, in_chans, H, W) -> (N, dims[-1]): the normalised mean over the last feature map."""
-        side = 32  # the stem and the three down-samplings divide by 4 * 2 * 2 * 2
+        side = 2 * 2 ** len(self.stages)  # the stem divides by 4, each down-sampling by 2
         assert x.ndim == 4 and min(x.shape[2:]) >= side, (
             f"the input has shape {tuple(x.shape)}; expected (N, C, H, W) with H and W of at least {side}"
         )

@@ -153,3 +153,20 @@ def plot_stress(path, tables, title):
             axes.set(title=kind, ylim=(-0.02, 1.02))
         rows.flat[0].legend()
         rows[0][0].set_ylabel("share of scans")
+
+
+def plot_curve(path, curves, title):
+    """AUROC against the number of training subjects with 95 % intervals, from `evaluate.learning_curve`'s dict."""
+    with _figure(path, title, height=3.6, width=5.6) as ((axes,),):
+        for k, (model, sizes) in enumerate(curves.items()):
+            counts = np.array(list(sizes))
+            auroc = np.array([part["auroc"] for part in sizes.values()])
+            low, high = np.array([part["ci95"]["auroc"] for part in sizes.values()]).T
+            shifted = counts * 1.03 ** (k - len(curves) / 2)  # so that intervals do not cover each other
+            axes.errorbar(shifted, auroc, (auroc - low, high - auroc), marker="o", markersize=3, capsize=2, label=model)
+        counts = sorted({n for sizes in curves.values() for n in sizes})
+        axes.set(xscale="log", xticks=counts, xticklabels=[f"{n:,}" for n in counts], xlabel="training subjects",
+                 ylabel="AUROC, subject-level")
+        axes.minorticks_off()
+        axes.axhline(0.5, color="#999999", linestyle=":")
+        axes.legend()

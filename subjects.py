@@ -211,7 +211,9 @@ def split_as_asked(index, args, root):
     """The index with the split that the flags of train.py ask for; and how many scans --drop-test-subjects left out, or
     None."""
     dropped = None
-    if args.folds is not None:  # the official test set takes part in nothing
+    if args.pool_test:
+        index = index.assign(split="train")
+    elif args.folds is not None:  # the official test set takes part in nothing
         index = index[index.split == "train"]
     if args.split:
         return read_split(index, args.split, root), None

@@ -54,6 +54,7 @@ def make_parser():
     add("--split-by", choices=("subject", "slice"), default="subject", help="slice LEAKS, to show what it does")
     add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
+    add("--pool-test", action="store_true", help="folds of train/ and test/ together, where there are few subjects")
     add("--drop-test-subjects", action="store_true", help="leave out of train/ who is also in test/")
     add("--subjects", type=COUNT, metavar="N", help="use N subjects of train/ only, to see how many it takes")
     add = parser.add_argument_group("model").add_argument
@@ -129,6 +130,8 @@ def parse_args(argv=None):
         parser.error("--demo draws its own data; leave out --data, or --demo")
     if (args.fold is None) != (args.folds is None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
+    if args.pool_test and args.folds is None:
+        parser.error("--pool-test puts test/ into the folds; it goes with --fold and --folds")
     if args.split and (args.folds is not None or args.drop_test_subjects or args.split_by == "slice"):
         parser.error("--split names every slice's part; leave out --fold, --drop-test-subjects and --split-by slice")
     given = [name for name in ARCHITECTURE if getattr(args, name) is not None]

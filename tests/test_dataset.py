@@ -268,6 +268,13 @@ def test_folds_never_touch_the_official_test_set(ad_nc):
     assert set(fold_index(index, 0, 3).scan) == set(index.scan[index.split == "train"])
 
 
+def test_with_pool_test_each_subject_of_train_and_test_is_held_out_once(ad_nc):
+    words = ["--data", str(ad_nc), "--folds", "3", "--val-fraction", "0.2", "--pool-test", "--fold"]
+    folds = [dataset.load_set(train.parse_args([*words, str(k)]), ad_nc, bar=None).index for k in range(3)]
+    held_out = [scan for fold in folds for scan in fold.scan[fold.split == "test"].unique()]
+    assert sorted(held_out) == sorted(read_index(ad_nc).scan.unique())
+
+
 def test_the_hash_tells_splits_apart(ad_nc):
     index = read_index(ad_nc)
     a, b = split_index(index, 0.3, seed=0), split_index(index, 0.3, seed=1)

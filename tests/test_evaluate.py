@@ -63,6 +63,52 @@ def test_two_models_are_compared_on_the_same_slices(folds, ad_nc, tmp_path, caps
         run_evaluate(capsys, *folds, "--against", *others[:2])
 
 
+@pytest.fixture(scope="session")
+def sizes(ad_nc, tmp_path_factory):
+    """Runs of two seeds on six and on all twelve subjects."""
+    root = tmp_path_factory.mktemp("sizes")
+    return [train_small(ad_nc, root / f"n{n}-s{seed}", "--epochs", "2", "--subjects", n, "--seed", seed)
+            for n in ("6", "12") for seed in ("0", "1")]  # fmt: skip
+
+
+def test_scores_of_two_seeds_are_averaged_and_paired(sizes, tmp_path, capsys):
+    few, many = sizes[:2], sizes[2:]
+    text = run_evaluate(capsys, *few, "--against", *many)
+    assert "mean over 2 seeds" in text and "mean over 2 and 2 seeds" in text and "warning" not in text
+    brier = [json.loads((run / "test" / "metrics.json").read_text())["subject"]["brier"] for run in sizes]
+    few_brier, many_brier = sum(brier[:2]) / 2, sum(brier[2:]) / 2
+    row = next(line for line in text.splitlines() if line.startswith("| Brier"))
+    assert f"{few_brier:.3f} [" in row
+    row = next(line for line in text.splitlines() if line.startswith("| Brier score (lower"))
+    assert f"{few_brier - many_brier:+.3f} [" in row
+    with pytest.raises(ValueError, match="--out takes runs of one seed"):
+        run_evaluate(capsys, *few, "--out", tmp_path / "out")
+
+
+def test_a_learning_curve_has_a_row_a_size_with_the_baseline_beside_it(sizes, tmp_path, capsys, pictures):
+    text = run_evaluate(capsys, *sizes, "--curve", tmp_path / "curve.png")
+    header, _, six, twelve = [line for line in text.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["training subjects", "ConvNeXt atto",
+                                                                 "logistic regression"]  # fmt: skip
+    assert six.startswith("| 6 ") and twelve.startswith("| 12 ") and six.count("[") == 2
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
+    table = pd.read_csv(sizes[0] / "test" / "subjects.csv")
+    grade = {subject: grade for subject, grade in zip(table.subject[table.label == "AD"], ("mild", "mild", "severe"))}
+    lines = ["subject,grade", *(f"{subject},{grade.get(subject, 'none')}" for subject in table.subject)]
+    (tmp_path / "grades.csv").write_text("\n".join(lines) + "\n")
+    text = run_evaluate(capsys, *sizes[:2], "--by", tmp_path / "grades.csv", "grade")
+    rows = [line for line in text.splitlines() if line.startswith(("| mild", "| severe", "| none"))]
+    assert [row.split("|")[2].strip() for row in rows] == ["5", "4"]  # two and one AD beside three NC
+    (tmp_path / "grades.csv").write_text("subject,grade\nelse,1\n")
+    with pytest.raises(ValueError, match="knows grade of none of the AD scans; its subject is such as else"):
+        run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
+    with pytest.raises(ValueError, match="has the columns subject, grade; expected cdr, and scan or subject"):
+        run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "cdr")
+
+
 def test_a_comparison_names_the_leaks_of_both_sides(tmp_path, capsys):
     root = write_set(tmp_path, SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")})
     clean = train_small(root, tmp_path / "clean", "--epochs", "1", "--drop-test-subjects")

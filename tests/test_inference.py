@@ -27,10 +27,13 @@ def random_model(variant="atto"):
     model = convnext(variant).eval()
     for p in model.parameters():
         nn.init.normal_(p, mean=0.0 if p.ndim > 1 else 0.3, std=0.05 if p.ndim > 1 else 0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.1, 2)
     return model
 
 
-SHAPES = [("atto", (7, 1, 64, 64)), ("pico", (3, 1, 96, 80)), ("atto", (1, 1, 33, 47))]
+SHAPES = [("atto", (7, 1, 64, 64)), ("pico", (3, 1, 96, 80)), ("atto", (1, 1, 33, 47)), ("narrow", (7, 1, 64, 48))]
 
 
 @pytest.mark.parametrize("variant, shape", SHAPES)

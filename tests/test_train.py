@@ -253,6 +253,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
     (["--drop-path", "1"], "--drop-path: 1 is not a number from 0 to 0.999999"),
     (["--fold", "1"], "--fold and --folds go together"),
     (["--fold", "1", "--folds", "5", "--drop-test-subjects"], "--folds does not read; leave out one of them"),
+    (["--pool-test"], "--pool-test puts test/ into the folds; it goes with --fold and --folds"),
     (["--model", "cnn", "--head-norm", "batch"], "--model cnn has no --head-norm; leave it out"),
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no ConvNeXt variant 'huge'"),
