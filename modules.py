@@ -145,11 +145,11 @@ class ConvNeXt(nn.Module):
     default.
 
     `downsample_layers[0]` is the stem, which divides the sides by 4: "patch", 4x4 with stride 4 and norm, or "conv",
-    twice 3x3, norm, ReLU and 2x2 max pooling. The others are norm and "patch", 2x2 with stride 2, or "pool", 3x3 and
-    2x2 max pooling. `init_std` is the SD of the initial weights, or "fan_in": one over the root of the inputs of a
-    neuron. `head_norm` is that of the pooled features, "layer" or "batch". Takes (N, in_chans, H, W) with sides of at
-    least 4 for the first stage, twice that for the second, and so on; gives logits (N, num_classes). The drop-path rate
-    grows linearly over the blocks, from 0 in the first to `drop_path_rate` in the last.
+    3x3 with stride 2 and 3x3, each with norm and ReLU, then 2x2 max pooling. The others are norm and "patch", 2x2 with
+    stride 2, or "pool", 3x3 and 2x2 max pooling. `init_std` is the SD of the initial weights, or "fan_in": one over the
+    root of the inputs of a neuron. `head_norm` is that of the pooled features, "layer" or "batch". Takes (N, in_chans,
+    H, W) with sides of at least 4 for the first stage, twice that for the second, and so on; gives logits
+    (N, num_classes). The drop-path rate grows linearly over the blocks, from 0 to `drop_path_rate` in the last.
     """
 
     def __init__(self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0, **options):
@@ -158,10 +158,10 @@ class ConvNeXt(nn.Module):
         norm, layer_scale = options["norm"], options["layer_scale"]
         first = [nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), make_norm(norm, dims[0])]
         if options["stem"] == "conv":
-            first = []
-            for before, after in ((in_chans, dims[0] // 2), (dims[0] // 2, dims[0])):
-                first += [nn.Conv2d(before, after, kernel_size=3, padding=1), make_norm(norm, after), nn.ReLU(),
-                          nn.MaxPool2d(2)]  # fmt: skip
+            half = dims[0] // 2
+            first = [nn.Conv2d(in_chans, half, kernel_size=3, stride=2, padding=1), make_norm(norm, half), nn.ReLU(),
+                     nn.Conv2d(half, dims[0], kernel_size=3, padding=1), make_norm(norm, dims[0]), nn.ReLU(),
+                     nn.MaxPool2d(2)]  # fmt: skip
         self.downsample_layers = nn.ModuleList([nn.Sequential(*first)])
         for before, after in zip(dims, dims[1:]):
             halve = [nn.Conv2d(before, after, kernel_size=2, stride=2)]

@@ -25,7 +25,7 @@ DEMO_SUBJECTS = 60
 # What the name of a recipe stands for; flags that are given win.
 RECIPES = {
     "paper": {},  # the defaults: Liu et al. 2022, from scratch
-    "small": dict(model="narrow", image_size=112, epochs=20, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
+    "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
     # small enough for minutes on two cores; 1e-4 is too slow for so few steps
     "demo": dict(model="atto", image_size=48, epochs=6, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
 }
@@ -63,7 +63,7 @@ def make_parser():
     add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's square input (224)")
     add("--drop-path", type=SHARE, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
     add("--norm", choices=("layer", "batch"), help="normalisation (that of the variant: layer, of narrow batch)")
-    add("--stem", choices=("patch", "conv"), help="4x4 with stride 4, or 3x3 and pooling (that of the variant)")
+    add("--stem", choices=("patch", "conv"), help="4x4 with stride 4, or 3x3 twice and pooling (that of the variant)")
     add("--downsample", choices=("patch", "pool"), help="2x2 with stride 2, or 3x3 and pooling (that of the variant)")
     add("--head-norm", choices=("layer", "batch"), help="normalisation of the pooled features (layer)")
     add("--layer-scale", type=AMOUNT, metavar="G", help="start of LayerScale (that of the variant)")
