@@ -243,7 +243,8 @@ def learning_curve(folders, part="test"):
             curves.setdefault(model, {})[n] = metrics.summarise(mean_scores(members))
             if model == next(iter(found)):
                 plain = [table.assign(p_AD=table.logistic_regression, threshold=metrics.THRESHOLD) for table in members]
-                curves.setdefault("logistic regression", {})[n] = metrics.summarise(mean_scores(plain))
+                name = metrics.BASELINES["logistic_regression"]
+                curves.setdefault(name, {})[n] = metrics.summarise(mean_scores(plain))
     return {model: {n: sizes[n]["subject"] or sizes[n]["scan"] for n in sorted(sizes)}
             for model, sizes in curves.items()}
 
@@ -286,15 +287,19 @@ def show_stress(args):
     title = "share of scans whose decision changes, and scan-level AUROC, if slices are changed"
     print(title, "", *format_table(rows), sep="\n")
     names = dict.fromkeys(name for scores in known.values() for name in scores)
-    rows = [["linear read-out", *known]]
-    rows += [[f"after {name}", *(f"{scores[name]:.3f}" if name in scores else "" for scores in known.values())]
-             for name in names]  # fmt: skip
-    title = "scan-level AUROC of a linear read-out of the mean over the map, cross-validated by group"
+    rows = [["linear read-out", *(f"{folder}: {what}" for folder in known for what in ("AUROC", "spread"))]]
+    for name in names:
+        cells = ([f"{scores[name][0]:.3f}", f"{scores[name][1]:.2g}"] if name in scores else ["", ""]
+                 for scores in known.values())  # fmt: skip
+        rows.append([f"after {name}", *sum(cells, [])])
+    title = ("scan-level AUROC of a linear read-out of the mean over the map, cross-validated by group; and the "
+             "spread: the SD of that mean over slices, relative to its size")  # fmt: skip
     print("", title, "", *format_table(rows), sep="\n")
     if out:
         table = pd.concat([table.assign(run=name) for name, table in tables.items()])
         write_csv(out / "stress.csv", table.astype({name: str for name in table if name.endswith("ci95")}))
         plots.plot_stress(out / "stress.png", tables, "decisions that change where the slices are changed")
+        plots.plot_probe(out / "probe.png", known, "what is known after each stage, and how far slices differ there")
         print(f"results in {out}")
 
 

@@ -26,7 +26,7 @@ FEWEST = 10  # groups for a verdict: with fewer, bootstrap intervals are too nar
 # The columns of predictions.csv: first what people look for, then what evaluate.py needs as well. `threshold` is the
 # p_AD from which the prediction is AD, the last three are the p_AD of the baselines.
 BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
-             "logistic_regression": "logistic regression"}  # fmt: skip
+             "logistic_regression": "logistic regression on a blur"}  # fmt: skip
 PREDICTIONS = ("path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure", "out_of_range",
                "error", "group", "threshold", "prediction_set", *BASELINES)  # fmt: skip
 # Those of scans.csv; of subjects.csv all but the first.

@@ -155,6 +155,19 @@ def plot_stress(path, tables, title):
         rows[0][0].set_ylabel("share of scans")
 
 
+def plot_probe(path, known, title):
+    """AUROC of a linear read-out, and spread, by place in the network; a line a run, of {run: stress.probe's dict}."""
+    with _figure(path, title, 2) as ((left, right),):
+        for name, scores in known.items():
+            for axes, values in zip((left, right), zip(*scores.values())):
+                axes.plot(list(scores), values, marker="o", markersize=3, label=name)
+        left.set(ylabel="AUROC, linear read-out")
+        right.set(ylabel="SD over slices / mean", yscale="log")
+        for axes in (left, right):
+            axes.tick_params(axis="x", rotation=30)
+        left.legend()
+
+
 def plot_curve(path, curves, title):
     """AUROC against the number of training subjects with 95 % intervals, from `evaluate.learning_curve`'s dict."""
     with _figure(path, title, height=3.6, width=5.6) as ((axes,),):

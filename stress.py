@@ -141,8 +141,9 @@ def score_change(plain, other):
 
 @torch.inference_mode()
 def probe(checkpoint, slices, runtime, batch_size=64):
-    """A linear read-out of the class after the stem and each stage of a model: the AUROC at scan level of a logistic
-    regression on the mean over the map, cross-validated over groups of labelled slices. A dict by stage."""
+    """What a model knows after the stem, each stage and the head's norm, from the mean x over the map: {place: (auroc,
+    spread)}. `auroc` is that at scan level of a logistic regression on x, cross-validated over groups of labelled
+    slices; `spread` how far slices differ: the norm of the SD of x over slices, over the norm of its mean."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
@@ -152,7 +153,8 @@ def probe(checkpoint, slices, runtime, batch_size=64):
     seen, hooks = {name: [] for name in stages(model)}, []
     for name, module in stages(model).items():
         hooks.append(module.register_forward_hook(
-            lambda module, given, out, name=name: seen[name].append(out.float().mean((2, 3)).cpu())))  # fmt: skip
+            lambda module, given, out, name=name: seen[name].append(out.float().flatten(2).mean(2).cpu()
+                                                                    if out.ndim == 4 else out.float().cpu())))
     for x, _ in make_loader(slices, batch_size):
         model(eval_transform(x.to(runtime.device), checkpoint["image_size"]))
     index, scores = slices.index, {}
@@ -163,13 +165,15 @@ def probe(checkpoint, slices, runtime, batch_size=64):
             p[test] = line.fit(x[train], slices.is_ad[train]).predict_proba(x[test])[:, 1]
         table = pd.DataFrame({"scan": index.scan, "ad": slices.is_ad, "p": p}).groupby("scan").mean()
         y, p = table.ad.to_numpy() == 1, table.p.to_numpy()
-        scores[name] = metrics.point_scores(y, p, p >= 0.5)["auroc"]
+        spread = np.linalg.norm(x.std(0)) / max(np.linalg.norm(x.mean(0)), 1e-12)
+        scores[name] = metrics.point_scores(y, p, p >= 0.5)["auroc"], float(spread)
     return scores
 
 
 def stages(model):
     """The modules behind which `probe` looks, by name."""
     if isinstance(model, ConvNeXt):
-        return {"stem": model.downsample_layers[0]} | {f"stage {i}": stage for i, stage in enumerate(model.stages, 1)}
+        parts = {f"stage {i}": stage for i, stage in enumerate(model.stages, 1)}
+        return {"stem": model.downsample_layers[0], **parts, "head norm": model.norm}
     pools = [module for module in model if isinstance(module, nn.MaxPool2d)]
     return {f"stage {i}": module for i, module in enumerate(pools, 1)}

@@ -36,6 +36,8 @@ oasis() {  # SEED
     done; done
 }
 learning_curve 200 100 400
+train layer "--data $local --subjects 200 --recipe small --norm layer"
+train layer-head-batch "--data $local --subjects 200 --recipe small --norm layer --head-norm batch"
 oasis 0
 learning_curve 800 50
 oasis 1
@@ -111,6 +113,19 @@ TEXT
     done
     printf '\nThe small recipe on 100 subjects against the documented one on 200:\n'
     compared python evaluate.py "$runs"/small-n100-s? --against "$runs"/paper-n200-s?
+    cat <<'TEXT'
+
+## Where LayerNorm loses the class
+
+The small recipe on 200 subjects with LayerNorm everywhere, with BatchNorm on the pooled features alone, and as it is
+(BatchNorm in stem and blocks, LayerNorm on the pooled features). What it means: [recipes.md](recipes.md).
+TEXT
+    commands 'layer|layer-head-batch|small-n200-s0'
+    tables python evaluate.py "$runs"/{layer,layer-head-batch,small-n200-s0} --each
+    rm -rf "$runs/probe"
+    tables python evaluate.py "$runs"/{layer,layer-head-batch,small-n200-s0} --stress --out "$runs/probe" |
+        sed -n '/^```bash/,/^```$/p; /linear read-out of/,$p'
+    printf '\n![Read-out after each stage](../figures/probe.png)\n'
     cat <<'TEXT'
 
 ## How fragile it is
@@ -192,6 +207,7 @@ for name in roc_curve calibration risk_coverage confusion_matrix; do
     cp "$runs/cv/$name.png" "figures/oasis_$name.png"
 done
 cp "$runs/stress/stress.png" figures/stress.png
+cp "$runs/probe/probe.png" figures/probe.png
 cp "$runs/by-subject/training_curves.png" figures/leak_by_subject.png
 cp "$runs/by-slice-LEAKY/training_curves.png" figures/leak_by_slice.png
 cp "$runs/by-subject/lr_schedule.png" figures/lr_schedule.png

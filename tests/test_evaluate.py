@@ -89,7 +89,7 @@ def test_a_learning_curve_has_a_row_a_size_with_the_baseline_beside_it(sizes, tm
     text = run_evaluate(capsys, *sizes, "--curve", tmp_path / "curve.png")
     header, _, six, twelve = [line for line in text.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["training subjects", "ConvNeXt atto",
-                                                                 "logistic regression"]  # fmt: skip
+                                                                 "logistic regression on a blur"]  # fmt: skip
     assert six.startswith("| 6 ") and twelve.startswith("| 12 ") and six.count("[") == 2
     assert (tmp_path / "curve.png").stat().st_size > 5000
 

@@ -76,10 +76,10 @@ def test_missing_slices_leave_every_scan_one(run_folder, monkeypatch):
 
 def test_a_read_out_finds_brightness_from_the_stem_on(run_folder):
     scores = stress.probe(*load(run_folder), CPU)
-    assert list(scores) == ["stem", "stage 1", "stage 2", "stage 3", "stage 4"]
-    assert scores["stage 4"] == 1 and all(0 <= score <= 1 for score in scores.values())
+    assert list(scores) == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "head norm"]
+    assert scores["stage 4"][0] == 1 and all(0 <= auroc <= 1 and spread > 0 for auroc, spread in scores.values())
     assert list(stress.stages(make_model("cnn"))) == [f"stage {i}" for i in (1, 2, 3, 4)]
-    assert len(stress.stages(convnext("atto"))) == 5
+    assert len(stress.stages(convnext("atto"))) == 6
 
 
 def test_the_command_prints_tables_and_writes_them(run_folder, tmp_path, capsys, monkeypatch, pictures):
