@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, InputError, Parser, printable, read_flags, run_script
+from utils import CLASSES, STOP_SIGNALS, InputError, Parser, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -34,7 +34,7 @@ import pandas as pd
 import cache
 import subjects
 from metrics import window_vote
-from slices import EXTENSIONS, common_size, list_folder, parse_name, send
+from slices import EXTENSIONS, common_size, list_folder, parse_name, passed_over, send
 from subjects import assign_groups, read_subjects
 from subjects import split_index as split_index
 
@@ -46,7 +46,8 @@ COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
 @dataclass
 class Listing:
     """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
-    used or <NA>; `source` is the file that the subjects came from, or None."""
+    used or <NA>; `source` is the file that the subjects came from, or None; `warnings` are lines on what was passed
+    over or not understood."""
 
     index: pd.DataFrame
     root: str
@@ -94,7 +95,8 @@ def list_set(root):
                 raise InputError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
             images, folders, _ = list_folder(folder)
             if not images and not folders:
-                raise InputError(f"{folder} holds no images (.jpeg, .jpg, .png); expected files <scan>_<slice>.jpeg")
+                raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); expected files "
+                                 "<scan>_<slice>.jpeg")
             reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
             rows += [(path, label, split, reason) for path in folders]
             rows += [(path, label, split, None if parse_name(path) else
@@ -105,7 +107,9 @@ def list_set(root):
     wrong = told.notna() & (told != table.label) & table.error.isna()
     table.loc[wrong, "error"] = [f"is in folder {label}, but {source} says {other}"
                                  for label, other in zip(table.label[wrong], told[wrong])]
-    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source)
+    subjects.check_match(table.scan, who, source)
+    passed = passed_over(root, [*table.path, *([source] if source else [])])
+    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source, passed)
 
 
 def _complete(table, who, order):
@@ -187,7 +191,7 @@ def _list_input(given, ignored):
         return [(str(given), None, f"{link}; expected an image or a folder of images")]
     if not given.is_dir():
         other = None if given.suffix.lower() in EXTENSIONS else (
-            "is not an image that is read here; expected .jpeg, .jpg or .png")
+            f"is not an image that is read here; expected {', '.join(EXTENSIONS)}")
         return [(str(given), None, other)]
     labelled = [label for label in ("AD", "NC") if (given / label).is_dir()]
     found = []
@@ -204,7 +208,7 @@ def _list_input(given, ignored):
     if not found:
         hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
         hint = f"; did you mean {hints[0]}?" if hints else ""
-        return [(str(given), None, f"holds no images (.jpeg, .jpg, .png), nor do AD/ and NC/ in it{hint}")]
+        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), nor do AD/ and NC/ in it{hint}")]
     return found
 
 
@@ -226,7 +230,8 @@ class SliceSet:
     """Slices with their pixels. `index` has COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a slice are
     images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and no row.
     `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
-    --drop-test-subjects left out, or None, `source` the file that the subjects came from, or None."""
+    --drop-test-subjects left out, or None, `source` the file that the subjects came from, or None, `passed` lines on
+    what is in the folder and no slice."""
 
     index: pd.DataFrame
     images: np.ndarray
@@ -234,6 +239,7 @@ class SliceSet:
     bad: list = field(default_factory=list)
     dropped: int | None = None
     source: Path | None = None
+    passed: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.index)
@@ -269,7 +275,8 @@ def decode_set(root, keep=True, bar="decoding"):
     index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
     readable = np.array([error is None for error in errors])
     bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
-    return SliceSet(assign_groups(index[readable]), images, listing.root, bad, source=listing.source)
+    return SliceSet(assign_groups(index[readable]), images, listing.root, bad, source=listing.source,
+                    passed=listing.warnings)
 
 
 def load_set(args, root, bar="decoding"):
@@ -334,9 +341,8 @@ def make_loader(slices, batch_size, *, generator=None, device=None, share=None, 
 
 def _leave_signals(worker):
     """A signal to a whole group of processes is the first one's to answer."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Share:
@@ -396,6 +402,7 @@ def audit(slices):
     index, source = slices.index, slices.source
     yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     unmapped = index.scan[index.subject.isna()].nunique()
+    yield from slices.passed
     yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv: subjects unknown"
     yield ""
     yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
@@ -414,8 +421,9 @@ def audit(slices):
     yield (f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test "
            f"scans; always {majority} on {(test_scans.label == majority).mean():.3f}")
     if unmapped:
-        yield (f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject; whether train and test "
-               "share these patients is unknown, and a split treats each such scan as a subject of its own")
+        yield (f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject, first "
+               f"{index.scan[index.subject.isna()].iloc[0]}; whether train and test share these patients is unknown, "
+               "and a split treats each such scan as a subject of its own")
     test_subjects = index[index.split == "test"].subject.nunique()
     shared = subjects.shared_subjects(index)
     if shared:
@@ -424,9 +432,7 @@ def audit(slices):
     elif test_subjects:
         yield f"none of the {test_subjects} known test subjects is in train"
     yield from subjects.describe_copies(index)
-    both = index.dropna(subset="subject").groupby("subject").label.nunique()
-    if (both > 1).any():
-        yield f"{(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}"
+    yield from subjects.describe_both_classes(index)
 
 
 def main(args):

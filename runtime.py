@@ -14,6 +14,7 @@ import platform
 import random
 import signal
 import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError, seed_of
+from utils import STOP_SIGNALS, InputError, seed_of
 
 # ---------------------------------------------------------------- device, precision, seeds
 
@@ -90,18 +91,22 @@ class Stopped(SystemExit):
         return signal.Signals(self.code - 128).name
 
 
+ONE_REQUEST = 1.0  # seconds in which signals are the same request
+
+
 class StopRequest:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) while the context is open. They raise Stopped at once or,
-    within `deferred`, are kept in `caught` until the loop polls (`Runtime.stop_requested`); a second one then ends the
-    process at once. `agreed` is the signal that all processes stop for."""
+    """STOP_SIGNALS while the context is open. They raise Stopped at once or, within `deferred`, are kept in `caught`
+    until the loop polls (`Runtime.stop_requested`); a second one then ends the process at once, unless it comes within
+    ONE_REQUEST: who signals a whole group reaches a process twice, by itself and through torchrun. `agreed` is the
+    signal that all processes stop for."""
 
     def __init__(self):
-        self.caught, self.agreed, self.polled, self.before = None, None, False, {}
+        self.caught, self.agreed, self.polled, self.before, self.since = None, None, False, {}, 0.0
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", None)):
-                if number is not None:
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
                     self.before[number] = signal.signal(number, self._handle)
         return self
 
@@ -112,9 +117,10 @@ class StopRequest:
     def _handle(self, number, frame):
         if not self.polled:
             raise Stopped(128 + number)
-        if self.caught is not None:
+        if self.caught is None:
+            self.caught, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > ONE_REQUEST:
             raise SystemExit(128 + number)
-        self.caught = number
 
     @contextlib.contextmanager
     def deferred(self):

@@ -2,9 +2,10 @@
 
 Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py knows whose they are.
 
-What a file may be: a JPEG or PNG of one picture, from 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour
-(RGB, palette, CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black, and
-16 bits become 8 by their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing is guessed.
+What a file may be: a JPEG, PNG, BMP, TIFF or WebP of one picture, from 16 to 4,096 pixels a side. It is turned as its
+EXIF says. Colour (RGB, palette, CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent
+becomes black, and 16 bits become 8 by their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing
+is guessed.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import re
 import stat
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,12 +22,15 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import InputError
+from utils import InputError, printable
 
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
+SIXTEEN_BITS = 2**14  # a 16-bit slice that stays below holds 12 bits or so: read as 16, it would be nearly black
 NEAR_BLACK = 16  # grey levels below are background
-EXTENSIONS = (".jpeg", ".jpg", ".png")
+FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
+           "TIFF": (".tif", ".tiff"), "WEBP": (".webp",)}  # fmt: skip
+EXTENSIONS = sum(FORMATS.values(), ())
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 # ---------------------------------------------------------------- files
@@ -52,6 +57,26 @@ def list_folder(folder):
     return images, folders, others
 
 
+def passed_over(root, used):
+    """Lines on what is under `root` and not among the paths `used`, by folder and kind, so that files seen are files
+    used, refused or listed here."""
+    counts, used = Counter(), {os.path.abspath(path) for path in used}
+    for folder, _, names in os.walk(root):
+        place = os.path.relpath(folder, root)
+        ours = place == "." or re.fullmatch(r"(train|test)([/\\](AD|NC))?", place)
+        for name in names:
+            if os.path.abspath(os.path.join(folder, name)) in used:
+                continue
+            kind = os.path.splitext(name)[1].lower() or "without extension"
+            if is_junk(name) or any(is_junk(part) for part in Path(place).parts if part != "."):
+                counts["leftovers of archives and tools, such as .DS_Store"] += 1
+            elif ours:
+                counts[f"{kind} in {printable(folder)}"] += 1
+            else:
+                counts[f"in {printable(folder)}"] += 1
+    return [f"passed over: {n:,} file{'s' * (n > 1)} {kind}" for kind, n in counts.items()]
+
+
 class Unfit(InputError):
     """A file that is not taken for a slice, whatever it is; the text continues a sentence that begins with its name."""
 
@@ -70,10 +95,10 @@ def _open(path):
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
         raise Unfit("is not a regular file")
     try:
-        image = Image.open(path, formats=("JPEG", "PNG"))
+        image = Image.open(path, formats=tuple(FORMATS))
     except UnidentifiedImageError:
-        size = os.path.getsize(path)
-        raise Unfit(f"cannot be read as an image: its {size:,} bytes are neither JPEG nor PNG") from None
+        size, kinds = os.path.getsize(path), " nor ".join((", ".join(list(FORMATS)[:-1]), list(FORMATS)[-1]))
+        raise Unfit(f"cannot be read as an image: its {size:,} bytes are neither {kinds}") from None
     except Image.DecompressionBombError:
         raise Unfit(f"claims far too many pixels; expected {SMALLEST} to {LARGEST} a side") from None
     if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
@@ -132,8 +157,14 @@ def _decode(path, size):
     with _open(path) as image:
         image = ImageOps.exif_transpose(image)
         colour = 0.0
+        if image.mode == "F":
+            raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
         if image.mode[0] == "I":  # 16 bits; convert("L") would clip them at 255
             values = np.asarray(image).astype(np.int64)
+            if 0 < values.max() < SIXTEEN_BITS:
+                raise Unfit(f"has 16 bits a pixel and values up to {values.max()} only, so that few of 256 grey levels "
+                            "would be left; expected the full range of 0 to 65,535: rescale the whole set by one "
+                            "factor")
             image = Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
         elif image.mode != "L":
             if image.has_transparency_data:

@@ -3,6 +3,7 @@
 Not run by itself. All but the reading of metadata is a function of the index, a table with a row a slice.
 """
 
+import io
 import json
 import os
 import re
@@ -16,34 +17,54 @@ from utils import InputError, fingerprint, read_csv
 # ---------------------------------------------------------------- who is in a scan
 
 
+MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "unk", "missing", "?", "-", "--", "."}  # in any case
+
+
 def read_subjects(root):
-    """Who is in each scan, from a file in `root` or beside it.
+    """Who is in each scan, from a file in `root`, beside it, or beside what `root` is a link to.
 
     Returns (subjects, labels, source): two dicts from scan id to subject and to class name, and the path of the file
-    read: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the entry), else
-    subjects.csv (columns scan and subject), else None and empty dicts. InputError if it cannot be read.
+    that the subjects are from: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the
+    entry; labels come from it alone), or else subjects.csv (columns scan and subject), or None. InputError if a file
+    cannot be read.
     """
     root = Path(root)
-    folders = (root, root.parent if root.name not in ("", "..") else root.resolve().parent)
-    for path in (folder / "meta_data_with_label.json" for folder in folders):
-        if path.is_file():
-            return *_subjects_from_json(path), path
-    for path in (folder / "subjects.csv" for folder in folders):
-        if path.is_file():
-            return _subjects_from_csv(path), {}, path
-    return {}, {}, None
+    folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
+    found = {name: next((folder / name for folder in folders if (folder / name).is_file()), None)
+             for name in ("meta_data_with_label.json", "subjects.csv")}
+    subjects, labels, source = {}, {}, found["meta_data_with_label.json"]
+    if source:
+        subjects, labels = _subjects_from_json(source)
+    if not subjects and found["subjects.csv"]:
+        source = found["subjects.csv"]
+        subjects = _subjects_from_csv(source)
+    return subjects, labels, source
+
+
+def check_match(scans, subjects, source):
+    """InputError where a table of subjects knows none of the scans, with an id of each side."""
+    if subjects and len(scans) and not scans.isin(subjects.keys()).any():
+        raise InputError(f"{source} knows {len(subjects):,} scans and none of those in the folder: its ids are such as "
+                         f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file <scan>_<slice>.jpeg)"
+                         "; write the ids as the files have them, or move the table away")
 
 
 def _subjects_from_csv(path):
+    """{scan: subject} of a table with the columns scan and subject, in any case, separated by commas, semicolons or
+    tabs, in UTF-8 or UTF-16. Words that mean "missing" are missing for a subject, but a scan may be named NA."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # a scan may be named NA
-        table = table.apply(lambda column: column.str.strip()).replace("", None)
+        raw = path.read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        first = text.split("\n", 1)[0]
+        table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
+        table = table.apply(lambda column: column.str.strip()).rename(columns=lambda name: name.strip().lower())
     except ValueError as problem:
         reason = str(problem).strip()
         raise InputError(f"{path} cannot be read ({reason}); expected the columns scan and subject") from None
     if not {"scan", "subject"} <= set(table.columns):
         raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected scan and subject")
-    known = table.dropna(subset=["scan", "subject"]).drop_duplicates(["scan", "subject"])
+    table["subject"] = table.subject.where(~table.subject.str.lower().isin(MISSING))
+    known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
     twice = known.scan[known.scan.duplicated()]
     if len(twice):
         raise InputError(f"{path} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
@@ -267,7 +288,16 @@ def describe_split(index, by, dropped=None):
                "apart (--drop-test-subjects trains without them)")
     if dropped is not None:
         yield f"left out of train: {dropped} scans of subjects who are also in test"
+    yield from describe_both_classes(index)
     yield from describe_copies(index)
+
+
+def describe_both_classes(index):
+    """A line on subjects who have scans of both classes: in AD_NC there are none, so an id is likely to be wrong."""
+    both = index.dropna(subset="subject").groupby("subject").label.nunique()
+    if (both > 1).any():
+        yield (f"SUSPICIOUS: {(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}; "
+               "is the id really of one person?")
 
 
 def describe_copies(index):

@@ -7,7 +7,8 @@
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
 once, at the end. `--out RUN --resume` resumes a run that was stopped, at any moment, and ends where it would have
-ended. Ctrl-C, SIGTERM and SIGUSR1 end the step, save and say so (exit status 130, 143, 138).
+ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143,
+138, 129).
 """
 
 import json
@@ -359,8 +360,10 @@ def train(args, stop):
     size = sum(p.numel() for p in model.parameters())
     log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
         f"{runtime.precision}{several}; run folder {out}")
-    for line in (*describe_split(slices.index, args.split_by, slices.dropped), *describe_transfer(slices.index, init)):
-        log(line)
+    for lines in (slices.passed, describe_split(slices.index, args.split_by, slices.dropped),
+                  describe_transfer(slices.index, init)):
+        for line in lines:
+            log(line)
     if args.skip_bad:
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
 

@@ -12,10 +12,13 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
 
+# a job scheduler or container, Ctrl-C, SLURM's warning, a lost connection
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
 
 # ---------------------------------------------------------------- the command line of every script

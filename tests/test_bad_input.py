@@ -59,12 +59,16 @@ L = Image.fromarray(GREY)
 JPEG = encoded(L, "JPEG", quality=95)
 REFUSED = {  # name: (bytes, what the reason says)
     "truncated.jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "empty.jpeg": (b"", "its 0 bytes are neither JPEG nor PNG"),
-    "text.jpeg": (b"no image, but a text", "neither JPEG nor PNG"),
-    "picture.png": (encoded(L, "GIF"), "neither JPEG nor PNG"),
+    "empty.jpeg": (b"", "its 0 bytes are neither JPEG, PNG, BMP, TIFF nor WEBP"),
+    "text.jpeg": (b"no image, but a text", "are neither JPEG, PNG"),
+    "picture.png": (encoded(L, "GIF"), "are neither JPEG, PNG"),
     "animated.png": (encoded(L, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "holds 2 pictures"),
     "1x1.png": (encoded(Image.new("L", (1, 1))), "is 1 x 1 pixels; expected 16 to 4096 a side"),
     "bomb.png": (bomb(), "claims far too many pixels; expected 16 to 4096 a side"),
+    "12bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16)), "values up to 4080 only"),
+    "12bit.tif": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16), "TIFF"), "rescale the whole set"),
+    "real.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "holds real numbers"),
+    "pages.tif": (encoded(L, "TIFF", save_all=True, append_images=[L]), "holds 2 pictures"),
     "cut.png": (encoded(L)[:200], "cannot be read as an image"),
 }
 RGB = np.stack([GREY, 255 - GREY, np.roll(GREY, 5, 0)], 2)
@@ -73,7 +77,9 @@ LUMA = np.asarray(Image.fromarray(RGB).convert("L"))
 CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
     "grey.png": (encoded(L), GREY, 0),
     "16bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY, 0),
-    "16bit-dark.png": (encoded(Image.fromarray(GREY.astype(np.uint16))), (GREY > 128).astype(np.uint8), 0),
+    "16bit.tiff": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), GREY, 0),
+    "grey.bmp": (encoded(L, "BMP"), GREY, 0),
+    "grey.webp": (encoded(L, "WEBP", lossless=True), GREY, 2),
     "rgb.png": (encoded(Image.fromarray(RGB)), LUMA, 0),
     "rgba.png": (encoded(Image.fromarray(np.dstack([RGB, ALPHA]))), np.where(ALPHA, LUMA, 0), 0),
     "grey-alpha.png": (encoded(Image.merge("LA", [L, Image.fromarray(ALPHA)])), np.where(ALPHA, GREY, 0), 0),

@@ -55,6 +55,27 @@ def test_junk_is_ignored_and_extensions_may_be_of_any_case(tmp_path):
     assert (index.scan == "x_y").sum() == 3  # the scan is all before the last underscore
 
 
+def test_every_file_is_used_refused_or_listed_as_passed_over(tmp_path):
+    root = write_set(tmp_path)
+    kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".bmp": "BMP", ".tif": "TIFF", ".webp": "WEBP"}
+    for k, (extension, kind) in enumerate(kinds.items()):
+        path = root / "train" / "NC" / f"200_{70 + k}.jpeg"
+        Image.open(path).save(path.with_suffix(extension), kind)
+        path.unlink()
+    assert len(read_index(root)) == 18 * 5
+    for folder, name in (("train/NC", "200_70.dcm"), ("train/NC", "notes"), ("val/AD", "1_70.jpeg"), (".", "a.log"),
+                         ("train/MCI", "5_70.jpeg"), ("train/MCI", "5_71.jpeg"), ("__MACOSX/train", "x.jpeg")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / name).write_bytes(b"x")
+    expected = {f"passed over: 1 file .dcm in {root}/train/NC", f"passed over: 1 file in {root}/val/AD",
+                f"passed over: 1 file without extension in {root}/train/NC", f"passed over: 1 file .log in {root}",
+                f"passed over: 2 files in {root}/train/MCI",
+                "passed over: 1 file leftovers of archives and tools, such as .DS_Store"}  # fmt: skip
+    assert {line for line in audit(root) if line.startswith("passed over")} == expected
+    run = train_steps(root, tmp_path / "run", "--epochs", "1")
+    assert expected <= set((run / "training_log.txt").read_text().splitlines())
+
+
 @pytest.mark.parametrize("name", ["holiday.jpeg", "100_.png", "_70.jpeg", "100_7a.jpg", "1_99999999999999999999.png"])
 def test_an_image_of_another_name_is_an_error_that_names_it(tmp_path, name):
     root = write_set(tmp_path)
@@ -138,10 +159,59 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
         read_index(root)
     (tmp_path / "subjects.csv").write_text("scan,subject\n 100 ,a0 \nNA,\n101,None\n")  # blanks of a spreadsheet
     subjects = read_index(root).set_index("scan").subject
-    assert subjects["100"].iloc[0] == "a0" and subjects["101"].iloc[0] == "None" and subjects["102"].isna().all()
+    assert subjects["100"].iloc[0] == "a0" and subjects[["101", "102"]].isna().all()
     (tmp_path / "subjects.csv").write_text("")
     with pytest.raises(ValueError, match="subjects.csv cannot be read .No columns"):
         read_index(root)
+
+
+@pytest.mark.parametrize("word", ["NA", "nan", "Unknown", "-", "n/a", "?", "NULL", ""])
+def test_a_word_that_means_missing_is_no_patient(tmp_path, word):
+    root = write_set(tmp_path)
+    table = pd.read_csv(tmp_path / "subjects.csv", dtype=str)
+    table.loc[table.scan.isin(["100", "200"]), "subject"] = word
+    table.to_csv(tmp_path / "subjects.csv", index=False)
+    index = read_index(root).drop_duplicates("scan").set_index("scan")
+    assert index.subject[["100", "200"]].isna().all() and index.group["100"] != index.group["200"]
+    assert any(line.startswith("NOT CHECKED: 2 of 18 scans have no known subject, first 100") for line in audit(root))
+
+
+def test_one_id_with_scans_of_both_classes_is_suspicious(tmp_path):
+    root = write_set(tmp_path, SCANS | {"100": ("train", "AD", "x"), "200": ("train", "NC", "x")})
+    (line,) = [line for line in audit(root) if line.startswith("SUSPICIOUS")]
+    assert "1 subjects have scans of both classes, first x" in line
+    run = train_steps(root, tmp_path / "run", "--epochs", "1")
+    assert line in (run / "training_log.txt").read_text()
+
+
+@pytest.mark.parametrize("change", [lambda scan: f"{scan}.0", lambda scan: f"0{scan}", lambda scan: f"I{scan}",
+                                    lambda scan: f"{scan}_70.jpeg"])  # fmt: skip
+def test_a_table_that_knows_none_of_the_scans_is_an_error_with_an_id_of_each_side(tmp_path, change):
+    root = write_set(tmp_path)
+    table = pd.read_csv(tmp_path / "subjects.csv", dtype=str)
+    table.assign(scan=table.scan.map(change)).to_csv(tmp_path / "subjects.csv", index=False)
+    with pytest.raises(InputError, match=f"none of those in the folder: its ids are such as {change('100')}, the "
+                                         "folder's such as 100 "):  # fmt: skip
+        read_index(root)
+
+
+@pytest.mark.parametrize("change, encoding", [
+    (lambda text: text.replace(",", ";"), "utf-8"), (lambda text: text.replace(",", "\t"), "utf-16"),
+    (lambda text: text.replace("scan,subject", "Scan , SUBJECT"), "utf-8-sig"),
+])  # fmt: skip
+def test_tables_of_spreadsheets_are_read(tmp_path, change, encoding):
+    root = write_set(tmp_path)
+    expected, path = read_index(root), tmp_path / "subjects.csv"
+    path.write_bytes(change(path.read_text()).encode(encoding))
+    assert read_index(root).equals(expected)
+
+
+def test_metadata_beside_the_target_of_a_link_and_behind_a_json_without_patients_are_found(tmp_path):
+    root = write_set(tmp_path / "data")
+    (tmp_path / "AD_NC").symlink_to(root)
+    (tmp_path / "data" / "meta_data_with_label.json").write_text('{"100": {"label": 2}}')
+    assert (read_index(tmp_path / "AD_NC").subject == read_index(root).subject).all()
+    assert read_index(root).subject.notna().all()
 
 
 # ---------------------------------------------------------------- audit

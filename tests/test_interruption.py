@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SMALL, train_small, train_steps, without_report
+from PIL import Image, ImageOps
 
 import checkpoint
 import engine
@@ -99,7 +100,8 @@ def at_step(number, what, monkeypatch):
     monkeypatch.setattr(engine, "train_transform", counting)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138),
+                                            (signal.SIGHUP, 129)])  # fmt: skip
 @pytest.mark.parametrize("step", [1, 6])  # of four an epoch
 def test_a_signal_lets_the_step_end_saves_and_the_run_resumes_bit_identically(
     ad_nc, tmp_path, whole, monkeypatch, capsys, number, status, step
@@ -160,13 +162,18 @@ def test_a_signal_in_a_save_waits_for_its_end(ad_nc, tmp_path, whole, monkeypatc
 def test_a_second_signal_ends_at_once_and_leaves_what_was_saved(ad_nc, tmp_path, whole, monkeypatch):
     def twice(x):
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # at once: the same request, by a launcher
+        reached.append(x)
+        time.sleep(runtime.ONE_REQUEST + 0.1)
         os.kill(os.getpid(), signal.SIGINT)
+
+    reached = []
 
     with monkeypatch.context() as patch:
         at_step(6, twice, patch)
         with pytest.raises(SystemExit) as stop:
             train_steps(ad_nc, tmp_path / "run", *FLAGS)
-    assert stop.value.code == 130
+    assert stop.value.code == 130 and len(reached) == 1
     assert load_checkpoint(tmp_path / "run" / "last.pth")["step"] == 0  # of the epoch before
     assert same(whole, resume(tmp_path / "run"))
 
@@ -206,6 +213,21 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_whole_group_of_processes_is_a_saved_stop(ad_nc, tmp_path, number, status):
+    words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000",
+             "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if re.match(r" +1 ", line):
+            break
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err and f"stopped by {number.name}; resume with:" in out
+    last = load_checkpoint(tmp_path / "run" / "last.pth")
+    assert last["epoch"] >= 1 and (last["step"] > 0 or "saved after step" not in out)
+
+
 def test_a_model_with_batch_norm_is_resumed_bit_identically(ad_nc, tmp_path, monkeypatch):
     flags = ["--epochs", "2", "--ema", "0.9", "--model", "narrow", "--keep", "last"]
     whole = train_steps(ad_nc, tmp_path / "whole", *flags)
@@ -227,6 +249,11 @@ def test_a_run_stopped_in_its_first_epoch_resumes_on_its_own_slices_only(ad_nc, 
     with pytest.raises(ValueError, match="these slices are not those that .* was trained on"):
         resume(tmp_path / "run", "--data", str(other))
     assert (tmp_path / "run" / "split.csv").read_bytes() == split
+    inverted = shutil.copytree(ad_nc.parent, tmp_path / "inverted") / "AD_NC"
+    for path in (inverted / "train" / "AD" / "100_70.jpeg", inverted / "train" / "NC" / "200_71.jpeg"):
+        ImageOps.invert(Image.open(path)).save(path)
+    with pytest.raises(ValueError, match="2 slices have the names, but not the pixels of those that .* was trained on"):
+        resume(tmp_path / "run", "--data", str(inverted))
     resume(tmp_path / "run")
 
 

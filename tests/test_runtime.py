@@ -94,7 +94,7 @@ def start(run, ad_nc, *flags):
     """Two processes under torchrun, after two epochs of many. Returns (launcher, {rank: process id})."""
     words = ["--standalone", "--nproc-per-node", "2", ROOT / "train.py", "--data", ad_nc, "--out", run, *SMALL, *flags]
     launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, words)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     history, patience = run / "training_history.csv", time.monotonic() + 120
     while not history.exists() or len(history.read_text().splitlines()) < 3:
@@ -122,9 +122,15 @@ def test_a_process_that_dies_ends_all_within_a_minute(ad_nc, tmp_path, rank):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2  # and the run can be resumed
 
 
-def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_resumes(ad_nc, tmp_path):
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_resumes(ad_nc, tmp_path, whole_group):
     launcher, ranks = start(tmp_path / "run", ad_nc, "--epochs", "5000")
-    os.kill(ranks[1], signal.SIGTERM)  # to one alone: the others must not wait for it in vain
+    if whole_group:  # as a terminal, SLURM and containers do; the launcher hands it on, too
+        for number in ranks.values():
+            os.kill(number, signal.SIGTERM)
+        os.killpg(launcher.pid, signal.SIGTERM)
+    else:
+        os.kill(ranks[1], signal.SIGTERM)  # to one alone: the others must not wait for it in vain
     launcher.communicate(timeout=60)
     log = (tmp_path / "run" / "training_log.txt").read_text()
     last = load_checkpoint(tmp_path / "run" / "last.pth")
