@@ -2,10 +2,11 @@
 # Every command behind a table or picture of this repository. From its folder, with the environment active:
 #
 #     bash docs/results.sh OASIS/AD_NC             # hours on two cores; runs/results holds the runs
-#     bash docs/results.sh OASIS/AD_NC runs/other
+#     PAGE_ONLY=1 bash docs/results.sh OASIS/AD_NC # trains nothing: the page of what is finished
 #
 # A run that is finished is skipped, one that was interrupted is resumed. At the end docs/results.md and the pictures in
-# figures/ are written again from what the runs hold. Two runs train at a time (JOBS), with one thread each.
+# figures/ are written again from what the runs hold; the page names the runs that are missing. Two runs train at a time
+# (JOBS), with one thread each.
 set -euo pipefail
 data=${1:?expected the folder AD_NC of the OASIS-1 slices}
 runs=${2:-runs/results}
@@ -57,11 +58,10 @@ start_or_resume() {
     $1 > "$out.log" 2>&1 || { tail -5 "$out.log"; return 1; }
 }
 export -f start_or_resume
-tr '\n' '\0' < "$list" | xargs -0 -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
+[ -n "${PAGE_ONLY:-}" ] || tr '\n' '\0' < "$list" | xargs -0 -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
 
 unset OMP_NUM_THREADS
 [ -f "$runs/speed.json" ] || python benchmark.py --json "$runs/speed.json" > "$runs/speed.txt"
-export OMP_NUM_THREADS=1
 
 # ---- the page
 
@@ -73,6 +73,25 @@ tables() {  # COMMAND: what it prints, under the command
 }
 commands() { block bash "$(grep -E -- "--out $runs/($1) " "$list")"; }
 
+finished() {  # PATTERNS: the folders of finished runs
+    local pattern run
+    for pattern in "$@"; do for run in "$runs"/$pattern; do
+        if [ -f "$run/test/metrics.json" ]; then echo "$run"; fi
+    done; done
+}
+folds() {  # MODEL: its runs on real slices, of the seeds that have all folds
+    local seed
+    for seed in 0 1; do
+        if [ "$(finished "oasis-$1-s$seed-f?" | wc -l)" = 5 ]; then finished "oasis-$1-s$seed-f?"; fi
+    done
+}
+missing() {
+    local name names=()
+    for name in $(sed -E "s/.*--out [^ ]*\/([^ ]+) .*/\1/" "$list"); do
+        if [ -z "$(finished "$name")" ]; then names+=("$name"); fi
+    done
+    if [ ${#names[@]} -gt 0 ]; then printf '\n**Missing, not yet run:** %s\n' "${names[*]}"; fi
+}
 compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
     tables "$@" | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
 }
@@ -82,8 +101,9 @@ compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
 
 Written by `docs/results.sh`, which holds every command; never edited. In brackets, 95 % intervals of a bootstrap over
 subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects. Each run prints
-its own tables to `training_log.txt`; these are printed by the commands above them. Since these runs, the gradient of the
-depthwise weights is taken in float32 where a CPU trains in bfloat16: retrained, they will differ in the last digits.
+its own tables to `training_log.txt`; these are printed by the commands above them. The runs under "What leakage does" and
+the speeds are of an earlier version, whose depthwise gradients were in bfloat16: retrained, they will differ in the last
+digits.
 
 TEXT
     python - "$runs/small-n200-s0/config.json" "$runs/speed.json" <<'PYTHON'
@@ -94,6 +114,7 @@ print(f"Trained on {config['used']['device']} ({speed['machine'].split(',')[0]})
       f"{config['used']['amp']}; Python {v['python']}, torch {v['torch']}, torchvision {v['torchvision']}, scikit-learn "
       f"{v['scikit-learn']}. No GPU has been measured.")
 PYTHON
+    missing
     cat <<'TEXT'
 
 ## The positive control: a cue that a blur does not show
@@ -106,7 +127,7 @@ TEXT
     commands '(paper|small|cnn)-n200-s0'
     echo
     echo "and so on for 50 to 800 subjects and seeds 0 and 1."
-    tables python evaluate.py "$runs"/{paper,small,cnn}-n*-s? --curve figures/learning_curve.png
+    tables python evaluate.py $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?') --curve figures/learning_curve.png
     printf '\n![Learning curves](../figures/learning_curve.png)\n'
     for n in 100 200 400; do
         compared python evaluate.py "$runs"/small-n$n-s? --against "$runs"/cnn-n$n-s?
@@ -148,17 +169,19 @@ of 0.65 is 0.047 here (Hanley & McNeil 1982: 78 AD, 58 NC); two models whose pre
 0.047 as well, so that only differences of 0.09 or more could be shown.
 TEXT
     for model in paper small cnn; do
+        if [ -z "$(folds $model)" ]; then continue; fi
         printf '\n### %s\n' "$model"
         commands "oasis-$model-s.-f."
-        tables python evaluate.py "$runs"/oasis-$model-s?-f? --by "$(dirname "$data")/subjects.csv" cdr
+        tables python evaluate.py $(folds $model) --by "$(dirname "$data")/subjects.csv" cdr
     done
     printf '\n### small, seed 0, beside the baselines\n'
     rm -rf "$runs/cv"
     tables python evaluate.py "$runs"/oasis-small-s0-f? --out "$runs/cv"
     for pair in "small paper" "small cnn" "cnn paper"; do
         set -- $pair
+        if [ -z "$(folds $1)" ] || [ -z "$(folds $2)" ]; then continue; fi
         printf '\n### %s against %s\n' "$1" "$2"
-        compared python evaluate.py "$runs"/oasis-$1-s?-f? --against "$runs"/oasis-$2-s?-f?
+        compared python evaluate.py $(folds $1) --against $(folds $2)
     done
     cat <<'TEXT'
 
