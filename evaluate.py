@@ -257,7 +257,7 @@ def show_curve(args):
              for n in counts]  # fmt: skip
     print("AUROC by number of training subjects, mean over seeds", "", *format_table(rows), sep="\n")
     plots.plot_curve(args.curve, curves, "how many subjects do you need?")
-    print(f"picture in {args.curve}")
+    print(f"\npicture in {args.curve}")
 
 
 def format_aggregations(ways):

@@ -93,6 +93,7 @@ missing() {
     if [ ${#names[@]} -gt 0 ]; then printf '\n**Missing, not yet run:** %s\n' "${names[*]}"; fi
 }
 compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
+    echo
     tables "$@" | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
 }
 {
