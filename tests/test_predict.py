@@ -181,7 +181,7 @@ def test_two_files_of_one_slice_are_refused_and_one_file_named_twice_counts_once
 def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
     write_slice(tmp_path / "in" / "1_1.png", True, 0)
     write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
-    (tmp_path / "in" / "3_3.tif").write_bytes(b"")
+    (tmp_path / "in" / "3_3.dcm").write_bytes(b"")
     assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
     assert "ignored 2 files and folders that are not slices, first " in capsys.readouterr().err
 
