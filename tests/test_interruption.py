@@ -299,7 +299,7 @@ def restored(run, last, amp=None):
     """The state of a run after `last`, a changed last.pth, was put into it."""
     where = Runtime(torch.device("cpu"), amp, StopRequest())
     state = TrainState(checkpoint.build_model(last), where, lr=1e-3)
-    card = {"split_hash": last["split_hash"], "machine": last["machine"]}
+    card = {name: last[name] for name in ("split_hash", "machine", "exposure")}
     checkpoint.restore_run(state, last, train.parse_args(["--epochs", "7"]), Run(run, print, card), where)
     return state
 
