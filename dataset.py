@@ -105,10 +105,10 @@ def list_set(root):
     who, labels, source = read_subjects(root)
     told = table.scan.map(labels)
     wrong = told.notna() & (told != table.label) & table.error.isna()
-    table.loc[wrong, "error"] = [f"is in folder {label}, but {source} says {other}"
+    table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
                                  for label, other in zip(table.label[wrong], told[wrong])]
     subjects.check_match(table.scan, who, source)
-    passed = passed_over(root, [*table.path, *([source] if source else [])])
+    passed = passed_over(root, [*table.path, root / subjects.METADATA, source or ""])
     return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source, passed)
 
 
@@ -340,9 +340,11 @@ def make_loader(slices, batch_size, *, generator=None, device=None, share=None, 
 
 
 def _leave_signals(worker):
-    """A signal to a whole group of processes is the first one's to answer."""
+    """A signal to a whole group of processes is the first one's to answer. A second SIGTERM ends a worker, or one that
+    hangs would be waited for without limit when the process ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class _Share:

@@ -60,21 +60,25 @@ def list_folder(folder):
 def passed_over(root, used):
     """Lines on what is under `root` and not among the paths `used`, by folder and kind, so that files seen are files
     used, refused or listed here."""
-    counts, used = Counter(), {os.path.abspath(path) for path in used}
-    for folder, _, names in os.walk(root):
+    lines, counts, used = [], Counter(), {os.path.abspath(path) for path in used}
+    met = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda problem: lines.append(
+            f"passed over: {printable(problem.filename)}, which cannot be listed ({problem.strerror})")):
+        if os.path.realpath(folder) in met:  # a link that leads back
+            folders.clear()
+            continue
+        met.add(os.path.realpath(folder))
         place = os.path.relpath(folder, root)
         ours = place == "." or re.fullmatch(r"(train|test)([/\\](AD|NC))?", place)
         for name in names:
             if os.path.abspath(os.path.join(folder, name)) in used:
                 continue
-            kind = os.path.splitext(name)[1].lower() or "without extension"
+            kind = os.path.splitext(name)[1].lower() or "extensionless"
             if is_junk(name) or any(is_junk(part) for part in Path(place).parts if part != "."):
-                counts["leftovers of archives and tools, such as .DS_Store"] += 1
-            elif ours:
-                counts[f"{kind} in {printable(folder)}"] += 1
+                counts["", "left by archives and tools, such as .DS_Store"] += 1
             else:
-                counts[f"in {printable(folder)}"] += 1
-    return [f"passed over: {n:,} file{'s' * (n > 1)} {kind}" for kind, n in counts.items()]
+                counts[f"{kind} " if ours else "", f"in {printable(folder)}"] += 1
+    return lines + [f"passed over: {n:,} {kind}file{'s' * (n > 1)} {where}" for (kind, where), n in counts.items()]
 
 
 class Unfit(InputError):

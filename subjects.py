@@ -17,6 +17,7 @@ from utils import InputError, fingerprint, read_csv
 # ---------------------------------------------------------------- who is in a scan
 
 
+METADATA = "meta_data_with_label.json"
 MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "unk", "missing", "?", "-", "--", "."}  # in any case
 
 
@@ -31,8 +32,8 @@ def read_subjects(root):
     root = Path(root)
     folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
     found = {name: next((folder / name for folder in folders if (folder / name).is_file()), None)
-             for name in ("meta_data_with_label.json", "subjects.csv")}
-    subjects, labels, source = {}, {}, found["meta_data_with_label.json"]
+             for name in (METADATA, "subjects.csv")}
+    subjects, labels, source = {}, {}, found[METADATA]
     if source:
         subjects, labels = _subjects_from_json(source)
     if not subjects and found["subjects.csv"]:
@@ -296,8 +297,8 @@ def describe_both_classes(index):
     """A line on subjects who have scans of both classes: in AD_NC there are none, so an id is likely to be wrong."""
     both = index.dropna(subset="subject").groupby("subject").label.nunique()
     if (both > 1).any():
-        yield (f"SUSPICIOUS: {(both > 1).sum()} subjects have scans of both classes, first {both.index[both > 1][0]}; "
-               "is the id really of one person?")
+        yield (f"SUSPICIOUS: subjects with scans of both classes: {(both > 1).sum()}, first {both.index[both > 1][0]}; "
+               "is the id really that of one person?")
 
 
 def describe_copies(index):

@@ -67,10 +67,14 @@ def test_every_file_is_used_refused_or_listed_as_passed_over(tmp_path):
                          ("train/MCI", "5_70.jpeg"), ("train/MCI", "5_71.jpeg"), ("__MACOSX/train", "x.jpeg")):
         (root / folder).mkdir(parents=True, exist_ok=True)
         (root / folder / name).write_bytes(b"x")
-    expected = {f"passed over: 1 file .dcm in {root}/train/NC", f"passed over: 1 file in {root}/val/AD",
-                f"passed over: 1 file without extension in {root}/train/NC", f"passed over: 1 file .log in {root}",
-                f"passed over: 2 files in {root}/train/MCI",
-                "passed over: 1 file leftovers of archives and tools, such as .DS_Store"}  # fmt: skip
+    (root / "again").symlink_to(root)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "6_70.jpeg").write_bytes(b"x")
+    (root / "train" / "linked").symlink_to(tmp_path / "elsewhere")
+    expected = {f"passed over: 1 .dcm file in {root}/train/NC", f"passed over: 1 file in {root}/val/AD",
+                f"passed over: 1 extensionless file in {root}/train/NC", f"passed over: 1 .log file in {root}",
+                f"passed over: 2 files in {root}/train/MCI", f"passed over: 1 file in {root}/train/linked",
+                "passed over: 1 file left by archives and tools, such as .DS_Store"}  # fmt: skip
     assert {line for line in audit(root) if line.startswith("passed over")} == expected
     run = train_steps(root, tmp_path / "run", "--epochs", "1")
     assert expected <= set((run / "training_log.txt").read_text().splitlines())
@@ -179,7 +183,7 @@ def test_a_word_that_means_missing_is_no_patient(tmp_path, word):
 def test_one_id_with_scans_of_both_classes_is_suspicious(tmp_path):
     root = write_set(tmp_path, SCANS | {"100": ("train", "AD", "x"), "200": ("train", "NC", "x")})
     (line,) = [line for line in audit(root) if line.startswith("SUSPICIOUS")]
-    assert "1 subjects have scans of both classes, first x" in line
+    assert "subjects with scans of both classes: 1, first x" in line
     run = train_steps(root, tmp_path / "run", "--epochs", "1")
     assert line in (run / "training_log.txt").read_text()
 
@@ -212,6 +216,9 @@ def test_metadata_beside_the_target_of_a_link_and_behind_a_json_without_patients
     (tmp_path / "data" / "meta_data_with_label.json").write_text('{"100": {"label": 2}}')
     assert (read_index(tmp_path / "AD_NC").subject == read_index(root).subject).all()
     assert read_index(root).subject.notna().all()
+    (tmp_path / "data" / "meta_data_with_label.json").write_text('{"100": {"label": 0}}')
+    with pytest.raises(InputError, match="in folder AD, but meta_data_with_label.json says NC"):  # not the other table
+        read_index(root)
 
 
 # ---------------------------------------------------------------- audit
