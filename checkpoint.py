@@ -186,8 +186,9 @@ def restore_run(state, last, args, run, runtime):
         raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and split")
     known, here = (set(card["exposure"]["slices"]) for card in (last, run.card))
     if known != here:
-        raise InputError(f"{max(len(known - here), len(here - known)):,} slices have the names, but not the pixels of those that "
-                         f"{run.out} was trained on; expected the same files, or start a new run")
+        n = max(len(known - here), len(here - known))
+        raise InputError(f"{n:,} slices have the names, but not the pixels of those that {run.out} was trained on; "
+                         "expected the same files, or start a new run")
     try:
         state.load_state_dict(last, same_precision=last["precision"] == runtime.precision)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:

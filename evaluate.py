@@ -36,6 +36,8 @@ def parse_args(argv=None):
         parser.error("--stress looks at the test of each run; it goes with --out only")
     if args.each and (args.against or args.out):
         parser.error("--each prints what the runs have written; it does not go with --against or --out")
+    if args.by and (args.each or args.stress):
+        parser.error("--by goes with the scores of pooled runs; leave out --each and --stress")
     if args.curve and (args.against or args.each or args.stress or args.out or args.by):
         parser.error("--curve writes its table and picture only; it goes with --part only")
     return args
@@ -72,18 +74,16 @@ class Pool(NamedTuple):
                 for name in ("leaks", "notes")}
 
 
-def pool(folders, part="test"):
-    """The Pool of several runs; InputError where two share a scan."""
-    tables, scores, owner = [], [], {}
-    for folder in folders:
-        table, score = read_run(folder, part)
+def pool(found):
+    """The Pool of several runs, a (folder, predictions, metrics.json) each; InputError where two share a scan."""
+    folders, tables, scores = map(list, zip(*found))
+    owner = {}
+    for folder, table in zip(folders, tables):
         for scan in table.scan.unique():
             if scan in owner:
                 raise InputError(f"scan {scan} is in {owner[scan]} and in {folder}; expected the folds of one "
                                  "cross-validation, which share none, or runs of other seeds")
             owner[scan] = folder
-        tables.append(table)
-        scores.append(score)
     table = pd.concat(tables, ignore_index=True)
     coverages = {score.get("prediction_sets", {}).get("coverage") for score in scores}
     if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
@@ -92,11 +92,17 @@ def pool(folders, part="test"):
 
 
 def pool_seeds(folders, part="test"):
-    """A Pool for each --seed among runs of train.py; one where that is unknown."""
-    seeds = {}
-    for folder in folders:
-        seeds.setdefault(read_config(folder).get("seed"), []).append(folder)
-    return [pool(members, part) for members in seeds.values()]
+    """The Pool of runs that share no scan; of others a Pool for each --seed."""
+    found, seeds = [(folder, *read_run(folder, part)) for folder in folders], {}
+    shared = pd.concat([table.scan.drop_duplicates() for _, table, _ in found]).duplicated().any()
+    for run in found:
+        seeds.setdefault(read_config(run[0]).get("seed") if shared else None, []).append(run)
+    return [pool(members) for members in seeds.values()]
+
+
+def find_leaks(pools):
+    """Sentences on the leaks of several Pools, once each."""
+    return list(dict.fromkeys(leak for found in pools for leak in assess.find_leaks(found.table, **found.stated)[0]))
 
 
 def read_config(folder):
@@ -110,14 +116,17 @@ def read_config(folder):
         raise InputError(f"{path} cannot be read ({problem}); expected that of a run of train.py") from None
 
 
-def warn_of_folds(folders):
-    """Sentences on what does not fit in the flags of runs that are pooled."""
+def warn_of_flags(pools, *free):
+    """Sentences on what does not fit in the flags of runs that are pooled or averaged. `free` flags may differ, and of
+    several Pools the seed."""
+    folders = [folder for found in pools for folder in found.folders]
+    free = {"fold", "out", "data", "resume", "device", *free, *(["seed"] if len(pools) > 1 else [])}
     flags = {folder: found for folder in folders if (found := read_config(folder))}
     if len(flags) < 2:
         return
     first, one = next(iter(flags.items()))
     differ = sorted({name for other in flags.values() for name in one
-                     if name not in ("fold", "out", "data", "resume", "device") and other.get(name) != one[name]})
+                     if name not in free and other.get(name) != one[name]})
     if differ:
         yield f"warning: the runs differ in --{', --'.join(name.replace('_', '-') for name in differ)}"
     folds = one.get("folds")
@@ -191,8 +200,8 @@ def compare_runs(first, second):
     tables = check_same([found.table for found in (*first, *second)])
     titles, apart = [], pd.Series(True, tables[0].index)
     for name, pools in (("first", first), ("second", second)):
-        leaks = [leak for found in pools for leak in assess.find_leaks(found.table, **found.stated)[0]]
-        titles += [f"{name} LEAKY: {', '.join(dict.fromkeys(leaks))}"] if leaks else []
+        leaks = find_leaks(pools)
+        titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
     for table in tables:
         apart &= table.exposure == "no"
     several = f", mean over {len(first)} and {len(second)} seeds" if len(tables) > 2 else ""
@@ -223,40 +232,49 @@ def format_by(tables, file, column):
         scores = metrics.summarise(mean_scores([table[~ad | (value == level)] for table in tables]))
         part = scores["subject"] or scores["scan"]
         rows.append([level, f"{part['n']}", cell(part, "auroc"), cell(part, "sensitivity")])
-    return ["", *format_table(rows)]
+    unknown = tables[0].scan[ad & value.isna()].nunique()
+    lost = [f"{unknown} AD scans are in no row: {file} does not know theirs"] if unknown else []
+    return ["", *format_table(rows), *lost]
+
+
+def baseline_of(tables, name):
+    """Tables with the predictions of a baseline in place of the model's."""
+    return [table.assign(p_AD=table[name], threshold=metrics.THRESHOLD) for table in tables]
 
 
 def learning_curve(folders, part="test"):
-    """Subject-level AUROC by number of training subjects of each model, mean over seeds: {model: {subjects: scores}},
-    with the logistic regression of the first model's runs."""
+    """Subject-level scores by number of training subjects of each model, mean over seeds: {model: {subjects: scores}},
+    with the logistic regression of the first model's runs; and lines on what leaks or does not fit."""
     found = {}
     for folder in folders:
-        flags, split = read_config(folder), read_csv(Path(folder) / "split.csv")
+        split, model = read_csv(Path(folder) / "split.csv"), describe_model(read_config(folder)["model"])
         n = split.group[split.split != "test"].nunique()
-        key = "ConvNeXt" if not flags else describe_model(flags["model"])
-        found.setdefault(key, {}).setdefault(n, []).append(read_run(folder, part)[0])
-    tables = [table for sizes in found.values() for members in sizes.values() for table in members]
-    same, curves = iter(check_same(tables)), {}
-    for model, sizes in found.items():
-        for n, members in sizes.items():
-            members = [next(same) for _ in members]
-            curves.setdefault(model, {})[n] = metrics.summarise(mean_scores(members))
-            if model == next(iter(found)):
-                plain = [table.assign(p_AD=table.logistic_regression, threshold=metrics.THRESHOLD) for table in members]
-                name = metrics.BASELINES["logistic_regression"]
-                curves.setdefault(name, {})[n] = metrics.summarise(mean_scores(plain))
-    return {model: {n: sizes[n]["subject"] or sizes[n]["scan"] for n in sorted(sizes)}
-            for model, sizes in curves.items()}
+        found.setdefault(model, {}).setdefault(n, []).append(folder)
+    pools = {(model, n): pool_seeds(members, part) for model, sizes in found.items() for n, members in sizes.items()}
+    everyone = [one for several in pools.values() for one in several]
+    lines = [f"LEAKY: {leak}" for leak in find_leaks(everyone)]
+    for model in found:
+        lines += warn_of_flags([one for n in found[model] for one in pools[model, n]], "subjects")
+    same, curves, blur = iter(check_same([one.table for one in everyone])), {}, metrics.BASELINES["logistic_regression"]
+    for (model, n), several in pools.items():
+        tables = [next(same) for _ in several]
+        names = {model: tables}
+        if model == next(iter(found)):
+            names[blur] = baseline_of(tables, "logistic_regression")
+        for name, members in names.items():
+            means = metrics.summarise(mean_scores(members))
+            curves.setdefault(name, {})[n] = means["subject"] or means["scan"]
+    return {model: dict(sorted(sizes.items())) for model, sizes in curves.items()}, lines
 
 
 def show_curve(args):
-    curves = learning_curve(args.runs, args.part)
+    curves, lines = learning_curve(args.runs, args.part)
     counts = sorted({n for sizes in curves.values() for n in sizes})
     rows = [["training subjects", *curves]]
     rows += [[f"{n:,}", *(cell(sizes[n], "auroc") if n in sizes else "" for sizes in curves.values())]
              for n in counts]  # fmt: skip
-    print("AUROC by number of training subjects, mean over seeds", "", *format_table(rows), sep="\n")
-    plots.plot_curve(args.curve, curves, "how many subjects do you need?")
+    print("AUROC by number of training subjects, mean over seeds", *lines, "", *format_table(rows), sep="\n")
+    plots.plot_curve(args.curve, curves, "; ".join(["how many subjects do you need?", *lines]))
     print(f"\npicture in {args.curve}")
 
 
@@ -308,7 +326,7 @@ def format_pool(found, args):
     several = f"{len(found.runs)} runs pooled, {assess.PARTS[args.part]}"
     title = several if len(found.runs) > 1 else f"{found.runs[0]['what']}, {found.folders[0]}"
     extra = dict(title=title, **found.stated, coverage=found.runs[0].get("prediction_sets", {}).get("coverage"))
-    lines = list(warn_of_folds(found.folders))
+    lines = list(warn_of_flags([found]))
     out = open_out(args.out, "") if args.out else None
     scores = assess.write_results(found.table, out, **extra) if out else assess.score(found.table, **extra)
     lines += assess.format_assessment(scores)
@@ -322,12 +340,17 @@ def format_pool(found, args):
 
 
 def format_seeds(pools):
-    """Lines on Pools of the same slices, one a seed: the scores averaged over them."""
-    lines = [line for found in pools for line in warn_of_folds(found.folders)]
-    tables = check_same([found.table for found in pools])
-    leaks = dict.fromkeys(leak for found in pools for leak in assess.find_leaks(found.table, **found.stated)[0])
+    """Lines on Pools of the same slices, one a seed: scores averaged over them, and those of the baselines."""
+    tables, leaks = check_same([found.table for found in pools]), find_leaks(pools)
     title = f"mean over {len(pools)} seeds" + f"; LEAKY: {', '.join(leaks)}" * bool(leaks)
-    return lines + assess.format_scores(metrics.summarise(mean_scores(tables)), title)
+    scores = metrics.summarise(mean_scores(tables))
+    lines = [*warn_of_flags(pools), *assess.format_scores(scores, title), ""]
+    unit = "subject" if scores["subject"] else "scan"
+    rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
+    parts = {"the model": scores} | {label: metrics.summarise(mean_scores(baseline_of(tables, name)))
+                                     for name, label in metrics.BASELINES.items() if tables[0][name].notna().all()}
+    rows += [[label, *(cell(part[unit], name) for name in COMPARED)] for label, part in parts.items()]
+    return lines + format_table(rows)
 
 
 def main(args):
@@ -346,7 +369,7 @@ def main(args):
         lines += format_by(check_same([found.table for found in first]), *args.by)
     if args.against:
         second = pool_seeds(args.against, args.part)
-        lines += [line for found in second for line in warn_of_folds(found.folders)]
+        lines += warn_of_flags(second)
         comparisons = list(compare_runs(first, second))
         for comparison in comparisons:
             lines += format_comparison(comparison)

@@ -149,8 +149,9 @@ def plot_stress(path, tables, title):
         for axes, kind in zip(rows.flat, kinds):
             for name, table in tables.items():
                 part = table[table.change == kind]
-                axes.plot(part.level, part.changed, marker="o", markersize=3, label=name)
-            axes.set(title=kind, ylim=(-0.02, 1.02))
+                levels = part.level.str.split(n=1)  # the number, and what follows it
+                axes.plot(levels.str[0], part.changed, marker="o", markersize=3, label=name)
+            axes.set(title=" ".join([kind, *levels.iloc[0][1:]]), ylim=(-0.02, 1.02))
         rows.flat[0].legend()
         rows[0][0].set_ylabel("share of scans")
 

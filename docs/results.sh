@@ -130,6 +130,9 @@ TEXT
     echo "and so on for 50 to 800 subjects and seeds 0 and 1."
     tables python evaluate.py $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?') --curve figures/learning_curve.png
     printf '\n![Learning curves](../figures/learning_curve.png)\n'
+    for model in small cnn paper; do
+        tables python evaluate.py "$runs"/$model-n200-s?
+    done
     for n in 100 200 400; do
         compared python evaluate.py "$runs"/small-n$n-s? --against "$runs"/cnn-n$n-s?
     done

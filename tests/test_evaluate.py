@@ -74,7 +74,8 @@ def sizes(ad_nc, tmp_path_factory):
 def test_scores_of_two_seeds_are_averaged_and_paired(sizes, tmp_path, capsys):
     few, many = sizes[:2], sizes[2:]
     text = run_evaluate(capsys, *few, "--against", *many)
-    assert "mean over 2 seeds" in text and "mean over 2 and 2 seeds" in text and "warning" not in text
+    for words in ("logistic regression on a blur", "mean over 2 seeds", "mean over 2 and 2 seeds"):
+        assert words in text and "warning" not in text
     brier = [json.loads((run / "test" / "metrics.json").read_text())["subject"]["brier"] for run in sizes]
     few_brier, many_brier = sum(brier[:2]) / 2, sum(brier[2:]) / 2
     row = next(line for line in text.splitlines() if line.startswith("| Brier"))
@@ -91,7 +92,17 @@ def test_a_learning_curve_has_a_row_a_size_with_the_baseline_beside_it(sizes, tm
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["training subjects", "ConvNeXt atto",
                                                                  "logistic regression on a blur"]  # fmt: skip
     assert six.startswith("| 6 ") and twelve.startswith("| 12 ") and six.count("[") == 2
-    assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert (tmp_path / "curve.png").stat().st_size > 5000 and "warning" not in text and "LEAKY" not in text
+
+
+def test_what_is_averaged_must_fit_and_leaks_are_named(sizes, ad_nc, tmp_path, capsys):
+    flags = ["--epochs", "2", "--seed", "1", "--lr", "1e-3", "--split-by", "slice"]
+    other = train_small(ad_nc, tmp_path / "other", *flags)
+    for words in ([sizes[2], other], [*sizes[:3], other, "--curve", tmp_path / "curve.png"]):
+        text = run_evaluate(capsys, *words)
+        assert "warning: the runs differ in --lr, --split-by" in text and "LEAKY: of a run split by slice" in text
+    with pytest.raises(ValueError, match="which share none, or runs of other seeds"):
+        run_evaluate(capsys, sizes[0], sizes[0], "--curve", tmp_path / "curve.png")
 
 
 def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
@@ -102,6 +113,8 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
     text = run_evaluate(capsys, *sizes[:2], "--by", tmp_path / "grades.csv", "grade")
     rows = [line for line in text.splitlines() if line.startswith(("| mild", "| severe", "| none"))]
     assert [row.split("|")[2].strip() for row in rows] == ["5", "4"]  # two and one AD beside three NC
+    (tmp_path / "grades.csv").write_text("\n".join(lines[:-1]).replace("severe", "") + "\n")
+    assert "1 AD scans are in no row" in run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
     (tmp_path / "grades.csv").write_text("subject,grade\nelse,1\n")
     with pytest.raises(ValueError, match="knows grade of none of the AD scans; its subject is such as else"):
         run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
