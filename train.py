@@ -7,8 +7,7 @@
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
 once, at the end. `--out RUN --resume` resumes a run that was stopped, at any moment, and ends where it would have
-ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143,
-138, 129).
+ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143, 138, 129).
 """
 
 import json
@@ -26,6 +25,7 @@ DEMO_SUBJECTS = 100
 # What the name of a recipe stands for; flags that are given win.
 RECIPES = {
     "paper": {},  # the defaults: Liu et al. 2022, from scratch
+    # few subjects: chosen on folds of the training set with the local cue, see docs/recipes.md
     "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
     # the small one, in minutes on two cores
     "demo": dict(model="narrow", image_size=64, epochs=5, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2,
