@@ -6,15 +6,20 @@ place, and is read with weights_only=True. A file that is damaged, foreign or of
 best_model.pth is a model with all that predict.py needs; last.pth is a run with all that --resume needs.
 """
 
+import argparse
 import os
+import pathlib
 import re
+import stat
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -44,23 +49,45 @@ def save_checkpoint(path, **content):
     write_atomically(path, write)
 
 
+# Plain data that training scripts put beside weights: their flags, paths and scores. NumPy's maker of numbers had
+# another name before version 2.
+_NUMBER = np.float64(0).__reduce__()[0]
+PLAIN = [argparse.Namespace, pathlib.PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+         (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
+         *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
+
+
 def load_tensors(path):
-    """What torch.save wrote, on the CPU, as data and never as code. InputError if it is anything else."""
+    """What torch.save wrote, or a .safetensors file, on the CPU, as data and never as code. InputError if it is
+    anything else."""
     try:
+        if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):  # a pipe would wait for ever
+            raise ValueError("not a regular file")
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is refused in a moment
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; expected a file, such as best_model.pth of a run") from None
     except Exception as problem:  # torch.load raises nearly anything on a foreign file
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # torch colours its advice
+        if found := re.search(r"Unsupported \w+: GLOBAL (\S+)", text):
+            raise InputError(f"{path} holds {found[1]}, which cannot be read without running code of the file, and "
+                             "that is not done; where it was made, save the weights alone: "
+                             "torch.save(model.state_dict(), FILE)") from None
         reason = re.split(r"[.:]\s|\n", text)[0] or type(problem).__name__
-        raise InputError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save") from None
+        raise InputError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save, or .safetensors"
+                         ) from None
 
 
 def load_checkpoint(path):

@@ -10,18 +10,19 @@ meta_data_with_label.json or subjects.csv beside AD_NC, and without them the aud
 """
 
 import os
+import shutil
 import signal
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, STOP_SIGNALS, InputError, Parser, printable, read_flags, run_script
+from utils import CLASSES, STOP_SIGNALS, InputError, Parser, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
+    parser.add_subject_pattern(parser)
     return parser.parse_args(argv)
 
 
@@ -33,203 +34,21 @@ import pandas as pd
 
 import cache
 import subjects
+from listing import describe_bad, list_set, usable
+from listing import read_index as read_index
 from metrics import window_vote
-from slices import EXTENSIONS, common_size, list_folder, parse_name, passed_over, send
-from subjects import assign_groups, read_subjects
+from slices import common_size, send
+from subjects import assign_groups
 from subjects import split_index as split_index
-
-# ---------------------------------------------------------------- index
-
-COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
-
-
-@dataclass
-class Listing:
-    """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
-    used or <NA>; `source` is the file that the subjects came from, or None; `warnings` are lines on what was passed
-    over or not understood."""
-
-    index: pd.DataFrame
-    root: str
-    source: Path | None
-    warnings: list[str] = field(default_factory=list)
-
-
-def _tabulate(rows):
-    """A table of rows (path, label, split, error): with scan and slice from the name, "" and <NA> where it has another
-    form, and an error where rows contradict each other."""
-    rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
-    for row in rows:
-        row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
-    for column, what in (("label", "both classes"), ("split", "both train and test")):
-        fine, found = [row for row in rows if row["error"] is None], defaultdict(dict)
-        for row in fine:
-            if row[column] is not None:
-                found[row["scan"]].setdefault(row[column], row["path"])
-        for row in fine:
-            other = [path for value, path in found[row["scan"]].items() if value != row[column]]
-            if other and len(found[row["scan"]]) > 1:
-                row["error"] = f"is of scan {row['scan']}, which is in {what} (there as {other[0]})"
-    same = defaultdict(list)
-    for row in rows:
-        if row["error"] is None and row["slice"] is not None:
-            same[row["scan"], row["slice"]].append(row)
-    for twins in same.values():
-        for row in twins if len(twins) > 1 else ():
-            row["error"] = f"is the same slice of a scan as {twins[row is twins[0]]['path']}"  # the first or the second
-    table = pd.DataFrame(rows, columns=["path", "label", "split", "error", "scan", "slice"])
-    return table.astype({"error": "string", "slice": "Int64", "scan": object})
-
-
-def list_set(root):
-    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent. InputError for a
-    folder of another form. Whether the files hold images is not looked at."""
-    root = Path(root)
-    if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
-        root = root / "AD_NC"
-    rows = []
-    for split in ("train", "test"):
-        for label in ("AD", "NC"):
-            folder = root / split / label
-            if not folder.is_dir():
-                raise InputError(f"{folder} is not a folder; expected AD_NC with train/AD, train/NC, test/AD, test/NC")
-            images, folders, _ = list_folder(folder)
-            if not images and not folders:
-                raise InputError(f"{folder} holds no images ({', '.join(EXTENSIONS)}); expected files "
-                                 "<scan>_<slice>.jpeg")
-            reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
-            rows += [(path, label, split, reason) for path in folders]
-            rows += [(path, label, split, None if parse_name(path) else
-                      "is not named <scan>_<slice>, as 218391_78.jpeg is") for path in images]
-    table = _tabulate(rows)
-    who, labels, source = read_subjects(root)
-    told = table.scan.map(labels)
-    wrong = told.notna() & (told != table.label) & table.error.isna()
-    table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
-                                 for label, other in zip(table.label[wrong], told[wrong])]
-    subjects.check_match(table.scan, who, source)
-    passed = passed_over(root, [*table.path, root / subjects.METADATA, source or ""])
-    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source, passed)
-
-
-def _complete(table, who, order):
-    """The table with subject and group, sorted; copies are merged into one group once the pixels are known."""
-    table["subject"] = table.scan.map(who).astype("string")
-    table = assign_groups(table.assign(pixel_hash=""))
-    return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
-
-
-def usable(listing):
-    """(index of the files that can be used, list of (path, reason) of the others)."""
-    bad = listing.index[listing.index.error.notna()]
-    index = listing.index[listing.index.error.isna()].reset_index(drop=True)
-    return index.astype({"slice": "int64"}), list(zip(bad.path, bad.error))
-
-
-def read_index(root):
-    """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
-
-    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
-    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan), split ("train" or "test") and
-    group (see subjects.assign_groups). Raises InputError for a folder of another form, and where files cannot be used:
-    names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
-    or in another class than the metadata say. Whether the files hold images is not looked at.
-    """
-    index, bad = usable(list_set(root))
-    if bad:
-        raise InputError(describe_bad(bad))
-    return index[COLUMNS]
-
-
-def describe_bad(bad, advice="fix or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
-    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
-    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
-    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
-
-
-# ---------------------------------------------------------------- the inputs of a prediction
-
-
-def list_inputs(inputs):
-    """The Listing of files and folders to predict; label is None where it is not known, split "".
-
-    A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
-    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
-    folders, and metadata that cannot be read, is listed in `warnings`.
-    """
-    rows, ignored, warnings, files = [], [], [], set()
-    found = [row for given in map(Path, inputs) for row in _list_input(given, ignored)]
-    for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
-        if os.path.realpath(path) not in files:
-            files.add(os.path.realpath(path))
-            rows.append((path, label, "", error))
-    table = _tabulate(rows)
-    if table.error.notna().all():
-        more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
-        raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
-    if ignored:
-        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
-    who, classes = {}, {}
-    for root in sorted({_set_root(given) for given in inputs}):
-        try:
-            known, labels, _ = read_subjects(root)
-            who, classes = who | known, classes | labels
-        except (InputError, OSError) as problem:
-            warnings.append(f"subjects are not known: {problem}")
-    told = table.scan.map(classes)
-    wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
-    if wrong:
-        warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
-    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", None, warnings)
-
-
-def _list_input(given, ignored):
-    """The (path, label or None, error or None) of each image of one INPUT; appends to `ignored` what it leaves."""
-    if not os.path.exists(given):
-        link = "is a link to nothing" if os.path.islink(given) else "does not exist"
-        return [(str(given), None, f"{link}; expected an image or a folder of images")]
-    if not given.is_dir():
-        other = None if given.suffix.lower() in EXTENSIONS else (
-            f"is not an image that is read here; expected {', '.join(EXTENSIONS)}")
-        return [(str(given), None, other)]
-    labelled = [label for label in ("AD", "NC") if (given / label).is_dir()]
-    found = []
-    try:
-        for label in labelled or [None]:
-            images, folders, others = list_folder(given / label if label else given)
-            found += [(path, label, None) for path in images]
-            ignored += [*folders, *others]
-        if labelled:
-            here = {str(given / label) for label in labelled}
-            ignored += [path for kind in list_folder(given) for path in kind if path not in here]
-    except OSError as problem:
-        return [(str(given), None, f"cannot be listed: {problem.strerror}")]
-    if not found:
-        hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
-        hint = f"; did you mean {hints[0]}?" if hints else ""
-        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), nor do AD/ and NC/ in it{hint}")]
-    return found
-
-
-def _set_root(given):
-    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
-    folder = Path(os.path.abspath(given))
-    if not folder.is_dir():
-        folder = folder.parent
-    while folder.name in ("AD", "NC", "train", "test"):
-        folder = folder.parent
-    return folder
-
 
 # ---------------------------------------------------------------- decoded slices, ready to train on or to predict
 
 
 @dataclass
 class SliceSet:
-    """Slices with their pixels. `index` has COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a slice are
-    images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and no row.
-    `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
+    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a
+    slice are images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and
+    no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
     --drop-test-subjects left out, or None, `source` the file that the subjects came from, or None, `passed` lines on
     what is in the folder and no slice."""
 
@@ -261,12 +80,13 @@ class SliceSet:
         return (self.index.label == "AD").to_numpy()
 
 
-def decode_set(root, keep=True, bar="decoding"):
+def decode_set(root, keep=True, bar="decoding", pattern=None):
     """Index and decode the folder `root`, for training and for the audit; returns a SliceSet. `keep`: in the cache.
+    `pattern` finds subjects in names of scans (see subjects.py).
 
     Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
     """
-    listing = list_set(root)
+    listing = list_set(root, pattern)
     index, bad = usable(listing)
     train, paths = index.path[index.split == "train"], index.path.tolist()
     if train.empty:
@@ -284,7 +104,7 @@ def load_set(args, root, bar="decoding"):
 
     Files that cannot be used are an InputError, or with --skip-bad they are left out and listed in `bad`.
     """
-    slices = decode_set(root, not args.no_cache, bar)
+    slices = decode_set(root, not args.no_cache, bar, args.subject_pattern)
     if slices.bad and not args.skip_bad:
         raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
     index, dropped = subjects.split_as_asked(slices.index, args, slices.root)
@@ -308,6 +128,9 @@ def load_inputs(listing, size, bar="decoding"):
 
 # ---------------------------------------------------------------- batches
 
+AHEAD = 2  # batches that each worker fetches ahead
+LONGEST_FETCH = 60  # seconds for a batch of decoded slices; a worker that needs more has lost it
+
 
 def make_loader(slices, batch_size, *, generator=None, device=None, share=None, workers=0):
     """Batches of (uint8 (B, 1, H, W), int64 (B,)) of a SliceSet through the standard DataLoader.
@@ -330,13 +153,27 @@ def make_loader(slices, batch_size, *, generator=None, device=None, share=None, 
             workers = 2
     ahead = {}
     if workers:
-        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals)
+        check_shared_memory(workers, min(batch_size, len(slices)) * slices.images[0].nbytes)
+        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals,
+                     prefetch_factor=AHEAD, timeout=LONGEST_FETCH)
     order = RandomSampler(pixels, generator=generator) if generator else SequentialSampler(pixels)
     # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
     batches = BatchSampler(order, batch_size, drop_last=False)
     if share is not None:
         batches = _Share(batches, *share)
     return DataLoader(pixels, batch_size=None, sampler=batches, **ahead)
+
+
+def check_shared_memory(workers, size):
+    """OSError where /dev/shm has no room for the batches of `size` bytes that so many processes fetch ahead: one that
+    cannot hand over its batch says so nowhere, and the other end waits for it."""
+    if not os.path.isdir("/dev/shm"):  # as outside Linux
+        return
+    needed, free = size * (workers * AHEAD + 2), shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise OSError(f"{workers} workers hand over up to {needed / 1e6:,.0f} MB at a time through /dev/shm, which has "
+                      f"{free / 1e6:,.0f} MB free; take --workers 0 or a smaller --batch-size, or give a container "
+                      "more of it (docker run --shm-size 1g)")
 
 
 def _leave_signals(worker):
@@ -405,7 +242,7 @@ def audit(slices):
     yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     unmapped = index.scan[index.subject.isna()].nunique()
     yield from slices.passed
-    yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv: subjects unknown"
+    yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv"
     yield ""
     yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
     for (split, label), part in index.groupby(["split", "label"]):
@@ -438,7 +275,7 @@ def audit(slices):
 
 
 def main(args):
-    slices = decode_set(args.root)
+    slices = decode_set(args.root, pattern=args.subject_pattern)
     print(*audit(slices), sep="\n")
     if slices.bad:
         advice = "fix or remove them, or train without them with --skip-bad"

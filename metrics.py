@@ -258,7 +258,7 @@ def resampled_scores(y, p, predicted, bootstrap):
             "balanced_accuracy": (sensitivity + specificity) / 2,
             "sensitivity": sensitivity,
             "specificity": specificity,
-            "f1": 2 * hit_ad / (hit_ad + ad + nc - hit_nc),
+            "f1": np.where((ad > 0) & (nc > 0), 2 * hit_ad / (hit_ad + ad + nc - hit_nc), np.nan),
             "auroc": np.concatenate([auroc for auroc, _ in areas]),
             "average_precision": np.concatenate([precision for _, precision in areas]),
             "brier": total((p - y) ** 2) / n,

@@ -234,7 +234,8 @@ def describe_model(variant):
 # Each pair rewrites a name of torchvision's (features, classifier) or timm's (stem, blocks, head.fc) into ours. Even
 # features are the stem and the down-samplings, odd ones the stages; both count from 0 here.
 _RENAMES = [
-    (r"^(module\.|_orig_mod\.)+", lambda m: ""),
+    # what wrappers put before them: module. (several processes), _orig_mod. (torch.compile), model. (Lightning)
+    (r"^(.*?\.)??(?=(downsample_layers|stages|features|stem|norm|head|classifier)\.)", lambda m: ""),
     (r"^features\.(\d*[02468])\.", lambda m: f"downsample_layers.{int(m[1]) // 2}."),
     (r"^features\.(\d*[13579])\.", lambda m: f"stages.{int(m[1]) // 2}."),
     (r"\.block\.0\.", lambda m: ".dwconv."),
@@ -257,12 +258,17 @@ _RENAMES = [
 
 def _our_name(name):
     for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
+        name = re.sub(pattern, replacement, name, count=1)
     return name
 
 
+# Where training scripts keep the weights among other things: ours, timm's and Lightning's, the paper's, others.
+NESTED = ("weights", "state_dict", "model", "model_state_dict", "net")
+
+
 def load_weights(model, state_dict):
-    """Fill `model` from a ConvNeXt state dict of ours, torchvision's, timm's or the paper's code.
+    """Fill `model` from a ConvNeXt state dict of ours, torchvision's, timm's or the paper's code, or from the dict that
+    a training script put it into.
 
     A stem of three channels is summed into a stem of one: on a grey image, copied three times, it gives the same.
     Tensors of other shape, such as a head for other classes, are left.
@@ -272,13 +278,13 @@ def load_weights(model, state_dict):
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"the weights are a {type(state_dict).__name__}; expected a state dict of names and tensors")
-    # our checkpoints hold them under "weights", those of the paper's code under "model"
-    state_dict = state_dict.get("weights", state_dict.get("model", state_dict))
+    while inner := next((state_dict[name] for name in NESTED if isinstance(state_dict.get(name), dict)), None):
+        state_dict = inner
     ours, loaded, left = model.state_dict(), [], []
     for theirs, tensor in state_dict.items():
         name = _our_name(theirs)
         target = ours.get(name)
-        if target is None or not torch.is_tensor(tensor):
+        if target is None or not torch.is_tensor(tensor) or name in loaded:  # as of a second model in the file
             left.append(name)
             continue
         if name == "downsample_layers.0.0.weight" and target.shape[1] == 1 and tensor.ndim == 4:

@@ -38,8 +38,9 @@ if __name__ == "__main__":
 
 from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
-from dataset import list_inputs, load_inputs
+from dataset import load_inputs
 from inference import calibrated, most_coverage, predict_slices
+from listing import list_inputs
 from metrics import aggregate
 from modules import describe_model
 from runtime import Runtime, explain_end, pick_amp, pick_device
@@ -91,7 +92,7 @@ def main(args):
     args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
-    listing = list_inputs(args.inputs)
+    listing = list_inputs(args.inputs, checkpoint["flags"].get("subject_pattern"))
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}")

@@ -12,10 +12,12 @@ import contextlib
 import os
 import platform
 import random
+import re
 import signal
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import pandas as pd
@@ -238,6 +240,9 @@ class Runtime:
         return self.stop.agreed is not None
 
 
+LONGEST_WAIT = timedelta(minutes=30)  # of one process for the others; the first may be decoding a large set
+
+
 def join_processes(device, amp, stop):
     """The Runtime of this process; joins the processes of torchrun, if there are any."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -251,7 +256,7 @@ def join_processes(device, amp, stop):
                                  f"{torch.cuda.device_count()}; start as many with --nproc-per-node")
             device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Runtime(device, amp, stop, rank, world, local)
 
 
@@ -283,15 +288,23 @@ def explain_end(args):
         raise OSError(reason) from None
 
 
+# What PyTorch says on a CPU, and what CUDA's libraries say instead of OutOfMemoryError.
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|bad_alloc|_ALLOC_FAILED|out of memory", re.I)
+
+
 def why_it_ended(problem, args):
     """A sentence for a RuntimeError or MemoryError that the user can do something about; None for a defect of this
     program. `args` are the flags of the command."""
     text = str(problem)
-    if isinstance(problem, MemoryError):
-        return f"memory ran out ({text or 'no more is said'}); use a smaller set or a machine with more memory"
-    if isinstance(problem, torch.cuda.OutOfMemoryError):
+    if isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
+        where = "of the GPU " * (isinstance(problem, torch.cuda.OutOfMemoryError) or "CUDA" in text)
         size = f" and --image-size {args.image_size}" if hasattr(args, "image_size") else ""
-        return f"the memory of the GPU ran out at --batch-size {args.batch_size}{size}; lower --batch-size"
+        said = text.splitlines()[0][:200] if text else "no more is said"
+        return (f"the memory {where}ran out at --batch-size {args.batch_size}{size} ({said}); lower --batch-size "
+                "first, then take a smaller model, image size or set")
+    if "DataLoader timed out" in text:
+        return (f"no batch came from the processes that fetch them ({text.splitlines()[0]}), most often because "
+                "/dev/shm is full: make room there, or take --workers 0; resume with --resume")
     if "DataLoader worker" in text:
         return (f"a process that fetches batches has ended ({text.splitlines()[0]}), most often because memory ran out;"
                 " use fewer --workers, or a machine with more memory, and resume with --resume")

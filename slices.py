@@ -3,13 +3,14 @@
 Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py knows whose they are.
 
 What a file may be: a JPEG, PNG, BMP, TIFF or WebP of one picture, from 16 to 4,096 pixels a side. It is turned as its
-EXIF says. Colour (RGB, palette, CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent
-becomes black, and 16 bits become 8 by their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing
-is guessed.
+EXIF says; no other metadata are read, and damage in them is no reason against good pixels. Colour (RGB, palette, CMYK)
+becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black, and 16 bits become 8 by
+their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing is guessed.
 """
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import stat
@@ -94,12 +95,33 @@ def quiet_pillow():
         yield
 
 
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
+
+
+def _without_texts(path):
+    """What to open of an image file: of a PNG the chunks that pixels, frames and orientation are in, for Pillow refuses
+    the whole picture for a text that is damaged or long; of any other file its path."""
+    with open(path, "rb") as file:
+        kept = [file.read(len(PNG))]
+        if kept != [PNG]:
+            return path
+        while len(head := file.read(8)) == 8:
+            if head[4:] in PNG_CHUNKS:
+                kept += [head, file.read(int.from_bytes(head[:4], "big") + 4)]
+            else:
+                file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return io.BytesIO(b"".join(kept))
+
+
 def _open(path):
     """An image file, its pixels not yet read. OSError or Unfit if it is not one that is read here."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
         raise Unfit("is not a regular file")
+    if os.path.getsize(path) > LARGEST**2 * 16:
+        raise Unfit(f"has {os.path.getsize(path):,} bytes, more than {LARGEST} x {LARGEST} pixels can need")
     try:
-        image = Image.open(path, formats=tuple(FORMATS))
+        image = Image.open(_without_texts(path), formats=tuple(FORMATS))
     except UnidentifiedImageError:
         size, kinds = os.path.getsize(path), " nor ".join((", ".join(list(FORMATS)[:-1]), list(FORMATS)[-1]))
         raise Unfit(f"cannot be read as an image: its {size:,} bytes are neither {kinds}") from None
@@ -114,12 +136,25 @@ def _open(path):
     return image
 
 
+# How to turn an image upright, by the orientation in its EXIF.
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}
+
+
+def orientation(image):
+    """A key of TURNS, or 1 for an image that is upright or whose metadata cannot be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises nearly anything on damaged metadata
+        return 1
+    return found if found in TURNS else 1
+
+
 def header(path):
     """(height, width) of an image file, or None if it is not one. Reads only the header."""
     try:
         with _open(path) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return image.size if sideways else image.size[::-1]
+            return image.size if orientation(image) >= 5 else image.size[::-1]
     except Exception:  # Pillow raises nearly anything on a damaged file; decoding it says what
         return None
 
@@ -159,7 +194,8 @@ def decode(path, size=None):
 def _decode(path, size):
     """(pixels of `decode`, their STATS)"""
     with _open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(orientation(image))
+        image = image.transpose(Image.Transpose[turn]) if turn else image
         colour = 0.0
         if image.mode == "F":
             raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")

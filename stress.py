@@ -17,8 +17,9 @@ from torch import nn
 
 import metrics
 from checkpoint import build_model, load_checkpoint
-from dataset import list_inputs, load_inputs, make_loader
+from dataset import load_inputs, make_loader
 from inference import calibrated, predict_slices
+from listing import list_inputs
 from modules import ConvNeXt
 from slices import eval_transform
 from utils import InputError
@@ -113,7 +114,7 @@ def load_test(folder, predictions):
     missing = [path for path in predictions.path if not Path(path).exists()]
     if missing:
         raise InputError(f"{len(missing)} test slices of {folder} are not where they were, first {missing[0]}")
-    listing = list_inputs(predictions.path.tolist())
+    listing = list_inputs(predictions.path.tolist(), checkpoint["flags"].get("subject_pattern"))
     listing.index["label"] = listing.index.path.map(dict(zip(predictions.path, predictions.label)))
     slices = load_inputs(listing, checkpoint["slice_size"])
     failed = slices.index[slices.index.error.notna()]

@@ -50,6 +50,37 @@ def check_match(scans, subjects, source):
                          "; write the ids as the files have them, or move the table away")
 
 
+# What the names of scans say by themselves, in the forms that archives give them; the first group is the subject.
+NAMES = {
+    "OASIS-1, OASIS-2": r"(OAS[12]_\d{4})_MR\d+(_.+)?",  # subject, session, acquisition
+    "OASIS-3": r"(?:sub-)?(OAS3\d{4})_.+",
+    "ADNI": r"(?:.*_)?(\d{3}_S_\d{4,5})_.+",
+    "BIDS": r"(sub-[A-Za-z0-9]+)(_ses-[A-Za-z0-9]+)?(_.+)?",
+}
+
+
+def subjects_from_names(scans, pattern=None):
+    """Who is in scans whose names say so: (dict from scan to subject, lines on what was found).
+
+    NAMES are the patterns, or `pattern` alone, a regular expression whose group `subject`, or else the first, is the
+    subject, wherever in a name it matches. InputError where that one finds nobody.
+    """
+    who, lines, scans = {}, [], list(dict.fromkeys(scans))
+    for form, regex in {"--subject-pattern": pattern}.items() if pattern else NAMES.items():
+        regex = re.compile(regex)
+        matches = {scan: regex.search(scan) if pattern else regex.fullmatch(scan) for scan in scans if scan not in who}
+        at = "subject" if "subject" in regex.groupindex else 1
+        found = {scan: match[at] for scan, match in matches.items() if match and match[at]}
+        if found:
+            scan, subject = next(iter(found.items()))
+            lines.append(f"subjects of {len(found):,} scans from their names ({form}), such as {subject} of {scan}")
+        who |= found
+    if pattern and scans and not who:
+        raise InputError(f"--subject-pattern {pattern} finds no subject in {len(scans):,} names of scans, such as "
+                         f"{scans[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
+    return who, lines
+
+
 def _subjects_from_csv(path):
     """{scan: subject} of a table with the columns scan and subject, in any case, separated by commas, semicolons or
     tabs, in UTF-8 or UTF-16. Words that mean "missing" are missing for a subject, but a scan may be named NA."""

@@ -10,6 +10,8 @@ once, at the end. `--out RUN --resume` resumes a run that was stopped, at any mo
 ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143, 138, 129).
 """
 
+import contextlib
+import functools
 import json
 import os
 import shlex
@@ -42,12 +44,14 @@ FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "thre
 
 def make_parser():
     parser = Parser(__doc__)
-    add = parser.add_argument_group("data and output").add_argument
+    data = parser.add_argument_group("data and output")
+    add = data.add_argument
     add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC, if it is there)")
     add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
     add("--out", metavar="RUN", help="run folder, must be new (default: runs/<time>-<model>)")
     add("--resume", action="store_true", help="resume the run in --out; its flags are taken from config.json")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
+    parser.add_subject_pattern(data)
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
     add("--recipe", choices=RECIPES, default="paper", help="small: for few subjects; sets flags, see RECIPES")
     add = parser.add_argument_group("split").add_argument
@@ -163,7 +167,7 @@ from inference import COVERAGE
 from modules import VARIANTS, describe_model
 from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
 from subjects import describe_split, describe_transfer
-from utils import fingerprint, make_log, near, open_out, seed_of, write_csv
+from utils import fingerprint, locked, make_log, near, open_out, seed_of, write_csv
 
 # ---------------------------------------------------------------- data and run folder
 
@@ -201,22 +205,34 @@ def demo_data():
             status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
             if status:
                 raise SystemExit(status)  # it has said why
-            if not folder.is_dir():
+            with contextlib.suppress(OSError):  # another was faster
                 os.replace(draft, folder)
+            if not folder.is_dir():
+                raise OSError(f"{draft} cannot be moved to {folder}; name another folder with XDG_CACHE_HOME")
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return folder / "AD_NC"
 
 
-def open_run(args):
-    """The run's folder: made new, or on --resume the one that is there."""
-    if args.resume:
-        if (Path(args.out) / "best_model.pth").exists() and not (Path(args.out) / "last.pth").exists():
-            raise InputError(f"{args.out} has a best_model.pth but no last.pth to resume from, and a run never "
-                             "overwrites another; choose a new --out")
-        return Path(args.out)
-    leaky = "-LEAKY" if args.split_by == "slice" else ""
-    return open_out(args.out, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}", ", or add --resume")
+def open_run(args, held):
+    """(the run's folder, whether it was made): a new one, or on --resume the one that is there. It is for this process
+    alone as long as the ExitStack `held` is open."""
+    made, out = not (args.out and Path(args.out).exists()), args.out
+    if not args.resume:
+        leaky = "-LEAKY" if args.split_by == "slice" else ""
+        out = open_out(out, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}", ", or add --resume")
+    held.enter_context(locked(out))
+    if args.resume and (Path(out) / "best_model.pth").exists() and not (Path(out) / "last.pth").exists():
+        raise InputError(f"{out} has a best_model.pth but no last.pth to resume from, and a run never overwrites "
+                         "another; choose a new --out")
+    return Path(out), made
+
+
+def clear_folder(out, made):
+    """A run that failed before its first step leaves nothing, so that the corrected command can be given."""
+    shutil.rmtree(out, ignore_errors=True)
+    if not made:
+        out.mkdir(exist_ok=True)
 
 
 def how_to_resume(out):
@@ -340,9 +356,39 @@ def train(args, stop):
         raise InputError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}, or cnn")
     bar = "decoding" if runtime.is_rank_0 else None
     slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
-    out = runtime.from_rank_0(lambda: open_run(args))
-    log = make_log(out / "training_log.txt") if runtime.is_rank_0 else lambda line: None
+    with contextlib.ExitStack() as held:
+        out, made = runtime.from_rank_0(lambda: open_run(args, held))
+        clear = functools.partial(clear_folder, out, made) if runtime.is_rank_0 and not args.resume else lambda: None
+        try:
+            state, run = prepare(args, slices, out, runtime)
+        except BaseException:
+            clear()
+            raise
+        try:
+            with stop.deferred():
+                done = fit(state, slices, args, run) and not runtime.stop_requested()
+            if not done:
+                raise Stopped(128 + stop.agreed)
+            leave_processes()
+            if runtime.is_rank_0:
+                finish(slices, args, run, runtime)
+        except Stopped as stopped:
+            run.log(f"stopped by {stopped}; {how_to_resume(out)}")
+            stopped.reported = True
+            raise
+        except Exception as problem:
+            if not (state.epoch or state.step):
+                clear()
+            elif isinstance(problem, (InputError, OSError)):
+                kind = OSError if isinstance(problem, OSError) else InputError
+                raise kind(f"{problem}\n{what_is_left(run)}") from None
+            raise
 
+
+def prepare(args, slices, out, runtime):
+    """(TrainState, Run) before the first step, or where last.pth left them; writes config.json, split.csv and the
+    first lines of the log."""
+    log = make_log(out / "training_log.txt") if runtime.is_rank_0 else lambda line: None
     last = load_checkpoint(out / "last.pth") if args.resume and (out / "last.pth").exists() else None
     if not last and runtime.is_rank_0:
         checkpoint.write_start(out, args, slices, runtime)
@@ -366,22 +412,7 @@ def train(args, stop):
             log(line)
     if args.skip_bad:
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
-
-    try:
-        with stop.deferred():
-            done = fit(state, slices, args, run) and not runtime.stop_requested()
-        if not done:
-            raise Stopped(128 + stop.agreed)
-        leave_processes()
-        if runtime.is_rank_0:
-            finish(slices, args, run, runtime)
-    except Stopped as stopped:
-        log(f"stopped by {stopped}; {how_to_resume(out)}")
-        stopped.reported = True
-        raise
-    except (InputError, OSError) as problem:
-        kind = OSError if isinstance(problem, OSError) else InputError
-        raise kind(f"{problem}\n{what_is_left(run)}") from None
+    return state, run
 
 
 def finish(slices, args, run, runtime):

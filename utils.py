@@ -6,6 +6,7 @@ flag answer at once, and importing this file changes nothing in the process.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -33,6 +35,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, manual):
         super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_subject_pattern(self, group):
+        group.add_argument("--subject-pattern", type=regex, metavar="REGEX", help="finds the subject in names of scans "
+                           "that no metadata know, with the first group of a regular expression, e.g. '(sub\\d+)_'")
 
     def error(self, message):
         self.exit(2, f"error: {printable(message)}\n")
@@ -56,6 +62,16 @@ SHARE = number(0, 0.999999)
 COUNT, SIDE, SEED = number(1, 1e6, int), number(32, 4096, int), number(0, 2**32 - 1, int)
 
 
+def regex(word):
+    """A `type` for argparse: a regular expression with a group, as text."""
+    try:
+        if re.compile(word).groups:
+            return word
+        raise argparse.ArgumentTypeError(f"{word} has no group; put what is the subject in (...), as in '(sub\\d+)_'")
+    except re.error as problem:
+        raise argparse.ArgumentTypeError(f"{word} is no regular expression ({problem})") from None
+
+
 def read_flags(parse_args):
     """The flags of a script that is run, read before the imports that take time: --help and a mistyped flag answer at
     once, and Ctrl-C in those imports ends without a traceback (exit status 130)."""
@@ -68,22 +84,63 @@ def read_flags(parse_args):
     return parse_args()
 
 
-def run_script(main, args):
-    """Run a script's main. InputError and OSError become one `error: ...` line and exit status 2, warnings a
-    `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
+class Outlived:
+    """A stream whose reader may go away, as in `train.py | head`, or with its terminal: what is written after that goes
+    nowhere, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, work, *given):
+        try:
+            return work(*given)
+        except OSError as problem:
+            if problem.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(*given) if given else None
+
+
+@contextlib.contextmanager
+def own_streams():
+    """Standard output and error of a script: they may be closed, as by a daemon, lose their reader, or belong to a
+    notebook."""
+    before = sys.stdout, sys.stderr, warnings.showwarning
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
+        setattr(sys, name, Outlived(stream))
     warnings.showwarning = lambda message, *where, **more: print(f"warning: {printable(message)}", file=sys.stderr)
     try:
-        main(args)
+        yield
+    finally:
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as problem:
-        print(f"error: {printable(problem)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout, sys.stderr, warnings.showwarning = before
+
+
+def run_script(main, args):
+    """Run a script's main. InputError, OSError and MemoryError become one `error: ...` line and exit status 2, warnings
+    a `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
+    with own_streams():
+        try:
+            main(args)
+        except (InputError, OSError, MemoryError) as problem:
+            said = f"memory ran out ({problem or 'no more is said'})" if isinstance(problem, MemoryError) else problem
+            print(f"error: {printable(said)}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
 
 
 def printable(text, breaks="\n"):
@@ -222,6 +279,40 @@ def open_out(path, default, or_else=""):
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """The folder for this process alone, as long as the context is open: the operating system holds the lock and lets
+    go of it when the process ends, however it ends. InputError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = Path(folder) / "in_use"
+    try:
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as problem:
+        raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise InputError(f"{folder} is in use by {holder}; wait for its end, stop it, or choose a new --out"
+                             ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def near(path):

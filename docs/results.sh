@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Every command behind a table or picture of this repository. From its folder, with the environment active:
 #
-#     bash docs/results.sh OASIS/AD_NC             # hours on two cores; runs/results holds the runs
-#     PAGE_ONLY=1 bash docs/results.sh OASIS/AD_NC # trains nothing: the page of what is finished
+#     bash docs/results.sh OASIS/AD_NC                  # five hours on two cores; runs/results holds the runs
+#     ONLY='oasis.*' bash docs/results.sh OASIS/AD_NC   # the runs of these names
+#     ONLY=none bash docs/results.sh OASIS/AD_NC        # trains nothing
 #
-# A run that is finished is skipped, one that was interrupted is resumed. At the end docs/results.md and the pictures in
-# figures/ are written again from what the runs hold; the page names the runs that are missing. Two runs train at a time
-# (JOBS), with one thread each.
+# A run that is finished is skipped, one that was interrupted is resumed. At the end each section of docs/results.md
+# whose runs are all there is written again, with its pictures in figures/; the others stay as they are. Two runs train
+# at a time (JOBS), with one thread each.
 set -euo pipefail
 data=${1:?expected the folder AD_NC of the OASIS-1 slices}
 runs=${2:-runs/results}
@@ -19,13 +20,13 @@ train() {  # NAME FLAGS...: one line in the list of commands
     local name=$1; shift
     echo "python train.py --out $runs/$name $*" >> "$list"
 }
+wanted() { grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " "$list" || true; }  # ONLY: names, as a regular expression
 
 paper="--model atto --image-size 112 --batch-size 32 --epochs 20 --keep last"  # the documented recipe, as far as a CPU goes
 cnn="--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last"  # the small recipe, but the model
 flags_of() { case $1 in paper) echo "$paper";; small) echo "--recipe small";; cnn) echo "$cnn";; esac; }
 
 local="$runs/LOCAL/AD_NC"
-[ -d "$local" ] || python phantom.py "$runs/LOCAL" --cue local --subjects 1000
 learning_curve() {  # SUBJECTS...
     for n in "$@"; do for seed in 0 1; do for model in paper small cnn; do
         train "$model-n$n-s$seed" "--data $local --subjects $n --seed $seed $(flags_of $model)"
@@ -46,9 +47,14 @@ leak="--model atto --image-size 64 --batch-size 16 --lr 1e-3 --patience 0 --no-a
 train by-subject "--data $data $leak --epochs 20"
 train by-slice-LEAKY "--data $data $leak --epochs 20 --split-by slice"
 phantom="$runs/PHANTOM/AD_NC"
-[ -d "$phantom" ] || python phantom.py "$runs/PHANTOM" --subjects 100
 train phantom-by-subject "--data $phantom $leak --epochs 10"
 train phantom-by-slice-LEAKY "--data $phantom $leak --epochs 10 --split-by slice"
+
+draw() {  # NAME FLAGS...: a phantom, if a wanted run is on it and it is not there
+    if wanted | grep -q -- "--data $runs/$1/" && [ ! -d "$runs/$1" ]; then python phantom.py "$runs/$1" "${@:2}"; fi
+}
+draw LOCAL --cue local --subjects 1000
+draw PHANTOM --subjects 100
 
 start_or_resume() {
     local out=${1#* --out }; out=${out%% *}
@@ -58,10 +64,12 @@ start_or_resume() {
     $1 > "$out.log" 2>&1 || { tail -5 "$out.log"; return 1; }
 }
 export -f start_or_resume
-[ -n "${PAGE_ONLY:-}" ] || tr '\n' '\0' < "$list" | xargs -0 -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
+wanted | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
 
 unset OMP_NUM_THREADS
-[ -f "$runs/speed.json" ] || python benchmark.py --json "$runs/speed.json" > "$runs/speed.txt"
+if [ -z "${ONLY:-}" ] && [ ! -f "$runs/speed.json" ]; then
+    python benchmark.py --json "$runs/speed.json" > "$runs/speed.txt"
+fi
 
 # ---- the page
 
@@ -79,47 +87,45 @@ finished() {  # PATTERNS: the folders of finished runs
         if [ -f "$run/test/metrics.json" ]; then echo "$run"; fi
     done; done
 }
-folds() {  # MODEL: its runs on real slices, of the seeds that have all folds
+folds() {  # MODEL: its runs on real slices, of the seeds of which all runs are there
     local seed
     for seed in 0 1; do
-        if [ "$(finished "oasis-$1-s$seed-f?" | wc -l)" = 5 ]; then finished "oasis-$1-s$seed-f?"; fi
+        if [ -z "$(missing "oasis-.*-s$seed-.*")" ]; then finished "oasis-$1-s$seed-f?"; fi
     done
 }
-missing() {
-    local name names=()
-    for name in $(sed -E "s/.*--out [^ ]*\/([^ ]+) .*/\1/" "$list"); do
-        if [ -z "$(finished "$name")" ]; then names+=("$name"); fi
+missing() {  # NAMES, a regular expression: those of the runs that are not finished
+    local name
+    for name in $(sed -E "s/.*--out [^ ]*\/([^ ]+) .*/\1/" "$list" | grep -E "^($1)$"); do
+        if [ -z "$(finished "$name")" ]; then echo "$name"; fi
     done
-    if [ ${#names[@]} -gt 0 ]; then printf '\n**Missing, not yet run:** %s\n' "${names[*]}"; fi
+}
+section() {  # TITLE NEEDED NAMES FUNCTION: written again where all NEEDED runs are there, else as the page has it
+    local names first
+    if [ -n "$(missing "$2")" ]; then
+        awk -v title="## $1" '/^## /{on = ($0 == title)} on' docs/results.md
+        return
+    fi
+    first=$(grep -oE -m 1 -- "--out $runs/($2) " "$list" | cut -d " " -f 2)
+    printf '## %s\n\n' "$1"
+    python - "$first/config.json" "$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" <<'PYTHON'
+import json, sys
+config = json.load(open(sys.argv[1]))
+used, v = config["used"], config["versions"]
+print(f"Trained on {used['device']} ({sys.argv[2]}), {used['threads']} thread a run, {used['amp']}; Python {v['python']}, "
+      f"torch {v['torch']}, torchvision {v['torchvision']}, scikit-learn {v['scikit-learn']}.\n")
+PYTHON
+    "$4"
+    names=$(missing "$3")
+    if [ -n "$names" ]; then printf '\n**Missing, not yet run:** %s\n' "$(echo $names)"; fi
+    echo
 }
 compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
     echo
     tables "$@" | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
 }
-{
+
+local_cue() {
     cat <<'TEXT'
-# Results
-
-Written by `docs/results.sh`, which holds every command; never edited. In brackets, 95 % intervals of a bootstrap over
-subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects. Each run prints
-its own tables to `training_log.txt`; these are printed by the commands above them. The runs under "What leakage does" and
-the speeds are of an earlier version, whose depthwise gradients were in bfloat16: retrained, they will differ in the last
-digits.
-
-TEXT
-    python - "$runs/small-n200-s0/config.json" "$runs/speed.json" <<'PYTHON'
-import json, sys
-config, speed = (json.load(open(path)) for path in sys.argv[1:])
-v = config["versions"]
-print(f"Trained on {config['used']['device']} ({speed['machine'].split(',')[0]}), {config['used']['threads']} thread a run, "
-      f"{config['used']['amp']}; Python {v['python']}, torch {v['torch']}, torchvision {v['torchvision']}, scikit-learn "
-      f"{v['scikit-learn']}. No GPU has been measured.")
-PYTHON
-    missing
-    cat <<'TEXT'
-
-## The positive control: a cue that a blur does not show
-
 The phantom with a local cue (`phantom.py --cue local`): the class shows in temporal horn and hippocampus alone. The best
 observer, who knows how far the disease went, is right on 0.915 of the subjects. 200 test subjects, six slices each, none
 used in any choice: recipes were ranked within train/ ([recipes.md](recipes.md)). `paper` is `atto` by the documented
@@ -130,6 +136,7 @@ TEXT
     echo "and so on for 50 to 800 subjects and seeds 0 and 1."
     tables python evaluate.py $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?') --curve figures/learning_curve.png
     printf '\n![Learning curves](../figures/learning_curve.png)\n'
+    local model n
     for model in small cnn paper; do
         tables python evaluate.py "$runs"/$model-n200-s?
     done
@@ -138,10 +145,10 @@ TEXT
     done
     printf '\nThe small recipe on 100 subjects against the documented one on 200:\n'
     compared python evaluate.py "$runs"/small-n100-s? --against "$runs"/paper-n200-s?
+}
+
+layer_norm() {
     cat <<'TEXT'
-
-## Where LayerNorm loses the class
-
 The small recipe on 200 subjects with LayerNorm everywhere, with BatchNorm on the pooled features alone, and as it is
 (BatchNorm in stem and blocks, LayerNorm on the pooled features). What it means: [recipes.md](recipes.md).
 TEXT
@@ -151,19 +158,21 @@ TEXT
     tables python evaluate.py "$runs"/{layer,layer-head-batch,small-n200-s0} --stress --out "$runs/probe" |
         sed -n '/^```bash/,/^```$/p; /linear read-out of/,$p'
     printf '\n![Read-out after each stage](../figures/probe.png)\n'
+    cp "$runs/probe/probe.png" figures/probe.png
+}
+
+fragile() {
     cat <<'TEXT'
-
-## How fragile it is
-
 The runs of seed 0 on 400 subjects. Decisions of a scan change where its slices are changed a little:
 TEXT
     rm -rf "$runs/stress"
     tables python evaluate.py "$runs"/{paper,small,cnn}-n400-s0 --stress --out "$runs/stress"
     printf '\n![Decisions that change](../figures/stress.png)\n'
+    cp "$runs/stress/stress.png" figures/stress.png
+}
+
+real_slices() {
     cat <<'TEXT'
-
-## The protocol for real slices, written before the runs
-
 All 136 subjects of OASIS-1, train/ and test/ pooled; five folds by subject, two seeds (of folds, weights and order). Three
 models at 112 px, batches of 32, 10 epochs, the last one kept, so that validation (10 % of the other folds) chooses
 nothing but the calibration: `atto` by the documented recipe, the small recipe, and a plain CNN by the small recipe;
@@ -172,8 +181,8 @@ subjects, paired differences, and by severity (CDR). Nothing is chosen by these 
 of 0.65 is 0.047 here (Hanley & McNeil 1982: 78 AD, 58 NC); two models whose predictions correlate by a half differ by
 0.047 as well, so that only differences of 0.09 or more could be shown.
 TEXT
+    local model pair
     for model in paper small cnn; do
-        if [ -z "$(folds $model)" ]; then continue; fi
         printf '\n### %s\n' "$model"
         commands "oasis-$model-s.-f."
         tables python evaluate.py $(folds $model) --by "$(dirname "$data")/subjects.csv" cdr
@@ -183,14 +192,16 @@ TEXT
     tables python evaluate.py "$runs"/oasis-small-s0-f? --out "$runs/cv"
     for pair in "small paper" "small cnn" "cnn paper"; do
         set -- $pair
-        if [ -z "$(folds $1)" ] || [ -z "$(folds $2)" ]; then continue; fi
         printf '\n### %s against %s\n' "$1" "$2"
         compared python evaluate.py $(folds $1) --against $(folds $2)
     done
+    for name in roc_curve calibration risk_coverage confusion_matrix; do
+        cp "$runs/cv/$name.png" "figures/oasis_$name.png"
+    done
+}
+
+leakage() {
     cat <<'TEXT'
-
-## What leakage does
-
 The same model, data and flags twice, split by subject and by slice. Augmentation is off, so that the network can
 memorise its slices. LEAKY at the test rows of the second says how the model was made; no subject of the OASIS-1 test
 set is in train.
@@ -203,16 +214,45 @@ On the phantom, whose test set shares subjects with its training set, as that of
 TEXT
     commands 'phantom-by-subject|phantom-by-slice-LEAKY'
     tables python evaluate.py "$runs/phantom-by-subject" "$runs/phantom-by-slice-LEAKY" --each
-    cat <<'TEXT'
+    cp "$runs/by-subject/training_curves.png" figures/leak_by_subject.png
+    cp "$runs/by-slice-LEAKY/training_curves.png" figures/leak_by_slice.png
+    cp "$runs/by-subject/lr_schedule.png" figures/lr_schedule.png
+    cp "$runs/phantom-by-subject/test/window_accuracy.png" figures/phantom_window_accuracy.png
+}
 
+speed() {
+    if [ ! -f "$runs/speed.json" ]; then
+        awk '/^## /{on = ($0 == "## Parity and speed against torchvision")} on' docs/results.md
+        return
+    fi
+    cat <<'TEXT'
 ## Parity and speed against torchvision
 
 The first line of each group is the reference. See [speed.md](speed.md) for what is done and what is not shown.
 TEXT
     block bash "python benchmark.py --json $runs/speed.json"
     block "" "$(grep -v "decoded slices are kept" "$runs/speed.txt")"
-    cat <<'TEXT'
+    echo
+}
 
+{
+    cat <<'TEXT'
+# Results
+
+Written by `docs/results.sh`, which holds every command, section by section; never edited. In brackets, 95 % intervals of
+a bootstrap over subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects.
+Each run prints its own tables to `training_log.txt`; these are printed by the commands above them. No GPU has been
+measured.
+
+TEXT
+    section "The positive control: a cue that a blur does not show" '(paper|small|cnn)-n(100|200|400)-s.' \
+        '(paper|small|cnn)-n.*' local_cue
+    section "Where LayerNorm loses the class" 'layer|layer-head-batch|small-n200-s0' none layer_norm
+    section "How fragile it is" '(paper|small|cnn)-n400-s0' none fragile
+    section "The protocol for real slices, written before the runs" 'oasis-.*-s0-.*' 'oasis-.*' real_slices
+    section "What leakage does" '.*by-s.*' none leakage
+    speed
+    cat <<'TEXT'
 ## Pictures
 
 | Out of fold | |
@@ -229,15 +269,5 @@ P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382
 TEXT
 } > "$runs/results.md"
 mv "$runs/results.md" docs/results.md
-
-for name in roc_curve calibration risk_coverage confusion_matrix; do
-    cp "$runs/cv/$name.png" "figures/oasis_$name.png"
-done
-cp "$runs/stress/stress.png" figures/stress.png
-cp "$runs/probe/probe.png" figures/probe.png
-cp "$runs/by-subject/training_curves.png" figures/leak_by_subject.png
-cp "$runs/by-slice-LEAKY/training_curves.png" figures/leak_by_slice.png
-cp "$runs/by-subject/lr_schedule.png" figures/lr_schedule.png
-cp "$runs/phantom-by-subject/test/window_accuracy.png" figures/phantom_window_accuracy.png
 python phantom.py --sheet figures/phantom.png
 echo "wrote docs/results.md and figures/"

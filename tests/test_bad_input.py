@@ -5,7 +5,9 @@ import os
 import random
 import re
 import shutil
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 
 import command
@@ -21,6 +23,7 @@ from scipy import ndimage
 import assess
 import checkpoint
 import dataset
+import listing
 import phantom
 import predict
 import slices
@@ -45,8 +48,6 @@ def rotated():
 
 def bomb():
     """A PNG of 20,000 x 20,000 pixels in 50 kB; decoded it would be 400 MB."""
-    import zlib
-
     def chunk(name, data):
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
@@ -88,6 +89,36 @@ CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
     "cmyk.jpeg": (encoded(Image.fromarray(np.dstack([GREY] * 3)).convert("CMYK"), "JPEG", quality=100), GREY, 40),
     "exif.jpeg": (rotated(), np.rot90(GREY, -1), 40),
 }
+
+
+def png_with(name, data):
+    """A PNG with one more chunk, behind its header."""
+    chunk = len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    return encoded(L)[:33] + chunk + encoded(L)[33:]
+
+
+# An orientation, and a resolution whose value lies beyond the file.
+EXIF = (b"MM\0*\0\0\0\x08\0\x02" + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+        + struct.pack(">HHII", 0x011A, 5, 1, 0xFFFFFF00) + bytes(4))
+LONG = zlib.compress(bytes(80 * 2**20))
+DAMAGED = {
+    "rational.jpeg": encoded(L, "JPEG", quality=95, exif=b"Exif\0\0" + EXIF), "rational.png": png_with(b"eXIf", EXIF),
+    "exif.png": png_with(b"eXIf", b"no EXIF"), "offset.png": png_with(b"eXIf", b"MM\0*\xff\xff\xff\xff"),
+    "long.png": png_with(b"zTXt", b"k\0\0" + LONG), "unicode.png": png_with(b"iTXt", b"k\0\1\0\0\0" + LONG),
+    "plain.png": png_with(b"tEXt", b"k\0" + b"x" * 2**21), "profile.png": png_with(b"iCCP", b"k\0\0" + LONG),
+    "unknown.png": png_with(b"zTXt", b"k\0\7x"), "gamma.png": png_with(b"gAMA", b""),
+    "size.png": png_with(b"pHYs", b"x"), "mpf.jpeg": JPEG[:2] + b"\xff\xe2\0\x0aMPF\0MM\0*" + JPEG[2:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_in_metadata_is_no_reason_against_good_pixels(tmp_path, name):
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    expected = np.rot90(GREY, -1) if "rational" in name else GREY  # its orientation can be read
+    pixels, error, _ = use(tmp_path / name, expected.shape)
+    assert error is None and np.abs(pixels.astype(int) - expected).max() <= (40 if "jpeg" in name else 0)
+    with slices.quiet_pillow():
+        assert slices.header(tmp_path / name) == expected.shape
 
 
 def use(path, size):
@@ -458,9 +489,9 @@ def test_five_hundred_mutated_folders_are_used_or_refused_in_a_sentence(monkeypa
                     ("train", "AD", (1, 2, 3)), ("train", "NC", (4, 5, 6)), ("test", "AD", (7,)), ("test", "NC", (8,)))
                     for scan in scans] + entries  # fmt: skip
             root = build(Path(folder), entries, metadata, table)
-            for work in (lambda: dataset.load_set(args, root, None), lambda: dataset.list_inputs([root / "test"]),
+            for work in (lambda: dataset.load_set(args, root, None), lambda: listing.list_inputs([root / "test"]),
                          lambda: audit(root),
-                         lambda: dataset.list_inputs([root / "train" / name for _, name, _ in entries] or [root])):
+                         lambda: listing.list_inputs([root / "train" / name for _, name, _ in entries] or [root])):
                 try:
                     work()
                     outcomes[True] += 1

@@ -1,14 +1,19 @@
 """Checkpoints are data, never code, and what does not fit is said in a sentence."""
 
+import argparse
+import os
 import pickle
+from pathlib import Path
 
 import command
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import checkpoint
+import utils
 from checkpoint import build_model, load_checkpoint, save_checkpoint
 from modules import convnext
 
@@ -36,13 +41,33 @@ class Bomb:
 def test_a_checkpoint_that_would_run_code_is_refused(run_folder, tmp_path):
     file = tmp_path / "m.pth"
     file.write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="holds exec, which cannot be read without running code"):
         load_checkpoint(file)
     torch.save({"format": checkpoint.FORMAT, **content(run_folder), "flags": Bomb()}, file)
     with pytest.raises(SystemExit, match="ran code"):  # it is loaded, as code, by whoever trusts it
         torch.load(file, weights_only=False)
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="holds exec"):
         load_checkpoint(file)
+
+
+@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1, out=Path("x")), {"best": np.float64(0.9)}, None])
+def test_init_reads_plain_data_beside_the_weights_and_safetensors(tmp_path, beside):
+    state, file = convnext("atto").state_dict(), tmp_path / "weights.pth"
+    torch.save({"model": state, "args": beside}, file)
+    assert set(checkpoint.load_tensors(file)["model"]) == set(state)
+    save_file(state, tmp_path / "weights.safetensors")
+    assert set(checkpoint.load_tensors(tmp_path / "weights.safetensors")) == set(state)
+
+
+def test_init_of_a_file_that_would_run_code_or_is_no_file_is_refused_with_what_to_do(tmp_path):
+    torch.save(convnext("atto"), tmp_path / "model.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for name, sentence in (("model.pth", r"holds modules.ConvNeXt, .* save the weights alone: torch.save\(model.state"),
+                           ("pipe.pth", "not a regular file"), ("cut.safetensors", "cannot be read as tensors"),
+                           ("none.safetensors", "there is no file")):
+        with pytest.raises(utils.InputError, match=sentence):
+            checkpoint.load_tensors(tmp_path / name)
 
 
 def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):

@@ -89,7 +89,7 @@ def test_an_image_of_another_name_is_an_error_that_names_it(tmp_path, name):
 
 
 def test_a_missing_or_empty_class_folder_is_an_error_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="train/AD is not a folder; expected AD_NC with"):
+    with pytest.raises(ValueError, match="has no train/AD, train/NC, test/AD, test/NC, it holds nothing; exp"):
         read_index(tmp_path)
     root = write_set(tmp_path, {k: v for k, v in SCANS.items() if v[:2] != ("test", "NC")})
     (root / "test" / "NC").mkdir()

@@ -12,14 +12,14 @@ from conftest import ROOT
 FLOORS = [
     ["utils", "modules", "metrics", "anatomy"],
     ["slices", "runtime", "plots", "subjects"],
-    ["cache", "dataset", "baselines"],
+    ["cache", "listing", "dataset", "baselines"],
     ["checkpoint", "inference"],
     ["engine", "assess", "stress"],
     ["train", "predict", "evaluate", "phantom", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # within a floor, the one room that another goes through
-BESIDE = {("dataset", "cache"), ("inference", "checkpoint")}
+BESIDE = {("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint")}
 RUN = ["train", "predict", "evaluate", "dataset", "phantom", "benchmark"]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 import baselines
 import dataset
 import inference
+import listing
 import phantom
 import slices
 import subjects
@@ -32,7 +33,7 @@ def clean(tmp_path_factory):
 
 def audit_of(root):
     slices = dataset.decode_set(root, bar=None)
-    assert not slices.bad, dataset.describe_bad(slices.bad)
+    assert not slices.bad, listing.describe_bad(slices.bad)
     return "\n".join(dataset.audit(slices))
 
 
@@ -80,7 +81,7 @@ def test_another_session_of_a_test_subject_in_train_is_found(planted):
 def plant_copy(root, index, scan, name, folder):
     """Copy the slices of a scan into another folder under another scan id, which no metadata knows."""
     for path in index.path[index.scan == scan]:
-        shutil.copy(path, root / folder / f"{name}_{dataset.parse_name(path)[1]}.jpeg")
+        shutil.copy(path, root / folder / f"{name}_{listing.parse_name(path)[1]}.jpeg")
 
 
 def test_a_test_scan_copied_into_train_under_another_id_is_found(planted):
@@ -140,7 +141,7 @@ def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp
     shutil.copy(ad_nc / "train" / "AD" / "100_70.jpeg", tmp_path / "somebody_1.jpeg")
     write_slice(tmp_path / "other_1.jpeg", True, 5)
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    given = dataset.load_inputs(dataset.list_inputs([tmp_path]), checkpoint["slice_size"], bar=None)
+    given = dataset.load_inputs(listing.list_inputs([tmp_path]), checkpoint["slice_size"], bar=None)
     table = inference.predict_slices(checkpoint, given, Runtime(torch.device("cpu")))
     assert table.set_index("scan").exposure.to_dict() == {"somebody": "yes", "other": "unknown"}
 

@@ -38,6 +38,18 @@ def arrays(table):
 # ---------------------------------------------------------------- metrics and their intervals
 
 
+@pytest.mark.parametrize("label", ["AD", "NC"])
+def test_a_score_that_needs_two_classes_is_not_defined_with_one(label):
+    p = np.linspace(0.1, 0.9, 12)
+    y = np.full(12, label == "AD")
+    scores = metrics.point_scores(y, p, p >= 0.5)
+    undefined = {name for name, value in scores.items() if value is None}
+    assert undefined == {"balanced_accuracy", "f1", "auroc", "average_precision",
+                         "specificity" if label == "AD" else "sensitivity"}
+    drawn = metrics.resampled_scores(y, p, p >= 0.5, metrics.Bootstrap(np.arange(12).astype(str), 50))
+    assert {name for name, values in drawn.items() if np.isnan(values).all()} == undefined
+
+
 def test_point_scores_are_what_their_names_say():
     y, p, predicted = arrays(random_predictions())
     scores = metrics.point_scores(y, p, predicted)

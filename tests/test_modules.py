@@ -110,6 +110,19 @@ def test_a_summed_stem_sees_a_grey_image_as_three_equal_channels():
         assert (ours(grey) - theirs(grey.expand(-1, 3, -1, -1))).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"model": state, "args": {"lr": 1}}, lambda state: {"state_dict": state, "arch": "convnext_atto"},
+    lambda state: {"state_dict": {f"model.{name}": x for name, x in state.items()}, "epoch": 3},
+    lambda state: {"epoch": 1, "model": {f"module.backbone.{name}": x for name, x in state.items()}},
+    lambda state: state | {f"teacher.{name}": x + 1 for name, x in state.items()},
+])
+def test_weights_are_found_in_what_training_scripts_save(wrap):
+    theirs, ours = fill(convnext("atto")), convnext("atto")
+    loaded, _ = load_weights(ours, wrap(theirs.state_dict()))
+    assert len(loaded) == len(ours.state_dict())
+    assert all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), theirs.state_dict().values()))
+
+
 def test_a_head_of_other_classes_is_left_and_named():
     model = convnext("tiny")
     before = model.head.weight.clone()

@@ -12,7 +12,8 @@ import inference
 import metrics
 import predict
 from checkpoint import load_checkpoint, save_checkpoint
-from dataset import list_inputs, load_inputs
+from dataset import load_inputs
+from listing import list_inputs
 from runtime import Runtime
 
 

@@ -175,8 +175,13 @@ def test_layer_scale_gives_no_gradient_in_fp16_without_the_scaler():
 def test_out_of_memory_and_lost_helpers_are_explained_and_defects_are_not():
     args = train.parse_args(["--batch-size", "96"])
     reasons = [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "--batch-size 96 and --image-size 224"),
-        (MemoryError("Unable to allocate 9 GiB"), "memory ran out .Unable to allocate 9 GiB"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"),
+         "memory of the GPU ran out at --batch-size 96 and --image-size 224"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "memory of the GPU ran out at"),
+        (MemoryError("Unable to allocate 9 GiB"), "memory ran out at .* 224 .Unable to allocate 9 GiB"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9"), "lower --batch-size"),
+        (RuntimeError("std::bad_alloc"), "the memory ran out at --batch-size 96"),
+        (RuntimeError("DataLoader timed out after 60 seconds"), "/dev/shm is full: make room there, or take --workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that fetches batches has"),
     ]
     for problem, sentence in reasons:

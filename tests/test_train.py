@@ -257,7 +257,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
     (["--model", "cnn", "--head-norm", "batch"], "--model cnn has no --head-norm; leave it out"),
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no ConvNeXt variant 'huge'"),
-    (["--data", "nowhere"], "nowhere/train/AD is not a folder"),
+    (["--data", "nowhere"], "nowhere does not exist; expected AD_NC with"),
     ([], "no data: there is no ./AD_NC here"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence):

@@ -1,3 +1,7 @@
+import os
+import socket
+
+import command
 import numpy as np
 import pytest
 
@@ -38,3 +42,41 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         utils.write_atomically(file, fail)
     assert file.read_text() == '{\n  "a": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+# ---------------------------------------------------------------- streams, and who has a folder
+
+
+GONE = ("import os, sys, utils\nread, write = os.pipe()\nos.close(read)\nsys.{name} = os.fdopen(write, 'w')\n"
+        "def main(args):\n    for i in range(100):\n        print('x' * 1000, flush=bool(i % 2), file=sys.{name})\n"
+        "    open(sys.argv[1], 'w').write('done')\nutils.run_script(main, None)")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_script_outlives_the_reader_of_what_it_prints(tmp_path, name):
+    done = command.run(GONE.format(name=name), tmp_path / "end")
+    assert done.returncode == 0 and (tmp_path / "end").read_text() == "done"
+
+
+def test_a_script_runs_where_the_streams_are_closed_or_belong_to_a_notebook(tmp_path):
+    for streams in ("sys.stdout = sys.stderr = None", "sys.stdout = sys.stderr = io.StringIO()"):
+        script = (f"import io, sys, utils\n{streams}\nbefore = sys.stdout, sys.excepthook\ndef main(args):\n"
+                  "    print('x'); utils.make_log(sys.argv[1])('a line')\nutils.run_script(main, None)\n"
+                  "assert (sys.stdout, sys.excepthook) == before\nsys.stdout = sys.__stdout__")  # fmt: skip
+        assert command.run(script, tmp_path / "log").returncode == 0, streams
+    assert (tmp_path / "log").read_text() == "a line\n" * 2
+
+
+def test_a_full_disk_behind_standard_output_is_an_error_and_not_silence():
+    script = "import os, utils\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nutils.run_script(print, 'x')"
+    done = command.run(script)
+    assert done.returncode != 0 and "No space left" in done.stderr
+
+
+def test_a_folder_is_for_one_process_and_a_dead_one_holds_nothing(tmp_path):
+    script = "import sys, utils\nutils.run_script(lambda args: utils.locked(sys.argv[1]).__enter__(), None)"
+    (tmp_path / "in_use").write_text("process 1 on a machine that lost power")
+    with utils.locked(tmp_path):
+        done = command.run(script, tmp_path)
+        assert done.returncode == 2 and f"is in use by process {os.getpid()} on {socket.gethostname()}; " in done.stderr
+    assert list(tmp_path.iterdir()) == [] and command.run(script, tmp_path).returncode == 0

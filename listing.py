@@ -1,0 +1,259 @@
+"""What is in folders: an index of files, before anything is decoded, for training and for prediction.
+
+Not run by itself; dataset.py is its command. A folder or file that is not as expected is answered with what was found
+and what to do; whatever is in a folder and no slice is counted.
+"""
+
+import os
+import shlex
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+import subjects
+from slices import EXTENSIONS, list_folder, parse_name, passed_over
+from subjects import assign_groups, read_subjects
+from utils import InputError, printable
+
+# ---------------------------------------------------------------- index
+
+COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
+
+
+@dataclass
+class Listing:
+    """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
+    used or <NA>; `source` is the file that the subjects came from, or None; `warnings` are lines on what was passed
+    over or not understood."""
+
+    index: pd.DataFrame
+    root: str
+    source: Path | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def _tabulate(rows):
+    """A table of rows (path, label, split, error): with scan and slice from the name, "" and <NA> where it has another
+    form, and an error where rows contradict each other."""
+    rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
+    for row in rows:
+        row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
+    for column, what in (("label", "both classes"), ("split", "both train and test")):
+        fine, found = [row for row in rows if row["error"] is None], defaultdict(dict)
+        for row in fine:
+            if row[column] is not None:
+                found[row["scan"]].setdefault(row[column], row["path"])
+        for row in fine:
+            other = [path for value, path in found[row["scan"]].items() if value != row[column]]
+            if other and len(found[row["scan"]]) > 1:
+                row["error"] = f"is of scan {row['scan']}, which is in {what} (there as {other[0]})"
+    same = defaultdict(list)
+    for row in rows:
+        if row["error"] is None and row["slice"] is not None:
+            same[row["scan"], row["slice"]].append(row)
+    for twins in same.values():
+        for row in twins if len(twins) > 1 else ():
+            row["error"] = f"is the same slice of a scan as {twins[row is twins[0]]['path']}"  # the first or the second
+    table = pd.DataFrame(rows, columns=["path", "label", "split", "error", "scan", "slice"])
+    return table.astype({"error": "string", "slice": "Int64", "scan": object})
+
+
+# Other names that people give to these folders, in any case. None is taken for what it might mean in training: the
+# error proposes a renaming.
+OTHER_NAMES = {
+    "train": ("training",), "test": ("testing",),
+    "AD": ("alzheimer", "alzheimers", "alzheimer's", "dementia", "demented"),
+    "NC": ("cn", "hc", "control", "controls", "normal", "healthy", "nondemented"),
+}  # fmt: skip
+
+
+def find_folder(parent, name):
+    """The folder in `parent` that is called `name`, or else as OTHER_NAMES, in any case; None if there is no such."""
+    folders = {path.name.lower(): path for path in Path(parent).iterdir() if path.is_dir()}
+    return Path(parent, name) if Path(parent, name).is_dir() else next(
+        (folders[other] for other in (name.lower(), *OTHER_NAMES[name]) if other in folders), None)
+
+
+def check_folders(root):
+    """InputError where `root` has not the folders of AD_NC, with what it has, and what to do about it."""
+    if not root.is_dir():
+        raise InputError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; expected AD_NC with "
+                         "train/AD, train/NC, test/AD, test/NC")
+    missing, moves = [], []
+    for split in ("train", "test"):
+        place = find_folder(root, split)
+        for label in ("AD", "NC"):
+            there = place and find_folder(place, label)
+            if there != root / split / label:
+                missing.append(f"{split}/{label}")
+            if there and there.name != label:
+                moves.append((there, place / label))
+        if place and place.name != split:
+            moves.append((place, root / split))
+    if not missing:
+        return
+    advice = "; or does this do it?\n" + "\n".join(f"  {shlex.join(['mv', *map(str, pair)])}" for pair in moves)
+    deeper = [path.parent for depth in ("*", "*/*", "*/*/*") for path in sorted(root.glob(f"{depth}/train"))]
+    if deeper and not moves:
+        advice = f"; did you mean {deeper[0]}?"
+    holds = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+    raise InputError(f"{root} has no {', '.join(missing)}, it holds {printable(holds, '')}; expected AD_NC with "
+                     f"train/AD, train/NC, test/AD, test/NC{advice if moves or deeper else ''}")
+
+
+def list_set(root, pattern=None):
+    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent. `pattern` finds
+    subjects in names (see `subjects.subjects_from_names`). InputError for a folder of another form. Whether the files
+    hold images is not looked at."""
+    root = Path(root)
+    if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
+        root = root / "AD_NC"
+    check_folders(root)
+    rows = []
+    for split in ("train", "test"):
+        for label in ("AD", "NC"):
+            folder = root / split / label
+            images, folders, _ = list_folder(folder)
+            if not images:
+                what = f"holds {len(folders)} folders, such as {folders[0]}, and" if folders else "holds"
+                find = shlex.join(["find", str(folder), "-mindepth", "2", "-type", "f", "-exec", "mv", "-n", "{}",
+                                   str(folder), ";"])
+                move = f"; if the slices in them are named so, this moves them up, and overwrites none:\n  {find}"
+                raise InputError(f"{folder} {what} no images ({', '.join(EXTENSIONS)}); expected files "
+                                 f"<scan>_<slice>.jpeg{move * bool(folders)}")
+            reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
+            rows += [(path, label, split, reason) for path in folders]
+            rows += [(path, label, split, None if parse_name(path) else
+                      "is not named <scan>_<slice>, as 218391_78.jpeg is") for path in images]
+    table = _tabulate(rows)
+    who, labels, source = read_subjects(root)
+    told = table.scan.map(labels)
+    wrong = told.notna() & (told != table.label) & table.error.isna()
+    table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
+                                 for label, other in zip(table.label[wrong], told[wrong])]
+    subjects.check_match(table.scan, who, source)
+    named, lines = subjects.subjects_from_names(table.scan[~table.scan.isin(who.keys())], pattern)
+    lines += passed_over(root, [*table.path, root / subjects.METADATA, source or ""])
+    return Listing(_complete(table, named | who, ["split", "label", "scan", "slice"]), str(root), source, lines)
+
+
+def _complete(table, who, order):
+    """The table with subject and group, sorted; copies are merged into one group once the pixels are known."""
+    table["subject"] = table.scan.map(who).astype("string")
+    table = assign_groups(table.assign(pixel_hash=""))
+    return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
+
+
+def usable(listing):
+    """(index of the files that can be used, list of (path, reason) of the others)."""
+    bad = listing.index[listing.index.error.notna()]
+    index = listing.index[listing.index.error.isna()].reset_index(drop=True)
+    return index.astype({"slice": "int64"}), list(zip(bad.path, bad.error))
+
+
+def read_index(root):
+    """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
+
+    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
+    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan), split ("train" or "test") and
+    group (see subjects.assign_groups). Raises InputError for a folder of another form, and where files cannot be used:
+    names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
+    or in another class than the metadata say. Whether the files hold images is not looked at.
+    """
+    index, bad = usable(list_set(root))
+    if bad:
+        raise InputError(describe_bad(bad))
+    return index[COLUMNS]
+
+
+def describe_bad(bad, advice="fix or remove them"):
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
+    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
+    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
+
+
+# ---------------------------------------------------------------- the inputs of a prediction
+
+
+def list_inputs(inputs, pattern=None):
+    """The Listing of files and folders to predict; label is None where it is not known, split "". `pattern` as in
+    `list_set`.
+
+    A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
+    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
+    folders, and metadata that cannot be read, is listed in `warnings`.
+    """
+    rows, ignored, warnings, files = [], [], [], set()
+    found = [row for given in map(Path, inputs) for row in _list_input(given, ignored, warnings)]
+    for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
+        if os.path.realpath(path) not in files:
+            files.add(os.path.realpath(path))
+            rows.append((path, label, "", error))
+    table = _tabulate(rows)
+    if table.error.notna().all():
+        more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
+        raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
+    if ignored:
+        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
+    who, classes = {}, {}
+    for root in sorted({_set_root(given) for given in inputs}):
+        try:
+            known, labels, _ = read_subjects(root)
+            who, classes = who | known, classes | labels
+        except (InputError, OSError) as problem:
+            warnings.append(f"subjects are not known: {problem}")
+    told = table.scan.map(classes)
+    wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
+    if wrong:
+        warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
+    named, lines = subjects.subjects_from_names(table.scan[~table.scan.isin(who.keys())], pattern)
+    return Listing(_complete(table, named | who, ["scan", "slice", "path"]), "", None, warnings + lines)
+
+
+def _list_input(given, ignored, warnings):
+    """The (path, label or None, error or None) of each image of one INPUT; appends to `ignored` what it leaves, and to
+    `warnings` what it takes a folder for."""
+    if not os.path.exists(given):
+        link = "is a link to nothing" if os.path.islink(given) else "does not exist"
+        return [(str(given), None, f"{link}; expected an image or a folder of images")]
+    if not given.is_dir():
+        other = None if given.suffix.lower() in EXTENSIONS else (
+            f"is not an image that is read here; expected {', '.join(EXTENSIONS)}")
+        return [(str(given), None, other)]
+    found = []
+    try:
+        right_here, folders_here, others_here = list_folder(given)
+        labelled = {label: find_folder(given, label) for label in ("AD", "NC")}
+        if right_here:  # then a folder of another name is no class
+            labelled = {label: folder for label, folder in labelled.items() if folder == given / label}
+        labelled = {label: folder for label, folder in labelled.items() if folder}
+        for label, folder in labelled.items() or [(None, given)]:
+            images, folders, others = list_folder(folder)
+            found += [(path, label, None) for path in images]
+            ignored += [*folders, *others]
+            if label and folder.name != label:
+                warnings.append(f"the folder {folder} is taken for {label}")
+        if labelled:
+            here = set(map(str, labelled.values()))
+            ignored += [path for path in (*right_here, *folders_here, *others_here) if path not in here]
+    except OSError as problem:
+        return [(str(given), None, f"cannot be listed: {problem.strerror}")]
+    if not found:
+        hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
+        hints += [folder for folder in folders_here if list_folder(folder)[0]]
+        hint = f"; did you mean {hints[0]}{f' and {len(hints) - 1} others' * (len(hints) > 1)}?" if hints else ""
+        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), nor do AD/ and NC/ in it{hint}")]
+    return found
+
+
+def _set_root(given):
+    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
+    folder = Path(os.path.abspath(given))
+    if not folder.is_dir():
+        folder = folder.parent
+    while folder.name in ("AD", "NC", "train", "test"):
+        folder = folder.parent
+    return folder

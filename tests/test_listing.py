@@ -1,0 +1,144 @@
+"""What people call their folders and files: an answer that says what to do, and nobody taken for somebody else."""
+
+import re
+import shutil
+import subprocess
+
+import command
+import pytest
+from conftest import ROOT, SCANS, write_set, write_slice
+
+import dataset
+import listing
+import subjects
+import utils
+from listing import list_inputs, read_index
+
+
+def propose(root):
+    """The commands that the error for a folder proposes."""
+    with pytest.raises(utils.InputError) as found:
+        read_index(root)
+    return re.findall(r"^  (.*)$", str(found.value), re.MULTILINE)
+
+
+@pytest.mark.parametrize("moves", [
+    [("train/NC", "train/CN"), ("test/NC", "test/CN")],
+    [("train", "Train"), ("test", "TEST")],
+    [("train/AD", "train/ad"), ("train/NC", "train/nc"), ("test/AD", "test/ad"), ("test/NC", "test/nc")],
+    [("train/AD", "train/Alzheimer"), ("train/NC", "train/Healthy"), ("train", "training"), ("test", "Testing")],
+    [("test/NC", "test/it's normal"), ("test/it's normal", "test/Controls")],
+])  # fmt: skip
+def test_folders_under_other_names_get_the_commands_that_rename_them(tmp_path, moves):
+    root = write_set(tmp_path / "a folder", slices=[70])
+    expected = read_index(root)
+    for old, new in moves:
+        (root / old).rename(root / new)
+    for line in propose(root):
+        subprocess.run(line, shell=True, check=True)
+    assert read_index(root).equals(expected)
+
+
+def test_a_set_that_lies_deeper_is_named(tmp_path):
+    root = write_set(tmp_path / "a" / "b", slices=[70])
+    assert len(read_index(root.parent)) == 18
+    for given in (tmp_path / "a", tmp_path):
+        with pytest.raises(utils.InputError, match="did you mean"):
+            read_index(given)
+    (tmp_path / "a" / "README").touch()
+    with pytest.raises(utils.InputError, match="has no train/AD, train/NC, test/AD, test/NC, it holds README, b; exp"):
+        read_index(tmp_path / "a")
+    with pytest.raises(utils.InputError, match="README is not a folder"):
+        read_index(tmp_path / "a" / "README")
+
+
+def test_folders_of_patients_get_the_command_that_moves_their_slices_up(tmp_path):
+    root = write_set(tmp_path, slices=[70, 71])
+    expected = read_index(root)
+    for path in expected.path:
+        scan = path.rsplit("/", 1)[1].split("_")[0]
+        patient = root.joinpath(*path.split("/")[-3:-1], f"patient {SCANS[scan][2]}")
+        patient.mkdir(exist_ok=True)
+        shutil.move(path, patient)
+    for _ in range(4):
+        (line,) = propose(root)
+        subprocess.run(line, shell=True, check=True)
+        for folder in root.glob("*/*/patient*"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    assert read_index(root).equals(expected)
+
+
+@pytest.mark.parametrize("names", [("AD", "CN"), ("ad", "nc"), ("Alzheimer's", "Normal"), ("AD", "controls")])
+def test_a_folder_to_predict_may_call_the_classes_otherwise_and_it_is_said(tmp_path, names):
+    for name in names:
+        write_slice(tmp_path / name / f"{name[0]}_70.jpeg", True, 0)
+    found = list_inputs([tmp_path])
+    assert sorted(found.index.label) == ["AD", "NC"]
+    taken = [line for line in found.warnings if "is taken for" in line]
+    assert len(taken) == 2 - sum(name in ("AD", "NC") for name in names)
+
+
+def test_folders_beside_slices_are_no_classes_and_folders_of_patients_are_proposed(tmp_path):
+    write_slice(tmp_path / "a_70.jpeg", True, 0)
+    write_slice(tmp_path / "normal" / "b_70.jpeg", True, 0)
+    found = list_inputs([tmp_path])
+    assert found.index.label.isna().all() and "ignored 1 files and folders" in found.warnings[0]
+    for name in ("p1", "p2"):
+        write_slice(tmp_path / "patients" / name / "c_70.jpeg", True, 0)
+    with pytest.raises(utils.InputError, match="did you mean .*/p1 and 1 others"):
+        list_inputs([tmp_path / "patients"])
+
+
+# ---------------------------------------------------------------- subjects from names
+
+
+@pytest.mark.parametrize("scan, form, subject", [
+    ("OAS1_0001_MR1_mpr-1", "OASIS-1, OASIS-2", "OAS1_0001"), ("OAS2_0186_MR3", "OASIS-1, OASIS-2", "OAS2_0186"),
+    ("sub-OAS30001_ses-d0129_run-01_T1w", "OASIS-3", "OAS30001"), ("OAS30027_MR_d1300", "OASIS-3", "OAS30027"),
+    ("ADNI_002_S_0295_MR_MP-RAGE__br_raw_20060418_I13722", "ADNI", "002_S_0295"),
+    ("941_S_10001_I99", "ADNI", "941_S_10001"), ("sub-07_ses-1_T1w", "BIDS", "sub-07"), ("sub-X1", "BIDS", "sub-X1"),
+    ("218391", None, None), ("OAS1_1_MR1", None, None), ("002_S_0295", None, None), ("sub_07", None, None),
+])  # fmt: skip
+def test_names_of_the_usual_archives_say_who_is_in_a_scan(scan, form, subject):
+    who, lines = subjects.subjects_from_names([scan])
+    assert who == ({scan: subject} if subject else {})
+    assert [f"({form})" in line and f"such as {subject} of {scan}" in line for line in lines] == [True] * bool(form)
+
+
+def named_set(folder, name):
+    """A set whose scans are named `name(subject, number of the scan)`, two scans a subject."""
+    root, scans = folder / "AD_NC", 0
+    for split, label in (("train", "AD"), ("train", "NC"), ("test", "AD"), ("test", "NC")):
+        for i in range(4):
+            scans += 1
+            write_slice(root / split / label / f"{name(split[1] + label + str(i // 2), scans)}_70.jpeg", True, scans)
+    return root
+
+
+def test_subjects_come_from_names_where_no_table_knows_the_scan(tmp_path, capsys):
+    root = named_set(tmp_path, lambda who, scan: f"sub-{who}_ses-{scan}")
+    assert read_index(root).subject.nunique() == 8 and read_index(root).group.nunique() == 8
+    dataset.main(dataset.parse_args([str(root)]))
+    said = capsys.readouterr().out
+    assert "subjects of 16 scans from their names (BIDS), such as sub-rAD0 of" in said and "NOT CHECKED" not in said
+    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-rAD0_ses-1,somebody\n")  # a table knows better
+    assert sorted(read_index(root).subject.unique())[-1] == "sub-rNC1"
+    assert (read_index(root).subject == "somebody").sum() == 1
+
+
+@pytest.mark.parametrize("pattern, groups", [(r"(.+)-\d+$", 8), (r"^(?P<site>r|e)(?P<subject>AD0)", 1), ("^(.)", 2)])
+def test_a_pattern_of_ones_own(tmp_path, pattern, groups):
+    root = named_set(tmp_path, lambda who, scan: f"{who}-{scan}")
+    assert read_index(root).subject.isna().all()
+    index = listing.list_set(root, pattern).index
+    assert index.subject.nunique() == groups
+    with pytest.raises(utils.InputError, match="--subject-pattern .nobody. finds no subject in 16 names"):
+        listing.list_set(root, "(nobody)")
+
+
+@pytest.mark.parametrize("pattern, sentence", [("(a", "is no regular expression"), ("a", "has no group"),
+                                               ("", "has no group"), ("*", "is no regular expression")])
+def test_a_pattern_that_cannot_work_is_wrong_usage(pattern, sentence):
+    done = command.run(ROOT / "dataset.py", "x", "--subject-pattern", pattern)
+    assert done.returncode == 2 and sentence in done.stderr

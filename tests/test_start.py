@@ -1,0 +1,145 @@
+"""A run that cannot start, cannot fetch its batches, cannot be alone, or has lost its reader."""
+
+import collections
+import io
+import os
+import subprocess
+import sys
+
+import command
+import pytest
+from conftest import ROOT, SMALL, train_small, train_steps
+
+import dataset
+import engine
+import runtime
+import train
+import utils
+from checkpoint import load_checkpoint
+
+
+def unreadable(path):
+    path.write_bytes(b"no weights")
+    return str(path)
+
+
+@pytest.mark.parametrize("existed, fail", [
+    (False, lambda tmp: ["--init", unreadable(tmp / "weights.pth")]),
+    (True, lambda tmp: ["--init", str(tmp / "none.safetensors")]),
+    (True, lambda tmp: ["--stem", "conv", "--init", str(tmp)]),
+])  # fmt: skip
+def test_a_start_that_fails_leaves_nothing_and_the_corrected_command_runs(ad_nc, tmp_path, existed, fail):
+    out = tmp_path / "run"
+    if existed:
+        out.mkdir()
+    with pytest.raises(utils.InputError):
+        train_steps(ad_nc, out, *fail(tmp_path))
+    assert out.exists() == existed and not (existed and list(out.iterdir()))
+    train_steps(ad_nc, out, "--epochs", "1")
+
+
+def test_a_first_step_that_fails_leaves_nothing_and_a_later_one_all(ad_nc, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    with pytest.raises(utils.InputError, match="is not empty, and nothing is overwritten"):
+        train_steps(ad_nc, kept)
+    assert [path.name for path in kept.iterdir()] == ["notes.txt"]
+    step, taken, wanted = engine.train_step, [], []
+
+    def fail(state, *given, **more):
+        if len(taken) == wanted[-1]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        taken.append(step(state, *given, **more))
+
+    monkeypatch.setattr(engine, "train_step", fail)
+    for steps, left in ((0, False), (1, True)):
+        wanted.append(steps)
+        with pytest.raises(OSError, match="ran out at --batch-size 16 and --image-size 32 .Def.*lower --batch-size"):
+            train_steps(ad_nc, tmp_path / "run")
+        assert (tmp_path / "run" / "last.pth").exists() == (tmp_path / "run").exists() == left
+
+
+def test_a_machine_without_enough_memory_is_told_what_to_lower(ad_nc, tmp_path):
+    script = ("import resource, sys, conftest, train\n"
+              "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2**29\n"
+              "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+              "train.run_script(train.main, train.parse_args(['--data', sys.argv[1], '--out', sys.argv[2],\n"
+              "                 *conftest.SMALL, '--image-size', '2048', '--batch-size', '48']))")
+    done = command.run(script, ad_nc, tmp_path / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "ran out at --batch-size 48 and --image-size 2048" in done.stderr and not (tmp_path / "run").exists()
+    script = "import utils\ndef main(args): raise MemoryError('9 GiB')\nutils.run_script(main, None)"
+    done = command.run(script)
+    assert (done.returncode, done.stderr) == (2, "error: memory ran out (9 GiB)\n")
+
+
+# ---------------------------------------------------------------- two in one folder
+
+
+def test_two_processes_are_not_in_one_run_folder(ad_nc, tmp_path, monkeypatch):
+    """The second is refused while the first is in its second step, and the first ends as if nothing had been."""
+    run, said = tmp_path / "run", []
+
+    def second(state, *given, **more):
+        if state.step == 1:
+            for flags in (["--resume"], ["--data", ad_nc, *SMALL]):
+                said.append(command.run(ROOT / "train.py", "--out", run, *flags))
+        return step(state, *given, **more)
+
+    step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", second)
+    train_steps(ad_nc, run, "--epochs", "1")
+    assert [done.returncode for done in said] == [2, 2]
+    assert f"is in use by process {os.getpid()} on" in said[0].stderr and "is not empty" in said[1].stderr
+    assert load_checkpoint(run / "last.pth")["epoch"] == 1 and not (run / "in_use").exists()
+
+
+# ---------------------------------------------------------------- batches that do not come
+
+
+def test_a_batch_that_is_lost_ends_the_wait_with_a_sentence(ad_nc, tmp_path, monkeypatch):
+    class Lost(dataset._InMemory):
+        def __getitem__(self, batch):
+            return lambda: None  # cannot be handed over: says so in the worker, and nobody hears it
+
+    monkeypatch.setattr(dataset, "_InMemory", Lost)
+    monkeypatch.setattr(dataset, "LONGEST_FETCH", 2)
+    args = train.parse_args([])
+    slices = dataset.decode_set(ad_nc).part("train")
+    with pytest.raises(OSError, match="no batch came .*/dev/shm is full.*--workers 0"), runtime.explain_end(args):
+        next(iter(dataset.make_loader(slices, 8, workers=1)))
+
+
+@pytest.mark.parametrize("workers, batch, free, fits", [(1, 8, 60_000, False), (1, 8, 62_000, True),
+                                                        (2, 1, 11_000, False), (1, 10**6, 470_000, True)])
+def test_what_is_fetched_ahead_must_fit_into_shared_memory(ad_nc, monkeypatch, workers, batch, free, fits):
+    """A slice has 48 x 40 bytes, there are 60 of them; two batches a worker are ahead, and two on their way."""
+    space = collections.namedtuple("space", "free")
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda path: space(free if path == "/dev/shm" else 0))
+    slices = dataset.decode_set(ad_nc).part("train")
+    if fits:
+        dataset.make_loader(slices, batch, workers=workers)
+    else:
+        with pytest.raises(OSError, match=f"{workers} workers hand over up to .*take --workers 0 or a smaller"):
+            dataset.make_loader(slices, batch, workers=workers)
+
+
+# ---------------------------------------------------------------- readers that go away, notebooks
+
+
+def test_training_outlives_the_reader_of_its_output(ad_nc, tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), "--data", str(ad_nc), "--out", str(tmp_path / "run"), *SMALL,
+             "--epochs", "2"]  # fmt: skip
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process.stdout.readline()
+    process.stdout.close()  # as `head -1` does
+    assert process.wait(120) == 0
+    assert (tmp_path / "run" / "test" / "metrics.json").exists()
+    assert "predict again with" in (tmp_path / "run" / "training_log.txt").read_text()
+
+
+def test_a_notebook_trains_by_calling_main(ad_nc, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # has no reconfigure, no descriptor
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    assert (run / "test" / "metrics.json").exists() and "run folder" in sys.stdout.getvalue()
