@@ -23,6 +23,7 @@ INSTALL = "python -m pip install -r requirements-volumes.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")
 FEWEST, MOST = 8, 1024  # voxels a side
 MOST_VOXELS = 2**28  # as float32 1 GB
+SLAB = 2**22  # voxels read at once
 FIELD = 30, 1000  # mm a side: what is outside is no head, or not in millimetres
 
 # ---------------------------------------------------------------- files
@@ -207,7 +208,7 @@ def read_volume(image, spacing):
     starts = [_blocks(n, size, way < 0) for n, size, way in zip(shape, k, directions)]
     counts = [np.diff([*first, n]) for first, n in zip(starts, shape)]
     volume = np.empty([len(first) for first in starts], np.float32)
-    most = max(1, int(2**22 // (shape[0] * shape[1] * k[2])))  # blocks at once
+    most = max(1, int(SLAB // (shape[0] * shape[1] * k[2])))  # blocks at once
     rest = (0,) * (len(image.shape) - 3)
     for first in range(0, len(starts[2]), most):
         at = starts[2][first : first + most]

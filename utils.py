@@ -76,17 +76,20 @@ def size(word):
     return int(match[1]), int(match[2])
 
 
-def add_volume_flags(parser):
-    """The flags that say how a volume is cut into slices, of extract.py and predict.py; None where not given."""
-    add = parser.add_argument_group("how volumes are cut into slices").add_argument
-    add("--plane", choices=("axial", "coronal", "sagittal"), help="face to the left, left on the left (axial)")
+def add_volume_flags(parser, default="those in brackets"):
+    """The flags that say how a volume is cut into slices, of extract.py and predict.py; None where not given. Returns
+    their group."""
+    group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
+    add = group.add_argument
+    add("--plane", choices=("axial", "coronal", "sagittal"), help="left is on the left, faces look to it (axial)")
     add("--slices", type=span, metavar="FROM:TO", help="numbers as in 81:100, or positions as in -10mm:10mm")
     add("--count", type=number(1, 1000, int), metavar="N", help="the N slices in the middle of the head (20)")
     add("--size", type=size, metavar="WxH", help="pixels of a slice, about the middle of the head (the whole volume)")
     add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
     add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
-    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (--spacing)")
+    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (as --spacing)")
     add("--strip", action="store_true", help="remove the skull with deepbet (requirements-volumes.txt)")
+    return group
 
 
 def read_flags(parse_args):

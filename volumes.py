@@ -292,7 +292,7 @@ class CutInputs:
             return
         look, known = look_of(checkpoint, args)
         self.temporary = None if args.keep_slices else tempfile.TemporaryDirectory(prefix="slices-")
-        folder = open_out(args.keep_slices, "", " or --keep-slices") if args.keep_slices else Path(self.temporary.name)
+        folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
         self.table, self.folder = extract(volumes, look, folder), folder / "slices"
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
@@ -304,9 +304,9 @@ class CutInputs:
     def explain(self, listing):
         """The Listing of `inputs` with the reasons why volumes could not be cut, and warnings on those that were."""
         if self.table is not None:
-            errors = dict(zip(self.table.source, self.table.error))
-            told = listing.index.path.map(errors)
-            listing.index["error"] = told.fillna(listing.index.error).astype("string")
+            known = dict(zip(self.table.source, self.table.error))
+            listing.index["error"] = pd.array([known.get(path, error) for path, error in zip(
+                listing.index.path, listing.index.error)], "string")  # fmt: skip
             noted = self.table[self.table.notes.notna()]
             listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
         return listing
