@@ -197,8 +197,10 @@ def cut(volume, affine, look, middle, black):
 def extract_volume(path, look):
     """(slices uint8 (N, H, W), numbers (N,), columns of COLUMNS) of a volume or DICOM folder, as a Look says. Unfit,
     InputError or OSError where that cannot be done."""
-    with tempfile.TemporaryDirectory(prefix="dicom-") as folder:
-        image, facts, notes = readers.open_volume(readers.convert_dicom(path, folder) if os.path.isdir(path) else path)
+    with contextlib.ExitStack() as stack:
+        if os.path.isdir(path):
+            path = readers.convert_dicom(path, stack.enter_context(tempfile.TemporaryDirectory(prefix="dicom-")))
+        image, facts, notes = readers.open_volume(path)
         with np.errstate(all="ignore"):  # what overflows is counted as not finite
             volume, affine = readers.read_volume(image, look.spacing)
     if look.strip:
