@@ -12,6 +12,7 @@ subjects.csv. Left is on the left, a sagittal slice looks to the left. The exit 
 
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 
 from utils import InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
@@ -54,7 +55,7 @@ def main(args):
         checkpoint = load_checkpoint(args.like)
         look, known = volumes.look_of(checkpoint, args)
     else:
-        look, known = volumes.with_flags(volumes.ADNI if args.like else volumes.Look(), args), args.like
+        look, known = replace(volumes.ADNI if args.like else volumes.Look(), **volumes.flags_given(args)), args.like
     out = open_out(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{look}" + f" ({known})" * bool(known))
     table = volumes.extract(args.inputs, look, out, args.workers)

@@ -63,12 +63,13 @@ class Look:
 ADNI = Look("sagittal", size=(256, 240), step=1.2)  # as the slices of AD_NC are: MP-RAGE, face to the left
 
 
-def with_flags(look, args):
-    """The Look with those flags of utils.add_volume_flags that were given."""
-    given = {name: getattr(args, name) for name in vars(look) if getattr(args, name, None) not in (None, False)}
+def flags_given(args):
+    """Those flags of utils.add_volume_flags that were given, as a dict for `Look`."""
+    given = {name: getattr(args, name, None) for name in vars(Look())}  # --brightest is no flag
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if {"slices", "count"} <= given.keys():
         raise InputError("--slices and --count both say which slices; give one of them")
-    return replace(look, **given)
+    return given
 
 
 def look_of(checkpoint, args):
@@ -88,7 +89,7 @@ def look_of(checkpoint, args):
             raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
                              "pixels) are; name it with --plane axial, coronal or sagittal")
         look = replace(look, brightest=grey)
-    return with_flags(look, args), known
+    return replace(look, **flags_given(args)), known
 
 
 def recorded_look(root):
@@ -217,7 +218,8 @@ def extract_volume(path, look):
     grey = 255.0
     if look.brightest is not None:  # the statistic of slices.STATS
         grey, white = look.brightest, max(float(np.quantile(slices, 0.99)), black + 1e-3 * (white - black))
-    slices = np.clip((slices - black) / (white - black) * grey, 0, 255).round().astype(np.uint8)
+    with np.errstate(all="ignore"):  # numbers of 1e38 overflow, and are white
+        slices = np.nan_to_num(np.clip((slices - black) / (white - black) * grey, 0, 255)).round().astype(np.uint8)
     edges = np.concatenate([slices[:, [0, -1]].ravel(), slices[:, :, [0, -1]].ravel()])
     if look.size and (edges > 2 * NEAR_BLACK).mean() > 0.02:
         notes.append("the head reaches the border of the slices; a larger --size shows all of it")
@@ -291,6 +293,8 @@ class CutInputs:
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines, self.table = [given for given in args.inputs if given not in volumes], [], None
         if not volumes:
+            if args.keep_slices or flags_given(args):
+                raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
             return
         look, known = look_of(checkpoint, args)
         self.temporary = None if args.keep_slices else tempfile.TemporaryDirectory(prefix="slices-")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import struct
 import sys
@@ -15,7 +16,7 @@ import command
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train_steps
 from PIL import Image
 from test_predict import run_predict
 
@@ -323,7 +324,9 @@ def test_a_thousand_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path):
             except (InputError, OSError) as problem:
                 assert 5 < len(str(problem)) < 400 and "\n" not in str(problem)
 
-    assert peak(fuzz) < 100e6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fuzz()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e5  # kB
     assert 100 < cuts < 900
 
 
@@ -622,6 +625,11 @@ def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assume
     run_predict(run_folder, tmp_path / "b", tmp_path / "h.nii", checkpoint=known)
     assert ("coronal, 3 central slices every 5 mm, 48 x 40, 5 mm a pixel, turned by 90 degrees (as the checkpoint's "
             "training slices were cut)") in capsys.readouterr().out
+    with pytest.raises(InputError, match="need a volume among the inputs"):
+        run_predict(run_folder, tmp_path / "c", run_folder, "--plane", "axial")
+    args = predict.parse_args(["h.nii", "--turn", "0", "--count", "7"])
+    look, _ = volumes.look_of({"slice_size": [40, 48], "extraction": vars(Look(**record))}, args)
+    assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)  # a flag that is given wins
     args = predict.parse_args(["h.nii", "--turn", "180"])
     content = {"slice_size": [240, 256], "slice_stats": {"brightest": [150, 190]}}
     look, known = volumes.look_of(content, args)
@@ -630,12 +638,12 @@ def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assume
 
 
 def test_training_records_how_its_slices_were_cut(tmp_path, run_folder, ad_nc):
-    shutil.copytree(ad_nc, tmp_path / "AD_NC")
-    assert volumes.recorded_look(tmp_path / "AD_NC") is None and checkpoint.load_checkpoint(
-        run_folder / "best_model.pth")["extraction"] is None  # fmt: skip
     nib.save(head(), tmp_path / "h.nii")
     run_extract(tmp_path / "h.nii", "--out", tmp_path / "out", "--plane", "coronal", "--turn", "90")
-    recorded = volumes.recorded_look(tmp_path / "out" / "slices")
+    assert checkpoint.load_checkpoint(run_folder / "best_model.pth")["extraction"] is None
+    shutil.copytree(ad_nc, tmp_path / "out" / "AD_NC")  # in the place of slices/
+    train_steps(tmp_path / "out" / "AD_NC", tmp_path / "run", "--epochs", "1")
+    recorded = checkpoint.load_checkpoint(tmp_path / "run" / "best_model.pth")["extraction"]
     assert Look(**recorded) == Look("coronal", count=4, spacing=6.0, turn=90)
     (tmp_path / "out" / "extraction.json").write_text(json.dumps({"plane": "coronal", "nothing": 1}))
     assert volumes.recorded_look(tmp_path / "out" / "slices") is None
