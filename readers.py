@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import subprocess
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -127,9 +126,7 @@ def open_volume(path):
     if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
         raise Unfit("is not a regular file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = nib.load(path, mmap=False, keep_file_open=True)
+        image = nib.load(path, mmap=False, keep_file_open=True)
         shape, affine, dtype = tuple(map(int, image.shape)), image.affine, image.get_data_dtype()
         with np.errstate(all="ignore"):
             voxels = np.sqrt((affine[:3, :3] ** 2).sum(0))
@@ -197,9 +194,9 @@ def _blocks(n, k, flipped):
 
 
 def read_volume(image, spacing):
-    """(float32 array, affine) of an opened volume, its axes nearest to x, y and z. Voxels smaller than half of
-    `spacing` (mm) are averaged in whole blocks as they are read, a slab at a time, so that a volume of fine voxels
-    never lies in memory, and nothing aliases. Unfit for a file that is damaged."""
+    """(float32 array, affine) of an opened volume, its axes nearest to x, y and z. Voxels of half of `spacing` (mm) or
+    less are averaged in whole blocks as they are read, a slab at a time, so that a volume of fine voxels never lies in
+    memory, and nothing aliases. Unfit for a file that is damaged."""
     nib = nibabel()
     affine, shape = image.affine, tuple(map(int, image.shape[:3]))
     directions = nib.io_orientation(affine)[:, 1]
@@ -235,13 +232,12 @@ def _deepbet():
         from deepbet.bet import BrainExtraction
     except ImportError:
         raise InputError(f"--strip needs deepbet; install it with {INSTALL}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its weights are TorchScript, whose loader is deprecated
-        return BrainExtraction(no_gpu=True)
+    return BrainExtraction(no_gpu=True)
 
 
 def strip_skull(volume, affine):
-    """The volume with what is not brain at 0, by deepbet (Fisch et al. 2024, arXiv 2308.07003), on the CPU."""
+    """The volume with what is not brain at 0, by deepbet (Fisch et al. 2024, doi 10.1016/j.compbiomed.2024.108845), on
+    the CPU. Unfit where it finds no brain, InputError where it is not installed."""
     model = _deepbet()
     try:
         with np.errstate(all="ignore"):

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -270,8 +271,10 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
         return facts
 
     try:
-        # deepbet uses every core by itself
-        with ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool:
+        # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
+        with (warnings.catch_warnings(),
+              ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
+            warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
             done = pool.map(work, table.itertuples(index=False))
             rows = list(tqdm(done, bar, len(table), unit=" volumes", disable=None if bar else True, leave=False))
         table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
@@ -310,7 +313,7 @@ class CutInputs:
     def explain(self, listing):
         """The Listing of `inputs` with the reasons why volumes could not be cut, and warnings on those that were."""
         if self.table is not None:
-            known = dict(zip(self.table.source, self.table.error))
+            known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
             listing.index["error"] = pd.array([known.get(path, error) for path, error in zip(
                 listing.index.path, listing.index.error)], "string")  # fmt: skip
             noted = self.table[self.table.notes.notna()]

@@ -604,7 +604,7 @@ def test_a_volume_is_predicted_like_its_slices(run_folder, tmp_path, capsys):
         run_predict(run_folder, tmp_path / "d", *words, "--keep-slices", tmp_path / "kept")
 
 
-def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_nc, tmp_path, capsys):
+def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_nc, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.nii").write_bytes(b"no volume")
     nib.save(head(), tmp_path / "good.nii")
     words = ["--plane", "axial", "--spacing", "4", "--count", "2"]
@@ -612,6 +612,9 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     bad = table[table.path == str(tmp_path / "bad.nii")]
     assert len(table) == 4 and bad.error.str.startswith("cannot be read as a volume").tolist() == [True]
     assert "bad.nii cannot be read as a volume" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    table = run_predict(run_folder, tmp_path / "c", "./bad.nii", ad_nc / "test" / "AD" / "300_70.jpeg", *words)
+    assert table.error.dropna().str.startswith("cannot be read as a volume").tolist() == [True]
     with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
         run_predict(run_folder, tmp_path / "b", tmp_path / "bad.nii", *words)
 
