@@ -265,9 +265,12 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
                 raise  # a missing package: the same for all
             return {"error": str(problem) if isinstance(problem, Unfit) else f"cannot be read: {reason(problem)}"}
         folder = draft / "slices" / (row.folder if classes else "")
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, pixels in zip(numbers, slices):
-            Image.fromarray(pixels).save(folder / f"{row.scan}_{number}.png")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, pixels in zip(numbers, slices):
+                Image.fromarray(pixels).save(folder / f"{row.scan}_{number}.png")
+        except OSError as problem:
+            raise OSError(f"{out / 'slices'} cannot be written: {reason(problem)}; nothing is left there") from None
         return facts
 
     try:

@@ -452,6 +452,13 @@ def test_an_interrupted_extraction_leaves_no_half_set(tmp_path, monkeypatch):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_full_disk_is_one_error_and_leaves_no_half_set(tmp_path):
+    nib.save(head(), tmp_path / "h.nii")
+    done = command.run(extract.__file__, "h.nii", "--out", "out", cwd=tmp_path, file_size=1500)
+    assert done.returncode == 2 and not any((tmp_path / "out").iterdir())
+    assert done.stderr == "error: out/slices cannot be written: File too large; nothing is left there\n"
+
+
 def test_nothing_is_overwritten_and_nothing_found_is_an_error(tmp_path):
     nib.save(head(), tmp_path / "h.nii")
     run_extract(tmp_path / "h.nii", "--out", tmp_path / "out")
