@@ -27,6 +27,7 @@ import subjects
 from modules import PAPER, describe_model, load_weights, make_model
 from slices import MEAN, STD, stats_range
 from utils import CLASSES, InputError, write_atomically, write_csv, write_json
+from volumes import recorded_look
 
 FORMAT = 3  # raise it when an older checkpoint can no longer be read
 # What every checkpoint has; a finished best_model.pth has baselines and calibration as well, a last.pth the RESUMABLE.
@@ -181,6 +182,7 @@ def model_card(args, slices, runtime, init=None):
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(slices.images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
+        "extraction": recorded_look(slices.root),  # None: cut elsewhere
         "flags": vars(args), "precision": runtime.precision, "machine": runtime.machine,
     }  # fmt: skip
 

@@ -3,10 +3,13 @@
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
     python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
+    python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
 
-INPUT is a slice, a folder of slices, or a folder with AD/ and NC/. The checkpoint alone decides the architecture, the
-image size and the classes. Written to --out: predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD,
-the probability of AD, calibrated on the run's validation), and where the labels are known metrics.json and pictures.
+INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM folder, or a
+folder of volumes. The checkpoint alone decides the architecture, the image size and the classes, and how volumes are
+cut, if it knows; where its slices have the size of AD_NC, that is assumed, else --plane is needed. Written to --out:
+predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD, the probability of AD, calibrated on the run's
+validation), and where the labels are known metrics.json and pictures.
 --coverage 0.9 adds prediction sets that promise to hold the truth for 90 % of scans like those of validation. A file
 that cannot be read gets a row with the reason; the exit status is 2 if none could be. A slice that is out of the
 training range (a photograph, an inverted picture, a head with its skull) gets a warning.
@@ -16,12 +19,12 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from utils import COUNT, InputError, Parser, number, open_out, printable, read_flags, run_script
+from utils import COUNT, InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, or a folder of slices (or of AD/ and NC/)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of such")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
     parser.add_argument("--coverage", type=number(1e-6, 0.999999), metavar="C",
@@ -30,6 +33,8 @@ def parse_args(argv=None):
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add_volume_flags(parser, "the checkpoint's, or those of AD_NC").add_argument(
+        "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
     return parser.parse_args(argv)
 
 
@@ -44,6 +49,7 @@ from listing import list_inputs
 from metrics import aggregate
 from modules import describe_model
 from runtime import Runtime, explain_end, pick_amp, pick_device
+from volumes import CutInputs
 
 
 def newest_checkpoint():
@@ -92,13 +98,16 @@ def main(args):
     args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
-    listing = list_inputs(args.inputs, checkpoint["flags"].get("subject_pattern"))
+    cut = CutInputs(args, checkpoint)  # volumes become slices
+    listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
-          f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}")
+          f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}",
+          *cut.lines, sep="\n")
 
     with explain_end(args):
         slices = load_inputs(listing, checkpoint["slice_size"])
+        cut.finish(slices.index)
         raw = predict_slices(checkpoint, slices, runtime, batch_size=args.batch_size)
     predictions = calibrated(raw, checkpoint, args.coverage)
     read = predictions[predictions.p_AD.notna()]

@@ -72,6 +72,42 @@ def regex(word):
         raise argparse.ArgumentTypeError(f"{word} is no regular expression ({problem})") from None
 
 
+def span(word):
+    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices, -10mm:10mm are positions."""
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})|(-?\d{1,4}(?:\.\d+)?)mm:(-?\d{1,4}(?:\.\d+)?)mm", word)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{word} is not FROM:TO; expected slice numbers as in 81:100, or millimetres "
+                                         "as in -10mm:10mm")
+    low, high = (float(bound) for bound in match.groups() if bound is not None)
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{word} ends before it begins")
+    return low, high, "index" if match[1] else "mm"
+
+
+def size(word):
+    """A `type` for argparse: WIDTHxHEIGHT in pixels, as (width, height)."""
+    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", word)
+    if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is")
+    return int(match[1]), int(match[2])
+
+
+def add_volume_flags(parser, default="those in brackets"):
+    """The flags that say how a volume is cut into slices, of extract.py and predict.py; None where not given. Returns
+    their group."""
+    group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
+    add = group.add_argument
+    add("--plane", choices=("axial", "coronal", "sagittal"), help="left is on the left, faces look to it (axial)")
+    add("--slices", type=span, metavar="FROM:TO", help="numbers as in 81:100, or positions as in -10mm:10mm")
+    add("--count", type=number(1, 1000, int), metavar="N", help="the N slices in the middle of the head (20)")
+    add("--size", type=size, metavar="WxH", help="pixels of a slice, about the middle of the head (the whole volume)")
+    add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
+    add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
+    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (as --spacing)")
+    add("--strip", action="store_true", help="remove the skull with deepbet (requirements-volumes.txt)")
+    return group
+
+
 def read_flags(parse_args):
     """The flags of a script that is run, read before the imports that take time: --help and a mistyped flag answer at
     once, and Ctrl-C in those imports ends without a traceback (exit status 130)."""

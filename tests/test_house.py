@@ -12,15 +12,15 @@ from conftest import ROOT
 FLOORS = [
     ["utils", "modules", "metrics", "anatomy"],
     ["slices", "runtime", "plots", "subjects"],
-    ["cache", "listing", "dataset", "baselines"],
+    ["cache", "listing", "dataset", "readers", "volumes", "baselines"],
     ["checkpoint", "inference"],
     ["engine", "assess", "stress"],
-    ["train", "predict", "evaluate", "phantom", "benchmark"],
+    ["train", "predict", "evaluate", "phantom", "extract", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # within a floor, the one room that another goes through
-BESIDE = {("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint")}
-RUN = ["train", "predict", "evaluate", "dataset", "phantom", "benchmark"]
+BESIDE = {("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint"), ("volumes", "readers")}
+RUN = ["train", "predict", "evaluate", "dataset", "phantom", "extract", "benchmark"]
 
 
 def imports(script):

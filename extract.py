@@ -1,0 +1,81 @@
+"""Cut volumes into slices: NIfTI, MGZ, Analyze pairs, or a DICOM folder.
+
+    python extract.py scan.nii.gz --plane axial --count 32 --out slices     # the 32 slices in the middle of the head
+    python extract.py VOLUMES --like ADNI --strip --out SET                 # as AD_NC has them, without the skull
+    python extract.py scan.nii.gz --like runs/tiny/best_model.pth           # as that model was trained on them
+
+INPUT is a volume, a DICOM folder of one series, or a folder of such. Written to --out: slices/<scan>_<slice>.png (in
+AD/ and NC/, where the volumes are), extraction.csv (a row a volume: where it lies, which slices, what was decided, why
+it was skipped), extraction.json (these flags; train.py keeps them with the model), and where BIDS names know them
+subjects.csv. Left is on the left, a sagittal slice looks to the left. The exit status is 2 if no volume could be cut.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from datetime import datetime
+
+from utils import InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a volume, a DICOM folder, or a folder of such")
+    parser.add_argument("--out", metavar="DIR", help="folder for the slices (default: extracted/<time>)")
+    parser.add_argument("--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win")
+    parser.add_argument("--workers", type=number(1, 64, int), metavar="N", help="volumes at once (one a core, up to 8)")
+    add_volume_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = read_flags(parse_args)
+
+import volumes
+from readers import files_of
+from slices import load_slices, out_of_range, passed_over
+
+
+def check_range(folder, checkpoint):
+    """A sentence on whether the slices under `folder` resemble those that a checkpoint was trained on."""
+    paths = sorted(map(str, folder.rglob("*.png")))
+    _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")
+    strange = out_of_range(stats, checkpoint["slice_stats"]).dropna()
+    if strange.empty:
+        return f"all {len(paths)} slices are within the range of the training slices"
+    return (f"{len(strange)} of {len(paths)} slices are out of the training range, first {paths[strange.index[0]]}: "
+            f"{strange.iloc[0]}")  # fmt: skip
+
+
+def main(args):
+    checkpoint = None
+    if args.like and args.like != "ADNI":
+        from checkpoint import load_checkpoint  # PyTorch: seconds that other volumes need not wait
+
+        checkpoint = load_checkpoint(args.like)
+        look, known = volumes.look_of(checkpoint, args)
+    else:
+        look, known = replace(volumes.ADNI if args.like else volumes.Look(), **volumes.flags_given(args)), args.like
+    out = open_out(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}")
+    print(f"{look}" + f" ({known})" * bool(known))
+    table = volumes.extract(args.inputs, look, out, args.workers)
+
+    used = [file for source in table.source for file in files_of(source)]
+    warnings = [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
+    for row in table[table.notes.notna()].itertuples():
+        warnings.append(f"{row.source}: {row.notes}")
+    bad = table[table.error.notna()]
+    warnings += [f"{row.source} {row.error}" for row in bad.head(10).itertuples()]
+    if len(bad):
+        warnings.append(f"{len(bad)} of {len(table)} volumes were skipped (column error of extraction.csv)")
+    for warning in warnings:
+        print(f"warning: {printable(warning, '')}", file=sys.stderr)
+    if len(bad) == len(table):
+        raise InputError(f"none of the {len(table)} volumes could be cut; {out / 'extraction.csv'} says why")
+    if checkpoint:
+        print(check_range(out / "slices", checkpoint))
+    print(f"{table.n_slices.sum():,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}")
+
+
+if __name__ == "__main__":
+    run_script(main, ARGS)
