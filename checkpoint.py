@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -154,8 +155,17 @@ def model_card(args, slices, runtime, init=None):
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(slices.images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
+        "mean_slice": mean_slice(slices.images, slices.rows[slices.index.split == "train"]),
         "flags": vars(args), "precision": runtime.precision, "machine": runtime.machine,
     }  # fmt: skip
+
+
+def mean_slice(images, rows):
+    """The mean of rows of uint8 (N, H, W), a tensor uint8 (H, W): what attributions compare a slice with."""
+    total = np.zeros(images.shape[1:], np.int64)
+    for at in range(0, len(rows), 256):  # in parts, since the set may be larger than memory
+        total += images[rows[at : at + 256]].sum(0, dtype=np.int64)
+    return torch.from_numpy((total / len(rows)).round().astype(np.uint8))
 
 
 def write_start(out, args, slices, runtime):

@@ -14,7 +14,7 @@ FLOORS = [
     ["slices", "runtime", "plots", "subjects"],
     ["cache", "dataset", "baselines"],
     ["checkpoint", "inference"],
-    ["engine", "assess", "stress"],
+    ["engine", "assess", "stress", "explain"],
     ["train", "predict", "evaluate", "phantom", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
