@@ -34,7 +34,7 @@ import pandas as pd
 import cache
 import subjects
 from metrics import window_vote
-from slices import EXTENSIONS, common_size, list_folder, parse_name, passed_over, send
+from slices import EXTENSIONS, common_size, describe_bad, list_folder, parse_name, passed_over, send, set_root
 from subjects import assign_groups, read_subjects
 from subjects import split_index as split_index
 
@@ -141,13 +141,6 @@ def read_index(root):
     return index[COLUMNS]
 
 
-def describe_bad(bad, advice="fix or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
-    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
-    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
-    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
-
-
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
@@ -171,7 +164,7 @@ def list_inputs(inputs):
     if ignored:
         warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
     who, classes = {}, {}
-    for root in sorted({_set_root(given) for given in inputs}):
+    for root in sorted({set_root(given) for given in inputs}):
         try:
             known, labels, _ = read_subjects(root)
             who, classes = who | known, classes | labels
@@ -210,16 +203,6 @@ def _list_input(given, ignored):
         hint = f"; did you mean {hints[0]}?" if hints else ""
         return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), nor do AD/ and NC/ in it{hint}")]
     return found
-
-
-def _set_root(given):
-    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
-    folder = Path(os.path.abspath(given))
-    if not folder.is_dir():
-        folder = folder.parent
-    while folder.name in ("AD", "NC", "train", "test"):
-        folder = folder.parent
-    return folder
 
 
 # ---------------------------------------------------------------- decoded slices, ready to train on or to predict

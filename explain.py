@@ -115,7 +115,7 @@ def parts(model):
 
 def randomised(checkpoint, seed=0):
     """The model of a checkpoint with ever more parts as they were before training: (name of the part, model) from the
-    head alone to all of them. The random state of the process stays as it is."""
+    head alone to all of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = make_model(**checkpoint["model"]).state_dict()
@@ -151,7 +151,8 @@ def check(method, checkpoint, x, baseline, seed=0, bar=None):
     which no trained weight is left, are below LIMIT."""
     model, where = build_model(checkpoint).to(x.device).eval(), inside_head(x, baseline)
     maps = attribute(method, model, x, baseline)
-    steps = tqdm(list(randomised(checkpoint, seed)), bar, unit=" steps", leave=False, disable=None if bar else True)
+    steps = tqdm(randomised(checkpoint, seed), bar, len(parts(model)), unit=" steps", leave=False,
+                 disable=None if bar else True)
     rows = [(name, *compare(maps, attribute(method, other.to(x.device).eval(), x, baseline), where))
             for name, other in steps]
     return pd.DataFrame(rows, columns=["part", "signed", "absolute"])
@@ -257,7 +258,8 @@ class Explainer:
         checked = check(self.method, self.checkpoint, x, self.baseline, bar="checking")
         usable, sentence = is_usable(checked), describe(self.method, checked, len(some))
         write_csv(out / "checks.csv", checked)
-        *_, (_, random) = randomised(self.checkpoint)
+        for _, random in randomised(self.checkpoint):
+            pass  # the last one
         random, mark, tables = random.to(self.device).eval(), "" if usable else "UNUSABLE", []
         with tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None) as bar:
             for _, part in index.groupby("scan", sort=False):

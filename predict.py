@@ -129,7 +129,9 @@ def main(args):
     if explainer:
         with explain_end(args):
             explained = explainer.write(slices, out / "explanations")
-        print(explained.sentence, f"attribution maps in {explained.folder}", sep="\n")
+        print(explained.sentence if explained.usable else f"warning: {explained.sentence}",
+              file=sys.stdout if explained.usable else sys.stderr)
+        print(f"attribution maps in {explained.folder}")
 
 
 if __name__ == "__main__":

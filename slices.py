@@ -81,6 +81,23 @@ def passed_over(root, used):
     return lines + [f"passed over: {n:,} {kind}file{'s' * (n > 1)} {where}" for (kind, where), n in counts.items()]
 
 
+def describe_bad(bad, advice="fix or remove them"):
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
+    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
+    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
+
+
+def set_root(given):
+    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
+    folder = Path(os.path.abspath(given))
+    if not folder.is_dir():
+        folder = folder.parent
+    while folder.name in ("AD", "NC", "train", "test"):
+        folder = folder.parent
+    return folder
+
+
 class Unfit(InputError):
     """A file that is not taken for a slice, whatever it is; the text continues a sentence that begins with its name."""
 
