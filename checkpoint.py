@@ -15,13 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
 import subjects
 from modules import PAPER, describe_model, load_weights, make_model
-from slices import MEAN, STD, stats_range
+from slices import MEAN, STD, mean_slice, stats_range
 from utils import CLASSES, InputError, write_atomically, write_csv, write_json
 
 FORMAT = 3  # raise it when an older checkpoint can no longer be read
@@ -155,17 +154,11 @@ def model_card(args, slices, runtime, init=None):
         "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(slices.images.shape[1:]),
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
-        "mean_slice": mean_slice(slices.images, slices.rows[slices.index.split == "train"]),
+        # what attributions compare a slice with; no slice of a person, but an average of all in training
+        "mean_slice": torch.from_numpy(
+            mean_slice(slices.images, slices.rows[slices.index.split == "train"]).round().astype("uint8")),
         "flags": vars(args), "precision": runtime.precision, "machine": runtime.machine,
     }  # fmt: skip
-
-
-def mean_slice(images, rows):
-    """The mean of rows of uint8 (N, H, W), a tensor uint8 (H, W): what attributions compare a slice with."""
-    total = np.zeros(images.shape[1:], np.int64)
-    for at in range(0, len(rows), 256):  # in parts, since the set may be larger than memory
-        total += images[rows[at : at + 256]].sum(0, dtype=np.int64)
-    return torch.from_numpy((total / len(rows)).round().astype(np.uint8))
 
 
 def write_start(out, args, slices, runtime):

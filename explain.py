@@ -11,12 +11,14 @@ altered anatomy is known, is in docs/explain.md.
 """
 
 import re
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -31,6 +33,7 @@ STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that
 LIMIT = 0.5  # a method whose maps correlate so much, or more, with those of random weights is unusable
 CHECKED = 8  # slices that the weights are randomised for, step by step
+SMOOTH = 64  # pictures (not arrays) are smoothed by a Gaussian whose SD is the side divided by so much
 AT_ONCE = 256  # images, at most: on a GPU, where `micro_batch` knows no limit
 
 # ---------------------------------------------------------------- methods
@@ -258,8 +261,7 @@ class Explainer:
         checked = check(self.method, self.checkpoint, x, self.baseline, bar="checking")
         usable, sentence = is_usable(checked), describe(self.method, checked, len(some))
         write_csv(out / "checks.csv", checked)
-        for _, random in randomised(self.checkpoint):
-            pass  # the last one
+        ((_, random),) = deque(randomised(self.checkpoint), maxlen=1)
         random, mark, tables = random.to(self.device).eval(), "" if usable else "UNUSABLE", []
         with tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None) as bar:
             for _, part in index.groupby("scan", sort=False):
@@ -276,7 +278,8 @@ class Explainer:
         x = self.view(images)
         maps, others = (attribute(self.method, model, x, self.baseline) for model in (self.model, random))
         kept = [rank_correlation(*each) for each in zip(maps, others, inside_head(x, self.baseline))]
-        full = float(np.quantile(abs(maps), 0.995))
+        drawn = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
+        full = float(np.quantile(abs(drawn), 0.995))
         first = f"{part.number.iloc[0]:05d}_{safe(part.scan.iloc[0])}"
         names = [f"{number:05d}_{safe(Path(path).stem)}.png" for number, path in zip(part.number, part.path)]
         table = part[["path", "scan", "slice"]].assign(
@@ -285,12 +288,12 @@ class Explainer:
             absolute=[b for _, b in kept])
         mean = maps.mean(0)
         write_atomically(out / f"{first}.npz", lambda temporary: save_arrays(temporary, maps=maps, mean=mean))
-        for name, pixels, found in zip(names, images, maps):
+        for name, pixels, found in zip(names, images, drawn):
             plots.plot_overlay(out / name, pixels, to_slice(found, pixels.shape), full, mark)
         if len(part) > 1:
             title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {self.method}{', UNUSABLE' * bool(mark)}"
-            drawn = images.mean(0), to_slice(mean, images.shape[1:])
-            plots.plot_scan_map(out / f"scan_{first}.png", *drawn, table, title)
+            smooth = to_slice(drawn.mean(0), images.shape[1:])
+            plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), smooth, table, title)
         return table
 
 

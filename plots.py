@@ -243,8 +243,24 @@ def plot_scan_map(path, pixels, mean, slices, title):
 # ---------------------------------------------------------------- looking at the data
 
 
+def montage_rows(index, images, change=lambda pixels: pixels, subjects=5, slices=8):
+    """Rows of a contact sheet [(text, slices uint8 (n, H, W))]: of each class some subjects, of each some slices,
+    evenly spread; `change` is applied to the slices of each."""
+
+    def spread(values, most):
+        return values[np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
+
+    rows = []
+    for label in reversed(CLASSES):
+        part = index[index.label == label]
+        for group in spread(part.group.unique(), subjects):  # a subject, or where it is not known a scan
+            own = spread(part[part.group == group].sort_values(["slice", "scan"]).row.to_numpy(int), slices)
+            rows.append((f"{label}\n{group}", change(images[own])))
+    return rows
+
+
 def plot_montage(path, rows, title):
-    """A contact sheet from [(text, slices (n, H, W) of grey)], a row each."""
+    """A contact sheet of `montage_rows`."""
     most = max(len(slices) for _, slices in rows)
     with _figure(path, title, height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows)) as axes:
         for axis, (text, slices) in zip(axes[:, 0], rows):
@@ -253,20 +269,20 @@ def plot_montage(path, rows, title):
             sheet[:, : len(slices) * width] = np.concatenate(slices, 1)
             axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(printable(text), rotation=0, ha="right", va="center")
+            axis.set_ylabel(printable(text).replace("$", r"\$"), rotation=0, ha="right", va="center")
             axis.grid(False)
 
 
 def plot_means(path, means, title):
-    """The mean slice of each class and their difference, by position, from {class: (H, W) of grey levels}."""
+    """The mean slice of each class and their difference, pixel by pixel, from {class: (H, W) of grey levels}."""
     with _figure(path, title, 3, height=3.2, width=3.4) as ((left, middle, right),):
-        for axes, (name, mean) in zip((left, middle), means.items()):
-            axes.imshow(mean, cmap="gray", vmin=0, vmax=255)
+        for axes, name in ((left, "AD"), (middle, "NC")):
+            axes.imshow(means[name], cmap="gray", vmin=0, vmax=255)
             axes.set_title(f"mean of {name}")
         difference = means["AD"] - means["NC"]
         full = float(abs(difference).max()) or 1
-        drawn = right.imshow(difference, cmap="RdBu_r", vmin=-full, vmax=full)
-        right.set_title("AD minus NC (grey levels)")
+        drawn = right.imshow(difference, cmap="PuOr_r", vmin=-full, vmax=full)
+        right.set_title(f"AD minus NC, at most {abs(difference).max():.1f} grey levels")
         right.figure.colorbar(drawn, ax=right, shrink=0.8)
         for axes in (left, middle, right):
             axes.set(xticks=[], yticks=[])

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import explain
@@ -46,7 +47,7 @@ from utils import CLASSES
 # cue: (subjects of the phantom, how its scans are planned, recipe)
 PHANTOMS = {"local": (200, plan_local, "small"), "global": (100, plan, "demo")}
 CHANGED = 5  # grey levels: pixels that atrophy changes by more are the altered region
-DRAWS = 5  # random maps for each map, and models with random weights
+DRAWS = 3  # random maps for each map, and models with random weights
 
 
 def shuffle_labels(data, out, seed=0):
@@ -110,7 +111,7 @@ def edges(model, x, baseline):
 
 
 def measure(name, method, checkpoint, shuffled, x, baseline, region, scans, is_ad):
-    """The rows of a method in the two tables of the page."""
+    """The rows of a method in the three tables of the page, and the parts of the model."""
     model, other = (build_model(each).eval() for each in (checkpoint, shuffled))
     where, temperature = explain.inside_head(x, baseline), checkpoint["calibration"]["temperature"]
     maps = explain.attribute(method, model, x, baseline, bar=name)
@@ -135,9 +136,12 @@ def measure(name, method, checkpoint, shuffled, x, baseline, region, scans, is_a
     inside, better_inside = interval(share - np.maximum(area, by_chance), scans)
     drops, better_drop = interval((real - chance)[is_ad], scans[is_ad])
     verdict = " and ".join(["inside"] * better_inside + ["deletion"] * better_drop) or "NO BETTER THAN CHANCE"
+    net = (maps * region).sum((1, 2))
+    third = [name, f"{(net[is_ad] > 0).mean():.2f}", f"{(net[~is_ad] > 0).mean():.2f}",
+             f"{roc_auc_score(is_ad, net):.3f}", f"{roc_auc_score(is_ad, maps.sum((1, 2))):.3f}"]
     second = [name, interval(share, scans)[0], f"{area.mean():.3f}", interval(by_chance, scans)[0], inside,
               interval(real[is_ad], scans[is_ad])[0], interval(chance[is_ad], scans[is_ad])[0], drops, verdict]
-    return first, second, list(cascade.index)
+    return first, second, third, list(cascade.index)
 
 
 def some_of(index, scans, slices):
@@ -161,7 +165,7 @@ def regions(index, cue):
 
 
 def assess(work, cue, args):
-    """Print the two tables of a phantom."""
+    """Print the tables of a phantom."""
     data, *runs = prepare(work, cue)
     checkpoint, shuffled = (load_checkpoint(folder / "best_model.pth") for folder in runs)
     slices = load_inputs(list_inputs([data / "test"]), checkpoint["slice_size"])
@@ -173,12 +177,14 @@ def assess(work, cue, args):
     rows = {name: measure(name, method, checkpoint, shuffled, x, explainer.baseline, seen, index.scan.to_numpy(str),
                           slices.is_ad)
             for name, method in {**explain.METHODS, "edges (no attribution)": edges}.items()}
-    firsts, seconds, names = zip(*rows.values())
+    firsts, seconds, thirds, names = zip(*rows.values())
     print(f"\n{cue} cue: {len(index)} slices of {index.scan.nunique()} test scans, {slices.is_ad.sum()} of them AD\n")
     steps = ["head", *(f"+ {name}" for name in names[0][1:])]
     print(*format_table([["method", *steps, "shuffled labels", "usable"], *firsts]), "", sep="\n")
     print(*format_table([["method", "positive inside", "area", "random map inside", "more than both",
-                          "drop of p_AD", "random map", "more", "better than chance"], *seconds]), sep="\n", flush=True)
+                          "drop of p_AD", "random map", "more", "better than chance"], *seconds]), "", sep="\n")
+    print(*format_table([["method", "AD slices positive inside", "NC slices", "AUROC of the sum inside",
+                          "of the whole sum"], *thirds]), sep="\n", flush=True)
 
 
 def main(args):
