@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import plots
@@ -131,6 +130,8 @@ def randomised(checkpoint, seed=0):
 def rank_correlation(a, b, where):
     """Spearman's correlation of two maps (S, S) over the pixels `where`: (of the maps, of their absolute values). It is
     0 where one has no order, and 1 if that is the first: a map that says nothing cannot change."""
+    from scipy.stats import spearmanr  # its import changes the filters of warnings
+
     a, b = a[where], b[where]
     if np.ptp(a) == 0:
         return 1.0, 1.0
