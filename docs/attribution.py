@@ -32,17 +32,19 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 import explain
+import plots
 from anatomy import render
 from assess import format_table
 from checkpoint import build_model, load_checkpoint
 from dataset import list_inputs, load_inputs, read_index
 from metrics import expit
 from phantom import EFFECT, plan, plan_local
-from utils import CLASSES
+from utils import CLASSES, write_atomically
 
 # cue: (subjects of the phantom, how its scans are planned, recipe)
 PHANTOMS = {"local": (200, plan_local, "small"), "global": (100, plan, "demo")}
@@ -144,6 +146,30 @@ def measure(name, method, checkpoint, shuffled, x, baseline, region, scans, is_a
     return first, second, third, list(cascade.index)
 
 
+def draw(path, explainer, slices, region):
+    """A picture: slices of an AD and of an NC scan in columns; with what atrophy alters, and with each method's map."""
+    from matplotlib.figure import Figure
+
+    index = slices.index.assign(at=range(len(slices)))
+    shown = [at for label in CLASSES[::-1] for at in index[index.label == label]["at"].iloc[[7, 9]]]
+    pixels = slices.images[slices.rows[shown]]
+    x = explainer.view(pixels)
+    figure = Figure(figsize=(7.2, 7.2), layout="constrained")
+    axes = figure.subplots(4, 4)
+    for row, (name, method) in zip(axes, [("altered by atrophy", None), *explain.METHODS.items()]):
+        maps = explain.attribute(method, explainer.model, x, explainer.baseline) if method else None
+        for axis, k, at in zip(row, range(4), shown):
+            found = region[at].astype(float) if maps is None else explain.to_slice(
+                gaussian_filter(maps[k], maps.shape[1] / explain.SMOOTH), pixels.shape[1:])
+            axis.imshow(plots.blend(pixels[k], found, np.quantile(abs(found), 0.995)))
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if maps is None:
+                axis.set_title(f"{index.label.iloc[at]}, slice {index.slice.iloc[at]}", fontsize=9)
+        row[0].set_ylabel(name, fontsize=9)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
 def some_of(index, scans, slices):
     """Which rows of the test index are explained: of each class half of the scans, of each of them some slices."""
     ordered = index.drop_duplicates("scan").groupby("label").scan.head(scans // 2)
@@ -172,7 +198,9 @@ def assess(work, cue, args):
     slices = slices.where(some_of(slices.index, args.scans, args.slices))
     explainer, index = explain.Explainer(checkpoint, "auto", torch.device("cpu")), slices.index
     x = explainer.view(slices.images[slices.rows])
-    seen = explainer.view((255 * regions(index, cue)).astype(np.uint8))[:, 0].numpy() > 0  # at least half of a pixel
+    region = regions(index, cue)
+    draw(work / f"explain-{cue}.png", explainer, slices, region)
+    seen = explainer.view((255 * region).astype(np.uint8))[:, 0].numpy() > 0  # at least half of a pixel
 
     rows = {name: measure(name, method, checkpoint, shuffled, x, explainer.baseline, seen, index.scan.to_numpy(str),
                           slices.is_ad)

@@ -1,5 +1,7 @@
 """Attributions: their arithmetic, the check that a method has to pass, and what predict.py writes."""
 
+import filecmp
+import importlib.util
 import json
 import sys
 
@@ -7,15 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_slice
+from conftest import ROOT, write_slice
 from PIL import Image
 from test_checkpoint import content
 from torch import nn
 
 import explain
 import predict
+from anatomy import render
 from checkpoint import load_checkpoint, save_checkpoint
+from dataset import read_index
 from modules import ConvNeXt, make_model
+from phantom import plan_local
 from slices import eval_transform
 
 BLACK = -torch.ones(1, 1, 32, 32)
@@ -106,8 +111,9 @@ def test_weights_are_randomised_from_the_head_down_until_none_is_left(variant):
     assert changed[0] and all(a < b for a, b in zip(changed, changed[1:])) and changed[-1] == set(drawn)
 
 
-def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_them_passes(atto):
-    x = noise(3)
+def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_them_passes(atto, monkeypatch):
+    monkeypatch.setattr(explain, "STEPS", 8)
+    x = noise(2)
     ignoring = explain.check(edges, atto[0], x, BLACK)
     assert (ignoring[["signed", "absolute"]] == 1).all(axis=None) and not explain.is_usable(ignoring)
     turned = explain.check(lambda model, *given: edges(model, *given) * model.head.bias.sum().add(1e-9).sign(),
@@ -117,7 +123,7 @@ def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_t
     assert not explain.is_usable(silent)
     for method in ("integrated-gradients", "grad-cam"):
         assert explain.is_usable(explain.check(method, atto[0], x, BLACK)), method
-    assert "UNUSABLE" in explain.describe("edges", ignoring, 3)
+    assert "UNUSABLE" in explain.describe("edges", ignoring, 2)
 
 
 def test_only_the_head_is_compared(atto):
@@ -246,3 +252,36 @@ def test_what_an_explanation_lacks_is_said_before_anything_is_written(run_folder
     with pytest.raises(ValueError, match="needs captum.*pip install 'captum>=0.9'"):
         explained(run_folder, tmp_path / "out", ad_nc / "test")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the script behind docs/explain.md
+
+
+@pytest.fixture(scope="module")
+def attribution():
+    path = ROOT / "docs" / "attribution.py"
+    spec = importlib.util.spec_from_file_location("attribution", path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_shuffled_labels_keep_subjects_whole_and_change_nothing_else(attribution, ad_nc, tmp_path):
+    before, after = read_index(ad_nc), read_index(attribution.shuffle_labels(ad_nc, tmp_path / "shuffled"))
+    assert (after.groupby("subject").label.nunique() == 1).all()
+    joined = before.merge(after, on=["scan", "slice", "subject", "split"], validate="one_to_one")
+    assert len(joined) == len(before) == len(after)
+    assert before.label.value_counts().equals(after.label.value_counts())
+    assert 0.2 < (joined.label_x != joined.label_y).mean() < 0.8
+    assert all(map(filecmp.cmp, joined.path_x, joined.path_y))
+
+
+def test_the_altered_region_is_where_atrophy_acts_and_not_the_noise(attribution):
+    scan = plan_local(10)[0]._replace(atrophy=0.0)
+    region = attribution.altered(scan)
+    assert region.shape == (6, 240, 256) and (0.0005 < region.mean((1, 2))).all() and (region.mean((1, 2)) < 0.02).all()
+    rows, columns = np.nonzero(region.any(0))
+    assert 100 < rows.min() and rows.max() < 190 and 80 < columns.min() and columns.max() < 200  # temporal, below
+    assert (render(scan._replace(atrophy=1.0))[~region] == render(scan._replace(atrophy=1.1))[~region]).mean() > 0.99
