@@ -31,6 +31,8 @@ from utils import CLASSES, InputError, make_folder, printable, read_csv, write_a
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that
 LIMIT = 0.5  # a method whose maps correlate so much, or more, with those of random weights is unusable
+CAUTION = ("A colour says where the model looks, not which class it sees: the same one can lie there in slices of "
+           "either class (docs/explain.md). The prediction is p_AD.")
 CHECKED = 8  # slices that the weights are randomised for, step by step
 SMOOTH = 64  # pictures (not arrays) are smoothed by a Gaussian whose SD is the side divided by so much
 AT_ONCE = 256  # images, at most: on a GPU, where `micro_batch` knows no limit
@@ -89,8 +91,8 @@ def cam_layer(model):
     return [layer for layer in model if isinstance(layer, torch.nn.ReLU)][-1]
 
 
+# the best first, see docs/explain.md: `--explain auto` takes the first that passes its check on the model at hand
 METHODS = {"integrated-gradients": integrated_gradients, "occlusion": occlusion, "grad-cam": grad_cam}
-BEST = "occlusion"  # that of `--explain auto`: passes best, see docs/explain.md
 
 
 def attribute(method, model, x, baseline, bar=None):
@@ -240,7 +242,7 @@ class Explainer:
         if "mean_slice" not in checkpoint:
             raise InputError("the checkpoint holds no mean of its training slices, which --explain compares a slice "
                              "with; train it again with this version, or leave out --explain")
-        self.method = BEST if method == "auto" else method
+        self.candidates = list(METHODS) if method == "auto" else [method]
         self.checkpoint, self.device = checkpoint, device
         self.model = build_model(checkpoint).to(device).eval()
         self.baseline = self.view(checkpoint["mean_slice"].numpy()[None])
@@ -258,44 +260,59 @@ class Explainer:
         index = slices.index.reset_index(drop=True)
         index = index.assign(number=index.index + 1)[index.error.isna()]
         some = index.iloc[np.unique(np.linspace(0, len(index) - 1, CHECKED).round().astype(int))]
-        x = self.view(slices.images[some.row.to_numpy(np.int64)])
-        checked = check(self.method, self.checkpoint, x, self.baseline, bar="checking")
-        usable, sentence = is_usable(checked), describe(self.method, checked, len(some))
-        write_csv(out / "checks.csv", checked)
+        method, usable, sentence = self.choose(slices.images[some.row.to_numpy(np.int64)], out)
         ((_, random),) = deque(randomised(self.checkpoint), maxlen=1)
-        random, mark, tables = random.to(self.device).eval(), "" if usable else "UNUSABLE", []
+        models, mark, tables = (self.model, random.to(self.device).eval()), "" if usable else "UNUSABLE", []
         with tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None) as bar:
             for _, part in index.groupby("scan", sort=False):
-                tables.append(self._write_scan(slices.images[part.row.to_numpy(np.int64)], part, out, random, mark))
+                images = slices.images[part.row.to_numpy(np.int64)]
+                x = self.view(images)
+                maps = [attribute(method, model, x, self.baseline) for model in models]
+                kept = np.array([rank_correlation(*each) for each in zip(*maps, inside_head(x, self.baseline))])
+                part = part.assign(signed=kept[:, 0], absolute=kept[:, 1])
+                tables.append(write_scan(images, part, maps[0], out, method, mark))
                 bar.update(len(part))
         table = pd.concat(tables)
-        plots.plot_legend(out / "legend.png", sentence)
+        plots.plot_legend(out / "legend.png", f"{sentence}. {CAUTION}")
         write_csv(out / "explanations.csv", table)
-        write_json(out / "summary.json", {"method": self.method, "usable": usable, "sentence": sentence})
+        write_json(out / "summary.json", {"method": method, "usable": usable, "sentence": sentence})
         return Explained(out, table, sentence, usable)
 
-    def _write_scan(self, images, part, out, random, mark):
-        """Explain the slices uint8 (n, H, W) of one scan; returns their rows of Explained.table."""
-        x = self.view(images)
-        maps, others = (attribute(self.method, model, x, self.baseline) for model in (self.model, random))
-        kept = [rank_correlation(*each) for each in zip(maps, others, inside_head(x, self.baseline))]
-        drawn = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
-        full = float(np.quantile(abs(drawn), 0.995))
-        first = f"{part.number.iloc[0]:05d}_{safe(part.scan.iloc[0])}"
-        names = [f"{number:05d}_{safe(Path(path).stem)}.png" for number, path in zip(part.number, part.path)]
-        table = part[["path", "scan", "slice"]].assign(
-            overlay=names, maps=f"{first}.npz", place=range(len(part)), for_AD=maps.clip(min=0).sum((1, 2)),
-            for_NC=maps.clip(max=0).sum((1, 2)), full_colour=full, signed=[a for a, _ in kept],
-            absolute=[b for _, b in kept])
-        mean = maps.mean(0)
-        write_atomically(out / f"{first}.npz", lambda temporary: save_arrays(temporary, maps=maps, mean=mean))
-        for name, pixels, found in zip(names, images, drawn):
-            plots.plot_overlay(out / name, pixels, to_slice(found, pixels.shape), full, mark)
-        if len(part) > 1:
-            title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {self.method}{', UNUSABLE' * bool(mark)}"
-            smooth = to_slice(drawn.mean(0), images.shape[1:])
-            plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), smooth, table, title)
-        return table
+    def choose(self, images, out):
+        """Check the method, or with "auto" one after the other until one passes, on some slices uint8 (n, H, W).
+        Returns (method, whether it passes, a sentence on it); the checks are written to checks.csv."""
+        x, tables, failed = self.view(images), [], []
+        for method in self.candidates:
+            checked = check(method, self.checkpoint, x, self.baseline, bar=f"checking {method}")
+            tables.append(checked.assign(method=method))
+            if is_usable(checked):
+                break
+            failed.append(method)
+        write_csv(out / "checks.csv", pd.concat(tables)[["method", "part", "signed", "absolute"]])
+        others = ", ".join(name for name in failed if name != method)
+        sentence = describe(method, checked, len(x)) + f"; {others} failed it" * bool(others)
+        return method, method not in failed, sentence
+
+
+def write_scan(images, part, maps, out, method, mark):
+    """The pictures and arrays of one scan, from its slices uint8 (n, H, W), their rows of the index, with number,
+    signed and absolute, and their maps (n, S, S). Returns its rows of `Explained.table`."""
+    drawn = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
+    full = float(np.quantile(abs(drawn), 0.995))
+    first = f"{part.number.iloc[0]:05d}_{safe(part.scan.iloc[0])}"
+    names = [f"{number:05d}_{safe(Path(path).stem)}.png" for number, path in zip(part.number, part.path)]
+    table = part[["path", "scan", "slice"]].assign(
+        overlay=names, maps=f"{first}.npz", place=range(len(part)), for_AD=maps.clip(min=0).sum((1, 2)),
+        for_NC=maps.clip(max=0).sum((1, 2)), full_colour=full, signed=part.signed, absolute=part.absolute)
+    arrays = dict(maps=maps, mean=maps.mean(0))
+    write_atomically(out / f"{first}.npz", lambda temporary: save_arrays(temporary, **arrays))
+    for name, pixels, found in zip(names, images, drawn):
+        plots.plot_overlay(out / name, pixels, to_slice(found, pixels.shape), full, mark)
+    if len(part) > 1:
+        title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {' '.join([mark, method]).strip()}"
+        smooth = to_slice(drawn.mean(0), images.shape[1:])
+        plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), smooth, table, title)
+    return table
 
 
 def read_explained(folder):

@@ -212,10 +212,10 @@ def plot_overlay(path, pixels, values, full, mark=""):
 
 def plot_legend(path, title):
     """What the colours of an overlay mean."""
-    with _figure(path, title, height=1.6, width=6) as ((axes,),):
+    with _figure(path, title, height=2.1, width=6) as ((axes,),):
         bar = np.linspace(-1, 1, 256)[None].repeat(24, 0)
         axes.imshow(blend(np.full(bar.shape, 120), bar, 1), aspect="auto", extent=(-1, 1, 0, 1))
-        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["speaks for NC", "0: grey", "speaks for AD"],
+        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"],
                  xlabel="full colour: the 99.5 % quantile of the scan's maps (full_colour in explanations.csv)")
         axes.grid(False)
 

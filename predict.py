@@ -31,7 +31,7 @@ def parse_args(argv=None):
                         help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
     parser.add_argument("--explain", choices=METHODS, metavar="METHOD",
                         help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
-                             f"{', '.join(METHODS)} (auto: that which passes its checks best)")
+                             f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")

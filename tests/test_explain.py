@@ -36,6 +36,12 @@ def edges(model, x, baseline):
     return dx.abs() + dy.abs()
 
 
+def drawn_from_weights(model, x, baseline):
+    """A method that is nothing but the weights: other weights, another map."""
+    seed = int(1e6 * model.head.weight.abs().sum())
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
 def card(variant, **options):
     """As much of a checkpoint as the check reads, of a model whose blocks are not the identity."""
     torch.manual_seed(1)
@@ -121,7 +127,7 @@ def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_t
     assert not explain.is_usable(turned)
     silent = explain.check(lambda model, x, baseline: torch.zeros_like(x), atto[0], x, BLACK)
     assert not explain.is_usable(silent)
-    for method in ("integrated-gradients", "grad-cam"):
+    for method in (drawn_from_weights, "integrated-gradients", "grad-cam"):
         assert explain.is_usable(explain.check(method, atto[0], x, BLACK)), method
     assert "UNUSABLE" in explain.describe("edges", ignoring, 2)
 
@@ -180,7 +186,7 @@ def explained(run_folder, out, inputs, method="grad-cam", checkpoint=None):
 
 
 def test_the_methods_of_the_flag_are_those_of_explain():
-    assert predict.METHODS == ("auto", *explain.METHODS) and explain.BEST in explain.METHODS
+    assert predict.METHODS == ("auto", *explain.METHODS)
 
 
 def test_a_checkpoint_holds_the_mean_of_its_training_slices(run_folder, ad_nc):
@@ -217,6 +223,7 @@ def test_each_slice_gets_an_overlay_and_arrays_whatever_it_is_named(run_folder, 
     assert found.sentence in out.out + out.err
     checks = pd.read_csv(folder / "checks.csv")
     assert checks.part.tolist() == ["head", "stage 4", "stage 3", "stage 2", "stage 1"]
+    assert (checks.method == "grad-cam").all()
 
 
 def test_a_method_that_fails_its_check_is_marked_on_every_picture(run_folder, ad_nc, tmp_path, pictures, monkeypatch,
@@ -232,10 +239,19 @@ def test_a_method_that_fails_its_check_is_marked_on_every_picture(run_folder, ad
     assert fine.usable and (marked != plain).any() and (marked[20:] == plain[20:]).all()
 
 
+def test_auto_takes_the_first_method_that_passes_on_the_model(run_folder, ad_nc, tmp_path, monkeypatch):
+    monkeypatch.setitem(explain.METHODS, "integrated-gradients", edges)
+    monkeypatch.setitem(explain.METHODS, "occlusion", drawn_from_weights)
+    found = explained(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg", "auto")
+    checks = pd.read_csv(found.folder / "checks.csv")
+    assert checks.method.tolist() == ["integrated-gradients"] * 5 + ["occlusion"] * 5
+    assert found.usable and json.loads((found.folder / "summary.json").read_text())["method"] == "occlusion"
+    assert found.sentence.startswith("occlusion passes") and found.sentence.endswith("; integrated-gradients failed it")
+
+
 def test_the_plain_model_in_float32_is_explained(run_folder):
     explainer = explain.Explainer(load_checkpoint(run_folder / "best_model.pth"), "auto", torch.device("cpu"))
     assert isinstance(explainer.model, ConvNeXt) and not explainer.model.training
-    assert explainer.method == explain.BEST
     assert {weight.dtype for weight in explainer.model.parameters()} == {explainer.baseline.dtype} == {torch.float32}
     assert explainer.baseline.shape == (1, 1, 32, 32)
 
