@@ -25,7 +25,7 @@ import torch
 
 import subjects
 from modules import PAPER, describe_model, load_weights, make_model
-from slices import MEAN, STD, stats_range
+from slices import MEAN, STD, mean_slice, stats_range
 from utils import CLASSES, InputError, write_atomically, write_csv, write_json
 from volumes import recorded_look
 
@@ -183,6 +183,9 @@ def model_card(args, slices, runtime, init=None):
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
         "extraction": recorded_look(slices.root),  # None: cut elsewhere
+        # what attributions compare a slice with; no slice of a person, but an average of all in training
+        "mean_slice": torch.from_numpy(
+            mean_slice(slices.images, slices.rows[slices.index.split == "train"]).round().astype("uint8")),
         "flags": vars(args), "precision": runtime.precision, "machine": runtime.machine,
     }  # fmt: skip
 

@@ -23,6 +23,9 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
     parser.add_subject_pattern(parser)
+    parser.add_argument("--montage", metavar="PNG", help="save a contact sheet of train/, by class and subject")
+    parser.add_argument("--augmented", metavar="PNG", help="save the same slices as the network sees them in training")
+    parser.add_argument("--mean", metavar="PNG", help="save the mean training slice of AD, of NC, and their difference")
     return parser.parse_args(argv)
 
 
@@ -33,11 +36,12 @@ import numpy as np
 import pandas as pd
 
 import cache
+import plots
 import subjects
 from listing import describe_bad, list_set, usable
 from listing import read_index as read_index
 from metrics import window_vote
-from slices import common_size, send
+from slices import as_trained, common_size, mean_slice, send
 from subjects import assign_groups
 from subjects import split_index as split_index
 
@@ -274,9 +278,22 @@ def audit(slices):
     yield from subjects.describe_both_classes(index)
 
 
+def draw(slices, args):
+    """The pictures of the training slices that the flags ask for; yields a line on each."""
+    train, what = slices.part("train"), f"training slices of {slices.root}"
+    for path, change, how in ((args.montage, np.asarray, ""), (args.augmented, as_trained, ", augmented")):
+        if path:
+            plots.plot_montage(path, plots.montage_rows(train.index, slices.images, change), what + how)
+            yield f"contact sheet in {path}"
+    if args.mean:
+        rows = {label: train.rows[train.index.label == label] for label in CLASSES}
+        plots.plot_means(args.mean, {label: mean_slice(slices.images, own) for label, own in rows.items()}, what)
+        yield f"mean slices in {args.mean}"
+
+
 def main(args):
     slices = decode_set(args.root, pattern=args.subject_pattern)
-    print(*audit(slices), sep="\n")
+    print(*audit(slices), *draw(slices, args), sep="\n")
     if slices.bad:
         advice = "fix or remove them, or train without them with --skip-bad"
         sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage

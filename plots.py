@@ -18,6 +18,8 @@ LOOK = {"slice": dict(color="#999999", linestyle="--"), "scan": dict(color="#000
         "subject": dict(color="#0072b2", linestyle="-.")}
 STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "axes.grid": True, "grid.alpha": 0.3,
          "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+AD_COLOUR, NC_COLOUR = (213, 94, 0), (0, 114, 178)  # vermilion and blue of Okabe & Ito, told apart by the colour-blind
+OPAQUE = 0.75  # of the strongest colour of an attribution map: the anatomy shines through
 
 
 @contextlib.contextmanager
@@ -184,3 +186,104 @@ def plot_curve(path, curves, title):
         axes.minorticks_off()
         axes.axhline(0.5, color="#999999", linestyle=":")
         axes.legend()
+
+
+# ---------------------------------------------------------------- attribution maps, over the slice
+
+
+
+def blend(pixels, values, full):
+    """Grey pixels (H, W) from 0 to 255 under a map (H, W): uint8 (H, W, 3). The colour of AD where it is positive, of
+    NC where it is negative, the stronger the nearer to `full`; none at 0."""
+    share = OPAQUE * np.clip(abs(values) / (full or 1), 0, 1)[..., None]
+    colour = np.where(values[..., None] > 0, AD_COLOUR, NC_COLOUR)
+    return (pixels[..., None] * (1 - share) + colour * share).round().astype(np.uint8)
+
+
+def plot_overlay(path, pixels, values, full, mark=""):
+    """`blend` as a PNG of the size of the slice, with a word written across its top."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(blend(pixels, values, full))
+    if mark:
+        ImageDraw.Draw(picture).text((2, 1), mark, fill="white", stroke_width=1, stroke_fill="black")
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+def plot_legend(path, title):
+    """What the colours of an overlay mean."""
+    with _figure(path, title, height=2.1, width=6) as ((axes,),):
+        bar = np.linspace(-1, 1, 256)[None].repeat(24, 0)
+        axes.imshow(blend(np.full(bar.shape, 120), bar, 1), aspect="auto", extent=(-1, 1, 0, 1))
+        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"],
+                 xlabel="full colour: the 99.5 % quantile of the scan's maps (full_colour in explanations.csv)")
+        axes.grid(False)
+
+
+def plot_scan_map(path, pixels, mean, slices, title):
+    """A scan's mean map over its mean slice, and what speaks for either class in each slice, by slice number; from the
+    rows of a scan of `explain.Explained.table`."""
+    with _figure(path, title, 2, height=3.4, width=3.6) as ((left, right),):
+        full = float(abs(mean).max())
+        left.imshow(blend(pixels, mean, full))
+        left.set(title=f"mean over the slices (full colour: {full:.2g})", xticks=[], yticks=[])
+        left.grid(False)
+        known = slices.slice.notna().all()
+        at = np.arange(len(slices))
+        for name, colour in (("for_AD", AD_COLOUR), ("for_NC", NC_COLOUR)):
+            right.barh(at, slices[name], color=np.array(colour) / 255, label=name.replace("_", " "))
+        step = max(1, len(slices) // 20)
+        right.set_yticks(at[::step], slices.slice.astype(str)[::step] if known else at[::step] + 1)
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set(xlabel="sum of the map", ylabel="slice number" if known else "slice", title="by slice")
+        right.invert_yaxis()
+        right.legend()
+
+
+# ---------------------------------------------------------------- looking at the data
+
+
+def montage_rows(index, images, change=lambda pixels: pixels, subjects=5, slices=8):
+    """Rows of a contact sheet [(text, slices uint8 (n, H, W))]: of each class some subjects, of each some slices,
+    evenly spread; `change` is applied to the slices of each."""
+
+    def spread(values, most):
+        return values[np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
+
+    rows = []
+    for label in reversed(CLASSES):
+        part = index[index.label == label]
+        for group in spread(part.group.unique(), subjects):  # a subject, or where it is not known a scan
+            own = spread(part[part.group == group].sort_values(["slice", "scan"]).row.to_numpy(int), slices)
+            rows.append((f"{label}\n{group}", change(images[own])))
+    return rows
+
+
+def plot_montage(path, rows, title):
+    """A contact sheet of `montage_rows`."""
+    most = max(len(slices) for _, slices in rows)
+    with _figure(path, title, height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows)) as axes:
+        for axis, (text, slices) in zip(axes[:, 0], rows):
+            height, width = slices.shape[1:]
+            sheet = np.zeros((height, most * width), slices.dtype)
+            sheet[:, : len(slices) * width] = np.concatenate(slices, 1)
+            axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+            axis.set_ylabel(printable(text).replace("$", r"\$"), rotation=0, ha="right", va="center")
+            axis.grid(False)
+
+
+def plot_means(path, means, title):
+    """The mean slice of each class and their difference, pixel by pixel, from {class: (H, W) of grey levels}."""
+    with _figure(path, title, 3, height=3.2, width=3.4) as ((left, middle, right),):
+        for axes, name in ((left, "AD"), (middle, "NC")):
+            axes.imshow(means[name], cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"mean of {name}")
+        difference = means["AD"] - means["NC"]
+        full = float(abs(difference).max()) or 1
+        drawn = right.imshow(difference, cmap="PuOr_r", vmin=-full, vmax=full)
+        right.set_title(f"AD minus NC, at most {abs(difference).max():.1f} grey levels")
+        right.figure.colorbar(drawn, ax=right, shrink=0.8)
+        for axes in (left, middle, right):
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)

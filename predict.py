@@ -4,6 +4,7 @@
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
     python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
+    python predict.py SLICES --explain auto            # and what in each slice speaks for it
 
 INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM folder, or a
 folder of volumes. The checkpoint alone decides the architecture, the image size and the classes, and how volumes are
@@ -21,6 +22,8 @@ from pathlib import Path
 
 from utils import COUNT, InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
 
+METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of explain.py, not imported for --help
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
@@ -29,6 +32,9 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
     parser.add_argument("--coverage", type=number(1e-6, 0.999999), metavar="C",
                         help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
+    parser.add_argument("--explain", choices=METHODS, metavar="METHOD",
+                        help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
+                             f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
@@ -44,6 +50,7 @@ if __name__ == "__main__":
 from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import load_inputs
+from explain import Explainer
 from inference import calibrated, most_coverage, predict_slices
 from listing import list_inputs
 from metrics import aggregate
@@ -98,6 +105,7 @@ def main(args):
     args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
+    explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     cut = CutInputs(args, checkpoint)  # volumes become slices
     listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
@@ -128,6 +136,12 @@ def main(args):
         raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} says why")
     print(*format_scans(scans, args.coverage), sep="\n")
     print(*(format_assessment(scores) if scores else []), f"results in {out}", sep="\n")
+    if explainer:
+        with explain_end(args):
+            explained = explainer.write(slices, out / "explanations")
+        print(explained.sentence if explained.usable else f"warning: {explained.sentence}",
+              file=sys.stdout if explained.usable else sys.stderr)
+        print(f"attribution maps in {explained.folder}")
 
 
 if __name__ == "__main__":

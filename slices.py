@@ -233,6 +233,14 @@ def _describe(pixels, histogram):
     return share[NEAR_BLACK - 1], *np.searchsorted(share, (0.5, 0.9, 0.99)), frame
 
 
+def mean_slice(images, rows):
+    """The mean of rows of uint8 (N, H, W), float64 (H, W)."""
+    total = np.zeros(images.shape[1:], np.int64)
+    for at in range(0, len(rows), 256):  # in parts, since the set may be larger than memory
+        total += images[rows[at : at + 256]].sum(0, dtype=np.int64)
+    return total / len(rows)
+
+
 def stats_range(stats):
     """The smallest and largest of each of STATS over the slices of a table, as a checkpoint keeps them."""
     return {name: [float(stats[name].min()), float(stats[name].max())] for name in STATS}
@@ -380,3 +388,13 @@ def warp(images, theta, image_size, mean=MEAN, std=STD):
     x = images.to(torch.float32) / 255
     grid = F.affine_grid(send(theta, x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
     return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
+
+
+def as_trained(images, image_size=224):
+    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them, for people. The same
+    slices get the same draw."""
+    import torch
+
+    generator = torch.Generator().manual_seed(int(images.sum()))
+    x = train_transform(torch.from_numpy(images)[:, None], image_size, generator=generator)
+    return ((x[:, 0] * STD + MEAN) * 255).round().clip(0, 255).to(torch.uint8).numpy()

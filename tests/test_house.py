@@ -14,7 +14,7 @@ FLOORS = [
     ["slices", "runtime", "plots", "subjects"],
     ["cache", "listing", "dataset", "readers", "volumes", "baselines"],
     ["checkpoint", "inference"],
-    ["engine", "assess", "stress"],
+    ["engine", "assess", "stress", "explain"],
     ["train", "predict", "evaluate", "phantom", "extract", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
