@@ -26,6 +26,8 @@ def parse_args(argv=None):
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
     parser.add_argument("--coverage", type=number(1e-6, 0.999999), metavar="C",
                         help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
+    parser.add_argument("--report", metavar="FILE",
+                        help="write a page (.html) for people: each scan with its slices, and what not to conclude")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
@@ -40,8 +42,9 @@ from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import list_inputs, load_inputs
 from inference import calibrated, most_coverage, predict_slices
-from metrics import aggregate
+from metrics import aggregate, verdict
 from modules import describe_model
+from report import Report, claim, write_report
 from runtime import Runtime, explain_end, pick_amp, pick_device
 
 
@@ -70,15 +73,13 @@ def warn_of_checkpoint(checkpoint, coverage):
         yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
 
 
-def format_scans(scans, coverage):
+def format_scans(scans):
     """A line for each of the first ten scans."""
     for row in scans.head(10).itertuples():
-        verdict = row.prediction if coverage is None else row.prediction_set
-        verdict += " (uncertain)" * (verdict == "AD|NC")
-        if 2 * row.n_out_of_range >= row.n_slices:
-            verdict = "no verdict"
+        said = verdict(row)
+        said += " (uncertain)" * (said == "AD|NC")
         strange = f", {row.n_out_of_range} of them out of the training range" * (row.n_out_of_range > 0)
-        yield printable(f"scan {row.scan}: {verdict}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices{strange})", "")
+        yield printable(f"scan {row.scan}: {said}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices{strange})", "")
     if len(scans) > 10:
         yield f"... and {len(scans) - 10} more scans"
 
@@ -93,6 +94,7 @@ def main(args):
     runtime = Runtime(device, pick_amp(args.amp, device))
     listing = list_inputs(args.inputs)
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
+    claim(args.report)
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}")
 
@@ -116,8 +118,11 @@ def main(args):
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
     if scans.empty:
         raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} says why")
-    print(*format_scans(scans, args.coverage), sep="\n")
+    print(*format_scans(scans), sep="\n")
     print(*(format_assessment(scores) if scores else []), f"results in {out}", sep="\n")
+    if args.report:
+        print(write_report(args.report, Report(path, checkpoint, args.inputs, args.coverage, slices, predictions,
+                                               out=out, scores=scores, warnings=warnings)))
 
 
 if __name__ == "__main__":

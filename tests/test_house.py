@@ -14,12 +14,12 @@ FLOORS = [
     ["slices", "runtime", "plots", "subjects"],
     ["cache", "dataset", "baselines"],
     ["checkpoint", "inference"],
-    ["engine", "assess", "stress"],
+    ["engine", "assess", "stress", "report"],
     ["train", "predict", "evaluate", "phantom", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # within a floor, the one room that another goes through
-BESIDE = {("dataset", "cache"), ("inference", "checkpoint")}
+BESIDE = {("dataset", "cache"), ("inference", "checkpoint"), ("report", "assess")}
 RUN = ["train", "predict", "evaluate", "dataset", "phantom", "benchmark"]
 
 
