@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -146,7 +147,7 @@ def _link(folder, pictures):
     sources = {}
     for (i, kind), data in pictures.items():
         (folder / f"{kind}-{i}.webp").write_bytes(data)
-        sources[i, kind] = f"{folder.name}/{kind}-{i}.webp"
+        sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{kind}-{i}.webp"
     return sources
 
 
