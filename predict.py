@@ -3,6 +3,7 @@
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
     python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
+    python predict.py SLICES --report report.html      # and a page to look at, with every slice
 
 INPUT is a slice, a folder of slices, or a folder with AD/ and NC/. The checkpoint alone decides the architecture, the
 image size and the classes. Written to --out: predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD,

@@ -102,12 +102,12 @@ def write_report(path, report):
 
 def _render(content):
     import jinja2
-    from markupsafe import Markup
 
-    world = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: printable(value, "")
-        if isinstance(value, str) and not isinstance(value, Markup) else value)  # fmt: skip
+    def plain(value):  # what has __html__ is of the template itself
+        return printable(value, "") if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+    world = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
+                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     # the policy of the page lets this one script run, and no other that might come in a name
     world.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return world.get_template("report.html.jinja").render(content)

@@ -29,7 +29,8 @@ HOSTILE = ["<script>document.title='taken'<!--_70.png", "\"'><img src=x onerror=
 
 
 class Page(HTMLParser):
-    """What a page holds: `tags` is a list of (tag, attributes), `rows` {scan: (verdict, p_AD)}."""
+    """What a page holds: `tags` is a list of (tag, attributes), `verdicts` {scan: verdict}; `bodies` has the attributes
+    of each scan, in their order."""
 
     def __init__(self, path):
         super().__init__()
