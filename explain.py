@@ -232,6 +232,11 @@ class Explained(NamedTuple):
     sentence: str
     usable: bool
 
+    @property
+    def overlays(self):
+        """{path of a slice: its overlay}"""
+        return {path: self.folder / name for path, name in zip(self.table.path, self.table.overlay)}
+
 
 class Explainer:
     """A method of attribution for the model of a checkpoint. InputError where captum or the mean of the training slices

@@ -58,6 +58,14 @@ def aggregate(predictions, unit):
     return table if unit == "scan" else table.assign(prediction_set=pd.array([None] * len(table), "string"))
 
 
+def verdict(scan):
+    """What a row of `aggregate` for scans says to people: "no verdict" where half of the slices or more are out of the
+    training range, else the prediction set, or where no coverage was asked for the prediction."""
+    if 2 * scan.n_out_of_range >= scan.n_slices:
+        return "no verdict"
+    return scan.prediction if pd.isna(scan.prediction_set) else scan.prediction_set
+
+
 # ---------------------------------------------------------------- calibration, on validation alone
 
 

@@ -5,6 +5,7 @@
     python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
     python predict.py SLICES --explain auto            # and what in each slice speaks for it
+    python predict.py SLICES --report report.html      # and a page to look at, with every slice
 
 INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM folder, or a
 folder of volumes. The checkpoint alone decides the architecture, the image size and the classes, and how volumes are
@@ -35,6 +36,8 @@ def parse_args(argv=None):
     parser.add_argument("--explain", choices=METHODS, metavar="METHOD",
                         help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
                              f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
+    parser.add_argument("--report", metavar="FILE",
+                        help="write a page (.html) for people: each scan with its slices, and what not to conclude")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
                         help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
@@ -50,11 +53,12 @@ if __name__ == "__main__":
 from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import load_inputs
-from explain import Explainer
+from explain import CAUTION, Explainer
 from inference import calibrated, most_coverage, predict_slices
 from listing import list_inputs
-from metrics import aggregate
+from metrics import aggregate, verdict
 from modules import describe_model
+from report import Report, claim, write_report
 from runtime import Runtime, explain_end, pick_amp, pick_device
 from volumes import CutInputs
 
@@ -84,17 +88,29 @@ def warn_of_checkpoint(checkpoint, coverage):
         yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
 
 
-def format_scans(scans, coverage):
+def format_scans(scans):
     """A line for each of the first ten scans."""
     for row in scans.head(10).itertuples():
-        verdict = row.prediction if coverage is None else row.prediction_set
-        verdict += " (uncertain)" * (verdict == "AD|NC")
-        if 2 * row.n_out_of_range >= row.n_slices:
-            verdict = "no verdict"
+        said = verdict(row)
+        said += " (uncertain)" * (said == "AD|NC")
         strange = f", {row.n_out_of_range} of them out of the training range" * (row.n_out_of_range > 0)
-        yield printable(f"scan {row.scan}: {verdict}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices{strange})", "")
+        yield printable(f"scan {row.scan}: {said}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices{strange})", "")
     if len(scans) > 10:
         yield f"... and {len(scans) - 10} more scans"
+
+
+def warn(predictions, checkpoint, coverage):
+    """Warnings about predictions as `calibrated` gives them."""
+    read = predictions[predictions.p_AD.notna()]
+    yield from warn_of_checkpoint(checkpoint, coverage)
+    if 0 < read.label.isna().sum() < len(read):
+        yield f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed"
+    yield from warn_of_rows(predictions, "error", "could not be read")
+    yield from warn_of_rows(predictions, "out_of_range", "are out of the training range, do not rely on their p_AD")
+    seen, scans = read.scan[read.exposure == "yes"].nunique(), read.scan.nunique()
+    if seen:
+        yield (f"{seen} of {scans} scans are of subjects seen in training: memory, not a test (column exposure of "
+               "scans.csv)")
 
 
 def main(args):
@@ -105,6 +121,7 @@ def main(args):
     args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
+    claim(args.report)
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     cut = CutInputs(args, checkpoint)  # volumes become slices
     listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))
@@ -118,30 +135,27 @@ def main(args):
         cut.finish(slices.index)
         raw = predict_slices(checkpoint, slices, runtime, batch_size=args.batch_size)
     predictions = calibrated(raw, checkpoint, args.coverage)
-    read = predictions[predictions.p_AD.notna()]
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
     scores = write_results(predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
                            calibration=checkpoint.get("calibration"))
-    scans, warnings = aggregate(read, "scan"), [*listing.warnings, *warn_of_checkpoint(checkpoint, args.coverage)]
-    if 0 < read.label.isna().sum() < len(read):
-        warnings.append(f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed")
-    warnings += warn_of_rows(predictions, "error", "could not be read")
-    warnings += warn_of_rows(predictions, "out_of_range", "are out of the training range, do not rely on their p_AD")
-    if (scans.exposure == "yes").any():
-        warnings.append(f"{(scans.exposure == 'yes').sum()} of {len(scans)} scans are of subjects seen in training: "
-                        "memory, not a test (column exposure of scans.csv)")
+    warnings = [*listing.warnings, *warn(predictions, checkpoint, args.coverage)]
     for warning in warnings:
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
+    scans = aggregate(predictions[predictions.p_AD.notna()], "scan")
     if scans.empty:
         raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} says why")
-    print(*format_scans(scans, args.coverage), sep="\n")
+    print(*format_scans(scans), sep="\n")
     print(*(format_assessment(scores) if scores else []), f"results in {out}", sep="\n")
+    overlays = {}
     if explainer:
         with explain_end(args):
             explained = explainer.write(slices, out / "explanations")
-        print(explained.sentence if explained.usable else f"warning: {explained.sentence}",
-              file=sys.stdout if explained.usable else sys.stderr)
+        print(explained.sentence, file=sys.stdout if explained.usable else sys.stderr)
         print(f"attribution maps in {explained.folder}")
+        overlays = {"overlays": explained.overlays, "overlay_note": f"{explained.sentence}. {CAUTION}"}
+    if args.report:
+        print(write_report(args.report, Report(path, checkpoint, args.inputs, args.coverage, slices, predictions, out,
+                                               scores, warnings, cut.lines, **overlays)))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ FLOORS = [
     ["slices", "runtime", "plots", "subjects"],
     ["cache", "listing", "dataset", "readers", "volumes", "baselines"],
     ["checkpoint", "inference"],
-    ["engine", "assess", "stress", "explain"],
+    ["engine", "assess", "stress", "explain", "report"],
     ["train", "predict", "evaluate", "phantom", "extract", "benchmark"],
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # within a floor, the one room that another goes through
-BESIDE = {("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint"), ("volumes", "readers")}
+BESIDE = {("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint"), ("volumes", "readers"),
+          ("report", "assess")}  # fmt: skip
 RUN = ["train", "predict", "evaluate", "dataset", "phantom", "extract", "benchmark"]
 
 
