@@ -150,7 +150,8 @@ def main(args):
     if explainer:
         with explain_end(args):
             explained = explainer.write(slices, out / "explanations")
-        print(explained.sentence, file=sys.stdout if explained.usable else sys.stderr)
+        print("warning: " * (not explained.usable) + explained.sentence,
+              file=sys.stdout if explained.usable else sys.stderr)
         print(f"attribution maps in {explained.folder}")
         overlays = {"overlays": explained.overlays, "overlay_note": f"{explained.sentence}. {CAUTION}"}
     if args.report:

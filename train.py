@@ -23,15 +23,14 @@ from pathlib import Path
 
 from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
-DEMO_SUBJECTS = 100
+DEMO_SUBJECTS = 80
 # What the name of a recipe stands for; flags that are given win.
 RECIPES = {
     "paper": {},  # the defaults: Liu et al. 2022, from scratch
     # few subjects: chosen on folds of the training set with the local cue, see docs/recipes.md
     "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
-    # the small one, in minutes on two cores
-    "demo": dict(model="narrow", image_size=64, epochs=5, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2,
-                 keep="last"),
+    # the small one, in a minute on two cores; with so few steps the last epoch is not reliably the best
+    "demo": dict(model="narrow", image_size=64, epochs=4, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
 }
 # What a ConvNeXt may differ from the paper's in: the names of modules.PAPER, which is not imported for --help.
 ARCHITECTURE = ("norm", "stem", "downsample", "layer_scale", "init_std", "head_norm")
@@ -235,9 +234,12 @@ def clear_folder(out, made):
         out.mkdir(exist_ok=True)
 
 
+def join(words):
+    return shlex.join(map(str, words))
+
+
 def how_to_resume(out):
-    words = [near(sys.executable), near(__file__), "--out", out, "--resume"]
-    return f"resume with:\n  {shlex.join(map(str, words))}"
+    return f"resume with:\n  {join([near(sys.executable), near(__file__), '--out', out, '--resume'])}"
 
 
 def what_is_left(run):
@@ -421,8 +423,13 @@ def finish(slices, args, run, runtime):
     run.log(f"pictures in {run.out} and {run.out / 'test'}")
     if args.folds is None:
         predict, test = Path(__file__).with_name("predict.py"), Path(slices.root) / "test"
-        words = [near(sys.executable), near(predict), test, "--checkpoint", run.best, "--coverage", COVERAGE]
-        run.log("predict again with:\n  " + shlex.join(map(str, words)))
+        python, model = near(sys.executable), ["--checkpoint", run.best, "--coverage", COVERAGE]
+        run.log(f"predict again with:\n  {join([python, near(predict), test, *model])}")
+        if args.demo:
+            draw = [python, near(predict.with_name("phantom.py")), "HEADS", "--volumes", 2, "--seed", 1]
+            read = [python, near(predict), "HEADS/brains", *model, "--report", "heads.html"]
+            run.log("or two volumes (for which requirements-volumes.txt is installed), with a page to look at:\n  "
+                    f"{join(draw)}\n  {join(read)}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ import plots
 from anatomy import render
 from assess import format_table
 from checkpoint import build_model, load_checkpoint
-from dataset import list_inputs, load_inputs, read_index
+from dataset import load_inputs, read_index
+from listing import list_inputs
 from metrics import expit
 from phantom import EFFECT, plan, plan_local
 from utils import CLASSES, write_atomically

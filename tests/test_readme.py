@@ -86,7 +86,7 @@ def test_requirements_name_what_is_imported_and_nothing_else():
                 imported.add(node.module.split(".")[0])
     imported -= set(sys.stdlib_module_names) | {script.stem for script in SCRIPTS}
     package = {"sklearn": "scikit-learn", "PIL": "pillow"}
-    text = (ROOT / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-volumes.txt").read_text()
     required = set(re.findall(r"^([\w-]+)>=[\d.]+$", text, re.MULTILINE))
     assert required == {package.get(name, name) for name in imported}
 
