@@ -33,7 +33,7 @@ FORMAT = 3  # raise it when an older checkpoint can no longer be read
 # What every checkpoint has; a finished best_model.pth has baselines and calibration as well, a last.pth the RESUMABLE.
 KEYS = ("model", "classes", "image_size", "slice_size", "mean", "std", "split_by", "split_hash", "slice_stats",
         "exposure", "init", "flags", "precision", "machine", "weights", "epoch")  # fmt: skip
-RESUMABLE = ("ema", "optimizer", "scaler", "history", "step", "sums")
+RESUMABLE = ("ema", "optimizer", "scaler", "history", "step", "sums", "pixels")
 
 # ---------------------------------------------------------------- files
 
@@ -152,11 +152,13 @@ def start_model(args, log, last=None):
 
 
 class Run(NamedTuple):
-    """A run's folder, the function that writes its log, and its model card (see `model_card`)."""
+    """A run's folder, the function that writes its log, its model card (see `model_card`) and what its files show (see
+    `record_pixels`)."""
 
     out: Path
     log: Callable
     card: dict
+    pixels: dict
 
     @property
     def last(self):
@@ -168,7 +170,13 @@ class Run(NamedTuple):
 
     def save(self, state, sums):
         """last.pth: all that the run needs to resume. `sums` lists the running sums of each process."""
-        save_checkpoint(self.last, **self.card, **state.state_dict() | {"sums": sums})
+        save_checkpoint(self.last, **self.card, **state.state_dict() | {"sums": sums, "pixels": self.pixels})
+
+
+def record_pixels(slices):
+    """What each file of a SliceSet shows, by its path below the folder: the hash of its pixels, or its only grey."""
+    names, index = (os.path.relpath(path, slices.root) for path in slices.index.path), slices.index
+    return dict(zip(names, index.pixel_hash.where(index.pixel_hash != "", index["median"].map(str))))
 
 
 def model_card(args, slices, runtime, init=None):
@@ -216,11 +224,10 @@ def restore_run(state, last, args, run, runtime):
                 "test scores are no longer the first")
     if last["split_hash"] != run.card["split_hash"]:
         raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and split")
-    known, here = (set(card["exposure"]["slices"]) for card in (last, run.card))
-    if known != here:
-        n = max(len(known - here), len(here - known))
-        raise InputError(f"{n:,} slices have the names, but not the pixels of those that {run.out} was trained on; "
-                         "expected the same files, or start a new run")
+    changed = [name for name, pixels in run.pixels.items() if last["pixels"].get(name) != pixels]
+    if changed:
+        raise InputError(f"{len(changed):,} of {len(run.pixels):,} files do not show what they showed when {run.out} "
+                         f"was started, first {changed[0]}; restore them, or start a new run")
     try:
         state.load_state_dict(last, same_precision=last["precision"] == runtime.precision)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:

@@ -397,7 +397,7 @@ def prepare(args, slices, out, runtime):
     seed_everything(args.seed)
     model, init = checkpoint.start_model(args, log, last)
     state = TrainState(model, runtime, lr=args.lr, weight_decay=args.weight_decay, ema=args.ema)
-    run = Run(out, log, checkpoint.model_card(args, slices, runtime, init))
+    run = Run(out, log, checkpoint.model_card(args, slices, runtime, init), checkpoint.record_pixels(slices))
     if last:
         checkpoint.restore_run(state, last, args, run, runtime)
         if runtime.is_rank_0:

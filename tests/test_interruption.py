@@ -249,12 +249,41 @@ def test_a_run_stopped_in_its_first_epoch_resumes_on_its_own_slices_only(ad_nc, 
     with pytest.raises(ValueError, match="these slices are not those that .* was trained on"):
         resume(tmp_path / "run", "--data", str(other))
     assert (tmp_path / "run" / "split.csv").read_bytes() == split
-    inverted = shutil.copytree(ad_nc.parent, tmp_path / "inverted") / "AD_NC"
-    for path in (inverted / "train" / "AD" / "100_70.jpeg", inverted / "train" / "NC" / "200_71.jpeg"):
-        ImageOps.invert(Image.open(path)).save(path)
-    with pytest.raises(ValueError, match="2 slices have the names, but not the pixels of those that .* was trained on"):
-        resume(tmp_path / "run", "--data", str(inverted))
     resume(tmp_path / "run")
+
+
+def invert(path):
+    ImageOps.invert(Image.open(path)).save(path)
+
+
+def exchange(one, other):
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+@pytest.mark.parametrize("change, n, first", [
+    (lambda train, test: [invert(train / "AD" / "100_70.jpeg"), invert(train / "NC" / "200_71.jpeg")], 2, "AD/100_70"),
+    (lambda train, test: exchange(train / "AD" / "101_70.jpeg", train / "NC" / "200_70.jpeg"), 2, "AD/101_70"),
+    (lambda train, test: exchange(train / "AD" / "101_70.jpeg", train / "AD" / "101_71.jpeg"), 2, "AD/101_70"),
+    (lambda train, test: invert(test / "NC" / "400_72.jpeg"), 1, "NC/400_72"),
+    # of a pair of equal pictures one becomes black: the set of pictures holds what it held
+    (lambda train, test: Image.new("L", (48, 40)).save(train / "AD" / "103_70.jpeg"), 1, "AD/103_70"),
+    (lambda train, test: Image.new("L", (48, 40), 9).save(train / "AD" / "102_70.jpeg"), 1, "AD/102_70"),
+])  # fmt: skip
+def test_a_run_resumes_on_the_pixels_of_each_of_its_files_only(ad_nc, tmp_path, monkeypatch, change, n, first):
+    data = shutil.copytree(ad_nc.parent, tmp_path / "set") / "AD_NC"
+    shutil.copy(data / "train" / "AD" / "103_71.jpeg", data / "train" / "AD" / "103_70.jpeg")
+    Image.new("L", (48, 40), 200).save(data / "train" / "AD" / "102_70.jpeg")
+    with monkeypatch.context() as patch:
+        at_step(2, lambda x: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(runtime.Stopped):
+            train_steps(data, tmp_path / "run", "--epochs", "1")
+    before = (tmp_path / "run" / "last.pth").read_bytes()
+    change(data / "train", data / "test")
+    with pytest.raises(ValueError, match=f"{n} of 90 files do not show what they showed .* first t.*/{first}"):
+        resume(tmp_path / "run")
+    assert (tmp_path / "run" / "last.pth").read_bytes() == before
 
 
 @pytest.mark.parametrize("after", [0.1, 0.4, 1.5])
@@ -299,8 +328,9 @@ def restored(run, last, amp=None):
     """The state of a run after `last`, a changed last.pth, was put into it."""
     where = Runtime(torch.device("cpu"), amp, StopRequest())
     state = TrainState(checkpoint.build_model(last), where, lr=1e-3)
-    card = {name: last[name] for name in ("split_hash", "machine", "exposure")}
-    checkpoint.restore_run(state, last, train.parse_args(["--epochs", "7"]), Run(run, print, card), where)
+    card = {name: last[name] for name in ("split_hash", "machine")}
+    run = Run(run, print, card, last["pixels"])
+    checkpoint.restore_run(state, last, train.parse_args(["--epochs", "7"]), run, where)
     return state
 
 
