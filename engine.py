@@ -59,7 +59,7 @@ class TrainState:
 
     def __init__(self, model, runtime, *, lr, weight_decay=1e-4, ema=0.0):
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.whole = has_batch_norm(model)  # then a batch is not taken in parts, whose statistics would be others
+        self.whole = has_batch_norm(model)  # then a batch is not taken in parts or filled up: its statistics count
         self.forward = model  # or what wraps it, see `train.make_batches`
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)
@@ -76,6 +76,12 @@ class TrainState:
     def kept(self):
         """The model that is validated and kept: the averaged one, if there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    @property
+    def least(self):
+        """The size of the smallest batch that a step can be taken on: BatchNorm has no statistics of one slice, and no
+        process may be without any."""
+        return max(2, self.runtime.world) if self.whole else 1
 
     def start_epoch(self):
         zero, in_a_row = torch.zeros((), device=self.runtime.device), self.sums["skipped_in_a_row"]
@@ -103,6 +109,22 @@ class TrainState:
         mine = sums[rank] if len(sums) == self.runtime.world else sums[0] | {
             name: sum(part[name] for part in sums) * (rank == 0) for name in SUMS[:3]}
         self.sums = {name: torch.tensor(float(mine[name]), device=self.runtime.device) for name in SUMS}
+
+
+def check_batches(state, n, args):
+    """Lines on what BatchNorm does to the batches of n training slices; InputError where it cannot be trained."""
+    least = state.least
+    if not state.whole:
+        return []
+    if state.runtime.world > 1 and state.runtime.device.type != "cuda":
+        raise InputError("PyTorch has BatchNorm over several processes on CUDA only, and this is "
+                         f"{state.runtime.device}; start one process, or take a model without BatchNorm")
+    if min(args.batch_size, n) < least:
+        raise InputError(f"BatchNorm needs {least} slices in a batch; --batch-size is {args.batch_size}, and there are "
+                         f"{n:,} training slices")
+    over = n % args.batch_size
+    return [f"the last batch of an epoch would have {over} of {n:,} slices, too few for BatchNorm: it is left out, "
+            "in each epoch another"] * (0 < over < least)  # fmt: skip
 
 
 def train_step(state, x, y, *, label_smoothing=0.1, clip_grad=1.0, size=None):
@@ -155,6 +177,9 @@ def train_one_epoch(state, batches, n, args, mix=None):
         seed_everything(args.seed, epoch, i + 1, rank + 1)  # each process drops other paths ...
         augmentation.manual_seed(seed_of(args.seed, epoch, i + 1))  # ... of the same images
         size = min(args.batch_size, n - i * args.batch_size)  # of the batch, over all processes
+        if size < state.least:
+            state.step += 1
+            continue
         lr = lr_at((epoch - 1) * len(batches) + i, **schedule(args, len(batches)))
         for group in state.optimizer.param_groups:
             group["lr"] = lr

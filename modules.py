@@ -83,16 +83,6 @@ def make_norm(kind, dim):
     return {"layer": lambda: LayerNorm(dim, channels_first=True), "batch": lambda: nn.BatchNorm2d(dim)}[kind]()
 
 
-class PooledBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of pooled features (N, C). A batch of one, as the last of an epoch may be, has no statistics: it gets
-    the running ones."""
-
-    def forward(self, x):
-        if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return super().forward(x)
-
-
 class _Depthwise(torch.autograd.Function):
     """Depthwise 7x7 convolution of x bfloat16 (N, C, H, W) on a CPU. The gradient of the weights is taken in float32:
     it is more exact, and oneDNN's kernel for it is faster (docs/speed.md)."""
@@ -173,7 +163,7 @@ class ConvNeXt(nn.Module):
             nn.Sequential(*(ConvNeXtBlock(dim, next(rates), layer_scale, norm) for _ in range(depth)))
             for depth, dim in zip(depths, dims)
         )
-        self.norm = LayerNorm(dims[-1]) if options["head_norm"] == "layer" else PooledBatchNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1]) if options["head_norm"] == "layer" else nn.BatchNorm1d(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -177,8 +177,8 @@ class Runtime:
         if self.world == 1:
             return model
         cuda = self.device.type == "cuda"
-        if cuda:  # on a CPU, BatchNorm has the statistics of this process's share: PyTorch has no other
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        if cuda:  # in place; on a CPU there is none, and train.py refuses such models
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[self.device] if cuda else None)
 
     def total(self, values):

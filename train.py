@@ -161,7 +161,7 @@ from assess import assess_run
 from cache import cache_folder
 from checkpoint import Run, load_checkpoint, save_checkpoint
 from dataset import load_set, make_loader
-from engine import TrainState, make_mix, schedule, train_one_epoch, validate
+from engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
 from inference import COVERAGE
 from modules import VARIANTS, describe_model
 from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
@@ -277,8 +277,9 @@ def make_batches(state, train, args):
     """The batches of the training set, and the generator that orders them; `state.forward` is set to what a step
     calls."""
     runtime, order = state.runtime, torch.Generator()
-    # a compiled step needs one shape, several processes need the same number of images
-    size = -(-args.batch_size // runtime.world) if args.compile or runtime.world > 1 else 0
+    # a compiled step wants one shape, and no process may be without images; but what fills up counts for BatchNorm
+    filled = (args.compile or runtime.world > 1) and not state.whole
+    size = -(-args.batch_size // runtime.world) if filled else 0
     share = runtime.rank, runtime.world, size
     if args.compile:
         state.model.compile(dynamic=False)  # in place: the names of the weights stay clean
@@ -397,6 +398,7 @@ def prepare(args, slices, out, runtime):
     seed_everything(args.seed)
     model, init = checkpoint.start_model(args, log, last)
     state = TrainState(model, runtime, lr=args.lr, weight_decay=args.weight_decay, ema=args.ema)
+    lines = runtime.from_rank_0(lambda: check_batches(state, len(slices.part("train")), args))
     run = Run(out, log, checkpoint.model_card(args, slices, runtime, init), checkpoint.record_pixels(slices))
     if last:
         checkpoint.restore_run(state, last, args, run, runtime)
@@ -408,10 +410,9 @@ def prepare(args, slices, out, runtime):
     size = sum(p.numel() for p in model.parameters())
     log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
         f"{runtime.precision}{several}; run folder {out}")
-    for lines in (slices.passed, describe_split(slices.index, args.split_by, slices.dropped),
-                  describe_transfer(slices.index, init)):
-        for line in lines:
-            log(line)
+    for line in (*slices.passed, *describe_split(slices.index, args.split_by, slices.dropped),
+                 *describe_transfer(slices.index, init), *lines):
+        log(line)
     if args.skip_bad:
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
     return state, run

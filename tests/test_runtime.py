@@ -72,6 +72,15 @@ def test_wrong_input_ends_all_processes(ad_nc, run_folder):
     assert "train.py\", line" not in done.stderr  # of none of the processes there is a traceback
 
 
+def test_several_processes_on_a_cpu_do_not_train_batch_norm(ad_nc, tmp_path):
+    """There, each would have the statistics of its share, and the steps would not be those of one process."""
+    done = torchrun(2, "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--model", "narrow", timeout=120)
+    assert done.returncode == 2 and done.stderr == (
+        "error: PyTorch has BatchNorm over several processes on CUDA only, and this is cpu; start one process, or take "
+        "a model without BatchNorm\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_scheduler_that_names_only_the_number_of_processes_starts_one(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)

@@ -330,18 +330,53 @@ def test_parts_of_a_batch_add_up_to_the_step_of_the_whole(ad_nc, tmp_path, monke
     assert not a.train_loss.equals(b.train_loss)  # other roundings: it was indeed taken in parts
 
 
-def test_a_compiled_run_has_one_shape_and_clean_names(ad_nc, tmp_path, monkeypatch):
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """--compile without a compiler: the step runs as it was traced. Holds the shapes that it was traced with."""
     shapes, genuine = set(), torch.nn.Module.compile
 
-    def backend(graph, inputs):  # without a compiler: it only looks
+    def backend(graph, inputs):
         shapes.update(value.shape for value in inputs if torch.is_tensor(value) and value.ndim == 4)
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: genuine(self, backend=backend, **how))
+    return shapes
+
+
+def test_a_compiled_run_has_one_shape_and_clean_names(ad_nc, tmp_path, no_compiler):
     flags = ["--epochs", "2", "--amp", "off"]
     plain = train_steps(ad_nc, tmp_path / "plain", *flags)
     run = train_steps(ad_nc, tmp_path / "compiled", *flags, "--compile")
-    assert {shape for shape in shapes if shape[1:] == (1, 32, 32)} == {(16, 1, 32, 32)}  # the last batch has 2
+    assert {shape for shape in no_compiler if shape[1:] == (1, 32, 32)} == {(16, 1, 32, 32)}  # the last batch has 2
     a, b = (load_checkpoint(folder / "last.pth")["weights"] for folder in (plain, run))
     assert list(a) == list(b)
     np.testing.assert_allclose(history(plain).train_loss, history(run).train_loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model", ["narrow", "cnn"])
+def test_what_fills_a_batch_up_is_not_in_the_statistics_of_batch_norm(ad_nc, tmp_path, no_compiler, model):
+    flags = ["--epochs", "2", "--amp", "off", "--model", model, "--ema", "0.5"]
+    plain = load_checkpoint(train_steps(ad_nc, tmp_path / "plain", *flags) / "last.pth")
+    compiled = load_checkpoint(train_steps(ad_nc, tmp_path / "compiled", *flags, "--compile") / "last.pth")
+    for part in ("weights", "ema"):
+        assert all(torch.equal(plain[part][name], compiled[part][name]) for name in plain[part])
+
+
+@pytest.mark.parametrize("flags", [["--norm", "batch"], ["--model", "narrow", "--head-norm", "batch"],
+                                   ["--model", "cnn"]])  # fmt: skip
+def test_a_last_batch_of_one_slice_is_left_out_of_batch_norm_and_reported(ad_nc, tmp_path, flags):
+    flags = [*flags, "--epochs", "2", "--batch-size", "7"]  # of 50 slices
+    run = train_steps(ad_nc, tmp_path / "run", *flags)
+    assert "the last batch of an epoch would have 1 of 50 slices" in (run / "training_log.txt").read_text()
+    last = load_checkpoint(run / "last.pth")
+    assert {state["step"].item() for state in last["optimizer"]["state"].values()} == {14}
+    steps = dict(steps_per_epoch=8, epochs=2, warmup_epochs=1, lr=2e-3)  # the schedule is that of all batches
+    assert last["history"][1]["lr"] == utils.lr_at(15, **steps)
+    layer = train_steps(ad_nc, tmp_path / "layer", "--epochs", "1", "--batch-size", "7")  # LayerNorm takes it
+    assert {state["step"].item() for state in load_checkpoint(layer / "last.pth")["optimizer"]["state"].values()} == {8}
+
+
+def test_batch_norm_and_batches_of_one_are_refused(ad_nc, tmp_path):
+    with pytest.raises(ValueError, match="BatchNorm needs 2 slices in a batch; --batch-size is 1"):
+        train_steps(ad_nc, tmp_path / "run", "--model", "narrow", "--batch-size", "1")
+    assert not (tmp_path / "run").exists()
