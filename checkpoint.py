@@ -136,13 +136,13 @@ def start_model(args, log, last=None):
         model = make_model(**model_options(args))
         if args.init and not last:
             state = load_tensors(args.init)
-            loaded, left = load_weights(model, state)
+            loaded, left, taken = load_weights(model, state)
     except ValueError as problem:
         raise InputError(str(problem)) from None
     if args.init and not last:
         init = {"file": os.path.basename(args.init), "exposure": state.get("exposure")}
-        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded, "
-            f"left: {', '.join(left) or 'nothing'}")
+        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
+            f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
         if init["exposure"] is None:
             log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
     return model, init

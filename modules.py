@@ -9,6 +9,7 @@ head). `load_weights` fills a model from a state dict of ours, of torchvision's 
 """
 
 import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -224,8 +225,6 @@ def describe_model(variant):
 # Each pair rewrites a name of torchvision's (features, classifier) or timm's (stem, blocks, head.fc) into ours. Even
 # features are the stem and the down-samplings, odd ones the stages; both count from 0 here.
 _RENAMES = [
-    # what wrappers put before them: module. (several processes), _orig_mod. (torch.compile), model. (Lightning)
-    (r"^(.*?\.)??(?=(downsample_layers|stages|features|stem|norm|head|classifier)\.)", lambda m: ""),
     (r"^features\.(\d*[02468])\.", lambda m: f"downsample_layers.{int(m[1]) // 2}."),
     (r"^features\.(\d*[13579])\.", lambda m: f"stages.{int(m[1]) // 2}."),
     (r"\.block\.0\.", lambda m: ".dwconv."),
@@ -252,44 +251,70 @@ def _our_name(name):
     return name
 
 
-# Where training scripts keep the weights among other things: ours, timm's and Lightning's, the paper's, others.
-NESTED = ("weights", "state_dict", "model", "model_state_dict", "net")
+# What wrappers put before the names: module. (several processes), _orig_mod. (torch.compile), model. (Lightning).
+_PREFIX = re.compile(r"(.*?\.)??(?=(downsample_layers|stages|features|stem|norm|head|classifier)\.)")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|teacher|momentum|target)(?![a-z])")
 
 
-def load_weights(model, state_dict):
+def _sets(content, where=""):
+    """The sets of tensors in what a training script saved, by what is before their names: {"state_dict.student.":
+    {name: tensor}}."""
+    sets = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            sets |= _sets(value, f"{where}{name}.")
+        elif torch.is_tensor(value):
+            prefix = (_PREFIX.match(str(name)) or [""])[0]
+            sets.setdefault(where + prefix, {})[str(name)[len(prefix):]] = value
+    return sets
+
+
+def _fits(tensor, target):
+    # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours are (C,) and (4C, C)
+    return tensor.numel() == target.numel() and tensor.squeeze().shape == target.squeeze().shape
+
+
+def load_weights(model, content):
     """Fill `model` from a ConvNeXt state dict of ours, torchvision's, timm's or the paper's code, or from the dict that
-    a training script put it into.
+    a training script put it into. Of several sets of weights the one is taken that fills most of the model; of equal
+    ones not the one that is named an average (ema, teacher), then the first.
 
     A stem of three channels is summed into a stem of one: on a grey image, copied three times, it gives the same.
     Tensors of other shape, such as a head for other classes, are left.
 
-    Returns (loaded, left), two lists of names as this module has them: the parameters that were filled, and the names
-    on either side that found no partner. Raises ValueError if no block of the model was filled.
+    Returns (loaded, left, taken): two lists of names as this module has them, of the parameters that were filled and of
+    those on either side that found no partner, and what was before the names of the set that was taken. Raises
+    ValueError if no block of the model was filled.
     """
-    if not isinstance(state_dict, dict):
-        raise ValueError(f"the weights are a {type(state_dict).__name__}; expected a state dict of names and tensors")
-    while inner := next((state_dict[name] for name in NESTED if isinstance(state_dict.get(name), dict)), None):
-        state_dict = inner
-    ours, loaded, left = model.state_dict(), [], []
-    for theirs, tensor in state_dict.items():
-        name = _our_name(theirs)
-        target = ours.get(name)
-        if target is None or not torch.is_tensor(tensor) or name in loaded:  # as of a second model in the file
-            left.append(name)
-            continue
-        if name == "downsample_layers.0.0.weight" and target.shape[1] == 1 and tensor.ndim == 4:
-            tensor = tensor.sum(1, keepdim=True)
-        # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours are (C,) and (4C, C)
-        if tensor.numel() == target.numel() and tensor.squeeze().shape == target.squeeze().shape:
-            target.copy_(tensor.reshape(target.shape))
-            loaded.append(name)
-        else:
-            left.append(name)
-    left += [name for name in ours if name not in loaded and name not in left]
+    if not isinstance(content, dict):
+        raise ValueError(f"the weights are a {type(content).__name__}; expected a state dict of names and tensors")
+    ours, sets, fitting = model.state_dict(), _sets(content), {}
+    stem = "downsample_layers.0.0.weight"
+    for where, tensors in sets.items():
+        fitting[where] = found = {}
+        for theirs, tensor in tensors.items():
+            name = _our_name(theirs)
+            if name == stem and ours[stem].shape[1] == 1 and tensor.ndim == 4:
+                tensor = tensor.sum(1, keepdim=True)
+            if name in ours and name not in found and _fits(tensor, ours[name]):
+                found[name] = where, theirs, tensor
+    taken = max(sets, key=lambda where: (len(fitting[where]), not _AVERAGED.search(where.lower())), default="")
+    loaded = {}
+    for where in sorted(where for where in sets if taken.startswith(where)):  # a head may be beside the backbone
+        loaded |= fitting[where]
     if not any(name.startswith("stages.") for name in loaded):
-        found = ", ".join(list(state_dict)[:3]) or "nothing"
+        found = ", ".join([taken + name for name in sets.get(taken, [])][:3]) or "nothing"
         raise ValueError(
             f"no block of the model could be filled: the weights are named {found} ...; "
             "expected a ConvNeXt of the same variant, as torchvision, timm or this project saves it"
         )
-    return loaded, left
+    for name, (_, _, tensor) in loaded.items():
+        ours[name].copy_(tensor.reshape(ours[name].shape))
+    used, left, others = {place[:2] for place in loaded.values()}, [], Counter()
+    for where, theirs in ((where, theirs) for where, tensors in sets.items() for theirs in tensors):
+        if where == taken and (where, theirs) not in used:
+            left.append(theirs if _our_name(theirs) in loaded else _our_name(theirs))
+        elif (where, theirs) not in used:
+            others[re.sub(r"\.\d+(?=\.)", "", where).strip(".") or theirs] += 1
+    left += [name for name in ours if name not in loaded and name not in left]
+    return list(loaded), left + [f"{n} of {where}" for where, n in others.items()], taken.strip(".")

@@ -13,6 +13,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 import checkpoint
+import train
 import utils
 from checkpoint import build_model, load_checkpoint, save_checkpoint
 from modules import convnext
@@ -57,6 +58,15 @@ def test_init_reads_plain_data_beside_the_weights_and_safetensors(tmp_path, besi
     assert set(checkpoint.load_tensors(file)["model"]) == set(state)
     save_file(state, tmp_path / "weights.safetensors")
     assert set(checkpoint.load_tensors(tmp_path / "weights.safetensors")) == set(state)
+
+
+def test_init_says_which_of_several_sets_of_weights_it_took(tmp_path):
+    state = {name: torch.full_like(x, 0.5) for name, x in convnext("atto").state_dict().items()}
+    torch.save({"teacher": {name: x + 1 for name, x in state.items()}, "student": state}, tmp_path / "w.pth")
+    log, args = [], train.parse_args(["--model", "atto", "--init", str(tmp_path / "w.pth")])
+    model, _ = checkpoint.start_model(args, log.append)
+    assert "w.pth: 128 of 128 tensors loaded from student, left: 128 of teacher" in log[0]
+    assert all((x == 0.5).all() for x in model.state_dict().values())
 
 
 def test_init_of_a_file_that_would_run_code_or_is_no_file_is_refused_with_what_to_do(tmp_path):
@@ -142,8 +152,6 @@ def test_weights_of_another_model_are_a_sentence_at_the_command_line(run_folder,
 
 def test_a_state_that_does_not_fit_is_refused_on_resume(run_folder, tmp_path):
     import shutil
-
-    import train
 
     run = shutil.copytree(run_folder, tmp_path / "run")
     changed = content(run, "last.pth")

@@ -32,7 +32,7 @@ def test_variant_has_as_many_parameters_as_torchvisions(variant):
 def test_outputs_equal_torchvisions_with_its_weights():
     theirs = fill(torchvision.models.convnext_tiny())
     ours = convnext("tiny", in_chans=3, num_classes=1000).eval()
-    loaded, left = load_weights(ours, theirs.state_dict())
+    loaded, left, _ = load_weights(ours, theirs.state_dict())
     assert len(loaded) == len(ours.state_dict()) and left == []
     x = torch.randn(2, 3, 96, 64)
     with torch.inference_mode():
@@ -110,23 +110,51 @@ def test_a_summed_stem_sees_a_grey_image_as_three_equal_channels():
         assert (ours(grey) - theirs(grey.expand(-1, 3, -1, -1))).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: {"model": state, "args": {"lr": 1}}, lambda state: {"state_dict": state, "arch": "convnext_atto"},
-    lambda state: {"state_dict": {f"model.{name}": x for name, x in state.items()}, "epoch": 3},
-    lambda state: {"epoch": 1, "model": {f"module.backbone.{name}": x for name, x in state.items()}},
-    lambda state: state | {f"teacher.{name}": x + 1 for name, x in state.items()},
-])
-def test_weights_are_found_in_what_training_scripts_save(wrap):
+def under(prefix, state):
+    return {f"{prefix}{name}": x for name, x in state.items()}
+
+
+@pytest.mark.parametrize("wrap, taken, left", [
+    (lambda own, other: own, "", []),
+    (lambda own, other: {"model": own, "args": {"lr": 1}}, "model", []),
+    (lambda own, other: {"state_dict": own, "arch": "convnext_atto"}, "state_dict", []),
+    (lambda own, other: {"state_dict": under("model.", own), "epoch": 3}, "state_dict.model", []),
+    (lambda own, other: {"epoch": 1, "model": under("module.backbone.", own)}, "model.module.backbone", []),
+    # of several sets of weights the one that is no average
+    (lambda own, other: own | under("teacher.", other), "", ["128 of teacher"]),
+    (lambda own, other: under("teacher.", other) | under("student.", own), "student", ["128 of teacher"]),
+    (lambda own, other: {"teacher": other, "student": under("module.", own)}, "student.module", ["128 of teacher"]),
+    (lambda own, other: {"state_dict_ema": other, "state_dict": own}, "state_dict", ["128 of state_dict_ema"]),
+    (lambda own, other: {"model_ema": other, "model": own, "epoch": 1}, "model", ["128 of model_ema"]),
+    (lambda own, other: {"model_ema": own, "optimizer": {"state": {0: {"exp_avg": own["head.bias"]},
+                                                                   1: {"exp_avg": own["head.bias"]}}}},
+     "model_ema", ["2 of optimizer.state"]),
+    # and of a part the one that is whole; a head may be beside its backbone
+    (lambda own, other: {"encoder": {"stages.0.0.gamma": own["stages.0.0.gamma"] + 1}, "net": own}, "net",
+     ["1 of encoder"]),
+    (lambda own, other: {f"{'backbone.' * (name[:4] != 'head')}{name}": x for name, x in own.items()}, "backbone", []),
+])  # fmt: skip
+def test_weights_are_found_in_what_training_scripts_save(wrap, taken, left):
     theirs, ours = fill(convnext("atto")), convnext("atto")
-    loaded, _ = load_weights(ours, wrap(theirs.state_dict()))
-    assert len(loaded) == len(ours.state_dict())
-    assert all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), theirs.state_dict().values()))
+    state = theirs.state_dict()
+    loaded, *rest = load_weights(ours, wrap(state, {name: x + 1 for name, x in state.items()}))
+    assert rest == [left, taken] and set(loaded) == set(state)
+    assert all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), state.values()))
+
+
+def test_what_is_left_of_weights_is_named_once_and_holds_nothing_that_was_loaded():
+    state = fill(convnext("atto")).state_dict()
+    more = state | {"head.fc.weight": state["head.weight"] + 1, "mask_token": torch.zeros(3)}
+    loaded, left, _ = load_weights(convnext("atto"), more)
+    assert left == ["head.fc.weight", "mask_token"] and set(loaded) == set(state)  # a second head.weight, by its name
+    loaded, left, _ = load_weights(convnext("atto", num_classes=3), under("student.", state) | {"mask": torch.zeros(3)})
+    assert left == ["head.weight", "head.bias", "1 of mask"] and not set(left) & set(loaded)
 
 
 def test_a_head_of_other_classes_is_left_and_named():
     model = convnext("tiny")
     before = model.head.weight.clone()
-    loaded, left = load_weights(model, torchvision.models.convnext_tiny().state_dict())
+    loaded, left, _ = load_weights(model, torchvision.models.convnext_tiny().state_dict())
     assert left == ["head.weight", "head.bias"]
     assert len(loaded) == len(model.state_dict()) - 2
     assert torch.equal(model.head.weight, before)
