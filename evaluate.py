@@ -14,6 +14,7 @@ scan- and subject-level metrics, the baselines beside them, prediction sets and 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ def parse_args(argv=None):
         parser.error("--by goes with the scores of pooled runs; leave out --each and --stress")
     if args.curve and (args.against or args.each or args.stress or args.out or args.by):
         parser.error("--curve writes its table and picture only; it goes with --part only")
+    if args.curve and not os.access(Path(args.curve).parent, os.W_OK):
+        parser.error(f"--curve is {args.curve}, but there is no folder {Path(args.curve).parent} to write into")
     return args
 
 
@@ -288,14 +291,15 @@ def format_aggregations(ways):
 def show_stress(args):
     """Print, and with --out write, what changes do to the decisions of runs, and what their stages know."""
     import stress
-    from runtime import Runtime, pick_amp, pick_device
+    from runtime import Runtime, explain_end, pick_amp, pick_device
 
     out, device = open_out(args.out, "") if args.out else None, pick_device()
     runtime = Runtime(device, pick_amp("auto", device))
     tables, known = {}, {}
     for folder in args.runs:
-        test = stress.load_test(folder, read_run(folder)[0])
-        tables[folder], known[folder] = stress.stress(*test, runtime), stress.probe(*test, runtime)
+        with explain_end(args):
+            test = stress.load_test(folder, read_run(folder)[0])
+            tables[folder], known[folder] = stress.stress(*test, runtime), stress.probe(*test, runtime)
     rows = [["change", *(f"{folder} (n = {table.n[0]:,}): {what}" for folder, table in tables.items()
                          for what in ("changed", "AUROC"))]]  # fmt: skip
     for i, row in tables[args.runs[0]].iterrows():

@@ -296,19 +296,22 @@ def why_it_ended(problem, args):
     """A sentence for a RuntimeError or MemoryError that the user can do something about; None for a defect of this
     program. `args` are the flags of the command."""
     text = str(problem)
+    first = text.splitlines()[0][:200] if text else "no more is said"
     if isinstance(problem, (MemoryError, torch.cuda.OutOfMemoryError)) or OUT_OF_MEMORY.search(text):
-        where = "of the GPU " * (isinstance(problem, torch.cuda.OutOfMemoryError) or "CUDA" in text)
-        size = f" and --image-size {args.image_size}" if hasattr(args, "image_size") else ""
-        said = text.splitlines()[0][:200] if text else "no more is said"
-        return (f"the memory {where}ran out at --batch-size {args.batch_size}{size} ({said}); lower --batch-size "
-                "first, then take a smaller model, image size or set")
-    if "DataLoader timed out" in text:
-        return (f"no batch came from the processes that fetch them ({text.splitlines()[0]}), most often because "
-                "/dev/shm is full: make room there, or take --workers 0; resume with --resume")
+        where = " of the GPU" * (isinstance(problem, torch.cuda.OutOfMemoryError) or "CUDA" in text)
+        size = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("batch_size", "image_size")
+                if hasattr(args, name)]  # fmt: skip
+        lower = ("take a larger machine, or less at once", "lower --batch-size, or give it fewer files at once",
+                 "lower --batch-size first, then take a smaller model, image size or set")[len(size)]
+        return f"the memory{where} ran out{' at ' * bool(size)}{' and '.join(size)} ({first}); {lower}"
+    if re.search("DataLoader (timed out|worker.*(Bus error|shared memory))", text, re.DOTALL):
+        instead = "take --workers 0" if hasattr(args, "workers") else "give it fewer files at once"
+        return (f"a batch did not come from the processes that fetch them ({first}), most often because /dev/shm is "
+                f"full: make room there, or {instead}")
     if "DataLoader worker" in text:
-        return (f"a process that fetches batches has ended ({text.splitlines()[0]}), most often because memory ran out;"
-                " use fewer --workers, or a machine with more memory, and resume with --resume")
+        fewer = "use fewer --workers" if hasattr(args, "workers") else "give it fewer files at once"
+        return (f"a process that fetches batches has ended ({first}), most often because memory ran out; {fewer}, or a "
+                "machine with more memory")
     if dist.is_initialized() and (isinstance(problem, dist.DistError) or "gloo" in text or "NCCL" in text):
-        return ("another process of this run has ended or cannot be reached, its own message may say why; resume with "
-                "--resume")
+        return "another process of this run has ended or cannot be reached, its own message may say why"
     return None

@@ -221,6 +221,8 @@ def open_run(args, held):
         leaky = "-LEAKY" if args.split_by == "slice" else ""
         out = open_out(out, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}", ", or add --resume")
     held.enter_context(locked(out))
+    if not args.resume and [path for path in Path(out).iterdir() if path.name != "in_use"]:  # by another, meanwhile
+        raise InputError(f"{out} is not empty, and nothing is overwritten; choose a new --out, or add --resume")
     if args.resume and (Path(out) / "best_model.pth").exists() and not (Path(out) / "last.pth").exists():
         raise InputError(f"{out} has a best_model.pth but no last.pth to resume from, and a run never overwrites "
                          "another; choose a new --out")
@@ -248,7 +250,8 @@ def what_is_left(run):
         return f"nothing is left of the run: {run.last} is gone"
     epoch = load_checkpoint(run.last)["epoch"]
     best = f", and {run.best} the best epoch so far" * run.best.exists()
-    return f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; {how_to_resume(run.out)}"
+    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, but "
+            f"--workers, --device and --epochs; for others start a new one, or {how_to_resume(run.out)}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -368,13 +371,14 @@ def train(args, stop):
             clear()
             raise
         try:
-            with stop.deferred():
-                done = fit(state, slices, args, run) and not runtime.stop_requested()
-            if not done:
-                raise Stopped(128 + stop.agreed)
-            leave_processes()
-            if runtime.is_rank_0:
-                finish(slices, args, run, runtime)
+            with explain_end(args):
+                with stop.deferred():
+                    done = fit(state, slices, args, run) and not runtime.stop_requested()
+                if not done:
+                    raise Stopped(128 + stop.agreed)
+                leave_processes()
+                if runtime.is_rank_0:
+                    finish(slices, args, run, runtime)
         except Stopped as stopped:
             run.log(f"stopped by {stopped}; {how_to_resume(out)}")
             stopped.reported = True

@@ -140,9 +140,10 @@ class Outlived:
         try:
             return work(*given)
         except OSError as problem:
+            with contextlib.suppress(OSError, AttributeError):  # a notebook's has no descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if problem.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                raise OSError(f"what is printed cannot be written: {problem.strerror}") from None
             return len(*given) if given else None
 
 
@@ -169,7 +170,10 @@ def run_script(main, args):
     a `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
     with own_streams():
         try:
-            main(args)
+            try:
+                main(args)
+            finally:
+                sys.stdout.flush()
         except (InputError, OSError, MemoryError) as problem:
             said = f"memory ran out ({problem or 'no more is said'})" if isinstance(problem, MemoryError) else problem
             print(f"error: {printable(said)}", file=sys.stderr)
@@ -321,26 +325,19 @@ def open_out(path, default, or_else=""):
 def locked(folder):
     """The folder for this process alone, as long as the context is open: the operating system holds the lock and lets
     go of it when the process ends, however it ends. InputError where another process has it."""
+    path = Path(folder) / "in_use"
     try:
-        import fcntl
+        file = _open_locked(path)
     except ImportError:  # Windows
         yield
         return
-    path = Path(folder) / "in_use"
-    try:
-        file = open(path, "a+")  # noqa: SIM115
+    except BlockingIOError:
+        holder = path.read_text() if path.exists() else ""
+        raise InputError(f"{folder} is in use by {holder or 'another process'}; wait for its end, stop it, or choose a "
+                         "new --out") from None
     except OSError as problem:
         raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another process"
-            raise InputError(f"{folder} is in use by {holder}; wait for its end, stop it, or choose a new --out"
-                             ) from None
-        except OSError:  # a file system without locks
-            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -349,6 +346,28 @@ def locked(folder):
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _open_locked(path):
+    """The file `path`, opened and locked, if its file system has locks. BlockingIOError where another process has the
+    lock."""
+    import fcntl
+
+    for _ in range(10):
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            return file
+        # who held it may have removed it since it was opened: a lock on such a file keeps nobody away
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        file.close()
+    raise BlockingIOError
 
 
 def near(path):

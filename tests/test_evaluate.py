@@ -86,6 +86,12 @@ def test_scores_of_two_seeds_are_averaged_and_paired(sizes, tmp_path, capsys):
         run_evaluate(capsys, *few, "--out", tmp_path / "out")
 
 
+def test_a_curve_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.parse_args(["run", "--curve", str(tmp_path / "none" / "curve.png")])
+    assert end.value.code == 2 and "but there is no folder" in capsys.readouterr().err
+
+
 def test_a_learning_curve_has_a_row_a_size_with_the_baseline_beside_it(sizes, tmp_path, capsys, pictures):
     text = run_evaluate(capsys, *sizes, "--curve", tmp_path / "curve.png")
     header, _, six, twelve = [line for line in text.splitlines() if line.startswith("|")]

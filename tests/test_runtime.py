@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, train_small, without_report
 
+import evaluate
+import predict
 import runtime
 import train
 from checkpoint import load_checkpoint
@@ -191,6 +193,8 @@ def test_out_of_memory_and_lost_helpers_are_explained_and_defects_are_not():
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9"), "lower --batch-size"),
         (RuntimeError("std::bad_alloc"), "the memory ran out at --batch-size 96"),
         (RuntimeError("DataLoader timed out after 60 seconds"), "/dev/shm is full: make room there, or take --workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                      "workers are out of shared memory."), "/dev/shm is full: make room there, or take --workers 0"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that fetches batches has"),
     ]
     for problem, sentence in reasons:
@@ -198,6 +202,16 @@ def test_out_of_memory_and_lost_helpers_are_explained_and_defects_are_not():
             raise problem
     with pytest.raises(RuntimeError, match="mat1 and mat2"), runtime.explain_end(args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_the_advice_names_flags_that_the_command_has():
+    problems = [RuntimeError("std::bad_alloc"), RuntimeError("DataLoader timed out after 60 seconds"),
+                RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")]  # fmt: skip
+    for parse_args in (train.parse_args, predict.parse_args, evaluate.parse_args):
+        args = parse_args([] if parse_args is train.parse_args else ["x"])
+        for problem in problems:
+            reason = runtime.why_it_ended(problem, args)
+            assert {flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z-]+", reason)} <= set(vars(args))
 
 
 def test_parts_of_a_table_are_joined_in_its_order_whatever_its_index(monkeypatch):

@@ -1,7 +1,6 @@
 """A run that cannot start, cannot fetch its batches, cannot be alone, or has lost its reader."""
 
 import collections
-import io
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from conftest import ROOT, SMALL, train_small, train_steps
 
 import dataset
 import engine
+import predict
 import runtime
 import train
 import utils
@@ -53,11 +53,13 @@ def test_a_first_step_that_fails_leaves_nothing_and_a_later_one_all(ad_nc, tmp_p
         taken.append(step(state, *given, **more))
 
     monkeypatch.setattr(engine, "train_step", fail)
+    sentence = "ran out at --batch-size 16 and --image-size 32 .Def.*lower --batch-size"
     for steps, left in ((0, False), (1, True)):
         wanted.append(steps)
-        with pytest.raises(OSError, match="ran out at --batch-size 16 and --image-size 32 .Def.*lower --batch-size"):
+        with pytest.raises(OSError, match=sentence) as problem:
             train_steps(ad_nc, tmp_path / "run")
         assert (tmp_path / "run" / "last.pth").exists() == (tmp_path / "run").exists() == left
+        assert ("a resumed run keeps its flags" in str(problem.value)) == ("--resume" in str(problem.value)) == left
 
 
 def test_a_machine_without_enough_memory_is_told_what_to_lower(ad_nc, tmp_path):
@@ -93,6 +95,16 @@ def test_two_processes_are_not_in_one_run_folder(ad_nc, tmp_path, monkeypatch):
     assert [done.returncode for done in said] == [2, 2]
     assert f"is in use by process {os.getpid()} on" in said[0].stderr and "is not empty" in said[1].stderr
     assert load_checkpoint(run / "last.pth")["epoch"] == 1 and not (run / "in_use").exists()
+
+
+def test_a_run_that_another_has_finished_meanwhile_is_not_written_over(ad_nc, tmp_path, monkeypatch):
+    """It was empty when it was looked at, and free when it was locked."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best_model.pth").write_text("of the other")
+    monkeypatch.setattr(train, "open_out", lambda path, *more: path)
+    with pytest.raises(utils.InputError, match="run is not empty, and nothing is overwritten"):
+        train_steps(ad_nc, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["best_model.pth"]
 
 
 # ---------------------------------------------------------------- batches that do not come
@@ -139,7 +151,33 @@ def test_training_outlives_the_reader_of_its_output(ad_nc, tmp_path):
     assert "predict again with" in (tmp_path / "run" / "training_log.txt").read_text()
 
 
-def test_a_notebook_trains_by_calling_main(ad_nc, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # has no reconfigure, no descriptor
+class NotebookStream:
+    """What a notebook puts into the place of standard output: no reconfigure, no descriptor, no more than this."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+def test_a_notebook_trains_and_predicts_by_calling_main_or_by_run(ad_nc, tmp_path, monkeypatch):
+    stream = NotebookStream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", NotebookStream())
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
-    assert (run / "test" / "metrics.json").exists() and "run folder" in sys.stdout.getvalue()
+    assert (run / "test" / "metrics.json").exists() and "run folder" in stream.text
+    assert "predict again with" in stream.text and sys.stdout is stream
+    words = [str(ad_nc / "test"), "--checkpoint", str(run / "best_model.pth"), "--out"]
+    predict.main(predict.parse_args([*words, str(tmp_path / "a")]))
+    assert f"results in {tmp_path / 'a'}" in stream.text
+    utils.run_script(predict.main, predict.parse_args([*words, str(tmp_path / "b")]))  # as %run does
+    assert f"results in {tmp_path / 'b'}" in stream.text and sys.stdout is stream
+    assert (tmp_path / "a" / "scans.csv").read_bytes() == (tmp_path / "b" / "scans.csv").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(predict.main, predict.parse_args([*words, str(tmp_path / "b")]))
+    assert end.value.code == 2 and sys.stderr.text.count("error: ") == 1 and "is not empty" in sys.stderr.text

@@ -91,6 +91,15 @@ def test_the_command_prints_tables_and_writes_them(run_folder, tmp_path, capsys,
     assert set(table.run) == {str(run_folder)} and (tmp_path / "out" / "stress.png").stat().st_size > 5000
 
 
+def test_memory_that_runs_out_is_one_sentence(run_folder, monkeypatch):
+    def fail(*given, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(stress, "predict_slices", fail)
+    with pytest.raises(OSError, match="the memory ran out .Def.*take a larger machine, or less at once"):
+        evaluate.main(evaluate.parse_args([str(run_folder), "--stress"]))
+
+
 def test_a_run_without_its_slices_or_model_is_refused(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     (run / "best_model.pth").unlink()

@@ -70,7 +70,10 @@ def test_a_script_runs_where_the_streams_are_closed_or_belong_to_a_notebook(tmp_
 def test_a_full_disk_behind_standard_output_is_an_error_and_not_silence():
     script = "import os, utils\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\nutils.run_script(print, 'x')"
     done = command.run(script)
-    assert done.returncode != 0 and "No space left" in done.stderr
+    said = "error: what is printed cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    done = command.run(script.replace("print, 'x'", "lambda args: sys.exit(print('x'))").replace("os, ", "os, sys, "))
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_folder_is_for_one_process_and_a_dead_one_holds_nothing(tmp_path):
@@ -80,3 +83,20 @@ def test_a_folder_is_for_one_process_and_a_dead_one_holds_nothing(tmp_path):
         done = command.run(script, tmp_path)
         assert done.returncode == 2 and f"is in use by process {os.getpid()} on {socket.gethostname()}; " in done.stderr
     assert list(tmp_path.iterdir()) == [] and command.run(script, tmp_path).returncode == 0
+
+
+def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    genuine, locks = fcntl.flock, []
+
+    def flock(file, how):
+        if not locks:
+            os.unlink(tmp_path / "in_use")  # as the holder does at its end, between our open and our lock
+        locks.append(how)
+        genuine(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    script = "import sys, utils\nutils.run_script(lambda args: utils.locked(sys.argv[1]).__enter__(), None)"
+    with utils.locked(tmp_path):
+        assert len(locks) == 2 and command.run(script, tmp_path).returncode == 2
+    assert list(tmp_path.iterdir()) == []
