@@ -82,7 +82,7 @@ REFUSED = {  # name: (bytes, what the reason says)
     "12bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 16] * 3)), "values up to"),
     "12bit-alpha.png": (png_16(4, np.dstack([GREY.astype(int) * 16, ALPHA.astype(int) * 257])), "values up to"),
     "32bit.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 300), "TIFF"), "holds values from"),
-    "signed.tif": (encoded(Image.fromarray(GREY.astype(np.int32) - 50), "TIFF"), "holds values from -50 to 205; expected 16 bits"),
+    "signed.tif": (encoded(Image.fromarray(GREY.astype(np.int32) - 50), "TIFF"), "from -50 to 205; expected 16 bits"),
     "real.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "holds real numbers"),
     "pages.tif": (encoded(L, "TIFF", save_all=True, append_images=[L]), "holds 2 pictures"),
     "cut.png": (encoded(L)[:200], "cannot be read as an image"),
