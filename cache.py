@@ -19,7 +19,7 @@ import pandas as pd
 import slices
 from utils import fingerprint
 
-FORMAT = 3  # raise it when decoding changes
+FORMAT = 4  # raise it when decoding changes
 
 
 def cache_folder():

@@ -101,9 +101,12 @@ PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"f
 
 def _without_texts(path):
     """What to open of an image file: of a PNG the chunks that pixels, frames and orientation are in, for Pillow refuses
-    the whole picture for a text that is damaged or long; of any other file its path."""
+    the whole picture for a text that is damaged or long; of a TIFF its bytes, for Pillow maps the file into memory with
+    the wrong row length if it is to be turned by 90 degrees; of any other file its path."""
     with open(path, "rb") as file:
         kept = [file.read(len(PNG))]
+        if kept[0][:2] in (b"II", b"MM"):
+            return io.BytesIO(kept[0] + file.read())
         if kept != [PNG]:
             return path
         while len(head := file.read(8)) == 8:
@@ -143,6 +146,8 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 
 def orientation(image):
     """A key of TURNS, or 1 for an image that is upright or whose metadata cannot be read."""
+    if image.format == "TIFF":  # which Pillow turns itself, and forgets the orientation
+        image.load()
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises nearly anything on damaged metadata
@@ -194,18 +199,23 @@ def decode(path, size=None):
 def _decode(path, size):
     """(pixels of `decode`, their STATS)"""
     with _open(path) as image:
+        sixteen = any(";16" in str(tile[3]) for tile in image.tile)  # of colours, Pillow keeps the upper 8
         turn = TURNS.get(orientation(image))
         image = image.transpose(Image.Transpose[turn]) if turn else image
         colour = 0.0
         if image.mode == "F":
             raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
-        if image.mode[0] == "I":  # 16 bits; convert("L") would clip them at 255
-            values = np.asarray(image).astype(np.int64)
+        if sixteen or image.mode[0] == "I":
+            grey = image.mode[0] == "I"
+            values = np.asarray(image).astype(np.int64) if grey else np.asarray(image.convert("RGB")) * np.int64(257)
+            if not 0 <= values.min() <= values.max() <= 65535:
+                raise Unfit(f"holds values from {values.min()} to {values.max()}; expected 16 bits: 0 to 65,535")
             if 0 < values.max() < SIXTEEN_BITS:
                 raise Unfit(f"has 16 bits a pixel and values up to {values.max()} only, so that few of 256 grey levels "
                             "would be left; expected the full range of 0 to 65,535: rescale the whole set by one "
-                            "factor")
-            image = Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+                            "factor, or save it with 8 bits")
+        if image.mode[0] == "I":  # convert("L") would clip at 255
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
         elif image.mode != "L":
             if image.has_transparency_data:
                 image = image.convert("RGBA")

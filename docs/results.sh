@@ -140,7 +140,7 @@ TEXT
     for model in small cnn paper; do
         tables python evaluate.py "$runs"/$model-n200-s?
     done
-    for n in 100 200 400; do
+    for n in 50 100 200 400 800; do
         compared python evaluate.py "$runs"/small-n$n-s? --against "$runs"/cnn-n$n-s?
     done
     printf '\nThe small recipe on 100 subjects against the documented one on 200:\n'

@@ -46,18 +46,29 @@ def rotated():
     return encoded(Image.fromarray(GREY), "JPEG", quality=95, exif=exif)
 
 
+def chunk(name, data):
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def png(width, height, bits, colour, rows):
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
+def png_16(colour, values):
+    """16 bits a channel, which Pillow reads and does not write: grey and alpha (`colour` 4) or RGB (2), (H, W, C)."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values.astype(np.uint16))
+    return png(values.shape[1], values.shape[0], 16, colour, rows)
+
+
 def bomb():
     """A PNG of 20,000 x 20,000 pixels in 50 kB; decoded it would be 400 MB."""
-    def chunk(name, data):
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-
-    head = (20_000).to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
-    pixels = zlib.compress(bytes(2501 * 20_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return png(20_000, 20_000, 1, 0, bytes(2501 * 20_000))
 
 
 L = Image.fromarray(GREY)
 JPEG = encoded(L, "JPEG", quality=95)
+ALPHA = np.tile(np.where(np.arange(48) < 24, 255, 0).astype(np.uint8), (40, 1))
 REFUSED = {  # name: (bytes, what the reason says)
     "truncated.jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
     "empty.jpeg": (b"", "its 0 bytes are neither JPEG, PNG, BMP, TIFF nor WEBP"),
@@ -68,17 +79,21 @@ REFUSED = {  # name: (bytes, what the reason says)
     "bomb.png": (bomb(), "claims far too many pixels; expected 16 to 4096 a side"),
     "12bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16)), "values up to 4080 only"),
     "12bit.tif": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16), "TIFF"), "rescale the whole set"),
+    "12bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 16] * 3)), "values up to"),
+    "12bit-alpha.png": (png_16(4, np.dstack([GREY.astype(int) * 16, ALPHA.astype(int) * 257])), "values up to"),
+    "32bit.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 300), "TIFF"), "holds values from"),
+    "signed.tif": (encoded(Image.fromarray(GREY.astype(np.int32) - 50), "TIFF"), "from -50 to 205; expected 16 bits"),
     "real.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "holds real numbers"),
     "pages.tif": (encoded(L, "TIFF", save_all=True, append_images=[L]), "holds 2 pictures"),
     "cut.png": (encoded(L)[:200], "cannot be read as an image"),
 }
 RGB = np.stack([GREY, 255 - GREY, np.roll(GREY, 5, 0)], 2)
-ALPHA = np.tile(np.where(np.arange(48) < 24, 255, 0).astype(np.uint8), (40, 1))
 LUMA = np.asarray(Image.fromarray(RGB).convert("L"))
 CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
     "grey.png": (encoded(L), GREY, 0),
     "16bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY, 0),
     "16bit.tiff": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), GREY, 0),
+    "16bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 257] * 3)), GREY, 0),
     "grey.bmp": (encoded(L, "BMP"), GREY, 0),
     "grey.webp": (encoded(L, "WEBP", lossless=True), GREY, 2),
     "rgb.png": (encoded(Image.fromarray(RGB)), LUMA, 0),
@@ -91,10 +106,22 @@ CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
 }
 
 
+def test_every_orientation_of_a_tiff_is_that_of_the_same_png(tmp_path):
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        for name, flags in (("raw.tif", {}), ("lzw.tif", dict(compression="tiff_lzw")), ("same.png", {})):
+            L.save(tmp_path / name, exif=exif, **flags)
+        expected = slices.decode(tmp_path / "same.png")
+        for name in ("raw.tif", "lzw.tif"):
+            pixels = slices.decode(tmp_path / name)
+            np.testing.assert_array_equal(pixels, expected)
+            assert slices.header(tmp_path / name) == pixels.shape
+
+
 def png_with(name, data):
     """A PNG with one more chunk, behind its header."""
-    chunk = len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-    return encoded(L)[:33] + chunk + encoded(L)[33:]
+    return encoded(L)[:33] + chunk(name, data) + encoded(L)[33:]
 
 
 # An orientation, and a resolution whose value lies beyond the file.
