@@ -6,7 +6,7 @@ import subprocess
 
 import command
 import pytest
-from conftest import ROOT, SCANS, write_set, write_slice
+from conftest import ROOT, SCANS, SMALL, write_set, write_slice
 
 import dataset
 import listing
@@ -129,6 +129,15 @@ def test_subjects_come_from_names_where_no_table_knows_the_scan(tmp_path, capsys
     assert index.scan[named].nunique() == 2 and (index.subject[named] == "somebody").all()
     inputs = listing.list_inputs([root / "train"]).index
     assert (inputs.subject[inputs.scan.str.startswith("sub-rAD0_")] == "somebody").all()
+
+
+@pytest.mark.parametrize("label", ["AD", "NC"])
+def test_the_audit_ends_with_1_where_training_would_find_one_subject_in_a_class(tmp_path, label):
+    root = named_set(tmp_path, lambda who, scan: f"sub-{who.replace(label + '1', label + '0')}_ses-{scan}")
+    with pytest.raises(SystemExit, match=f"training would refuse this set: .*no {label} is left for val"):
+        dataset.main(dataset.parse_args([str(root)]))
+    done = command.run(ROOT / "train.py", "--data", root, "--out", tmp_path / "out", *SMALL)
+    assert done.returncode == 2 and f"no {label} is left for val" in done.stderr
 
 
 def test_a_name_that_a_table_gives_to_two_subjects_is_nobodys():
