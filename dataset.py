@@ -112,13 +112,17 @@ def load_set(args, root, bar="decoding"):
     if slices.bad and not args.skip_bad:
         raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
     index, dropped = subjects.split_as_asked(slices.index, args, slices.root)
+    check_classes(index, slices.root, args.val_fraction)
+    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
+
+
+def check_classes(index, root, val_fraction=0.1):
+    """InputError where train or val lacks a class."""
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
-            raise InputError(f"{slices.root}: no {' or '.join(sorted(missing))} is left for {split}; expected two "
-                             "subjects or more of each class in train/ and a --val-fraction over 0 (it is "
-                             f"{args.val_fraction})")
-    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
+            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects or "
+                             f"more of each class in train/ and a --val-fraction over 0 (it is {val_fraction})")
 
 
 def load_inputs(listing, size, bar="decoding"):
@@ -297,6 +301,10 @@ def main(args):
     if slices.bad:
         advice = "fix or remove them, or train without them with --skip-bad"
         sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage
+    try:
+        check_classes(split_index(slices.index), slices.root)
+    except InputError as problem:
+        sys.exit(f"error: training would refuse this set: {problem}")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ OTHER_NAMES = {
     "NC": ("cn", "hc", "control", "controls", "normal", "healthy", "nondemented"),
 }  # fmt: skip
 
+SPLITS_AND_CLASSES = {name.lower() for name in OTHER_NAMES}.union(*OTHER_NAMES.values())
+
 
 def find_folder(parent, name):
     """The folder in `parent` that is called `name`, or else as OTHER_NAMES, in any case; None if there is no such."""
@@ -134,9 +136,11 @@ def list_set(root, pattern=None):
     table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
                                  for label, other in zip(table.label[wrong], told[wrong])]
     subjects.check_match(table.scan, who, source)
-    named, lines = subjects.subjects_from_names(table.scan[~table.scan.isin(who.keys())], pattern)
+    who, lines = subjects.add_names(table.scan, who, pattern)
+    if pattern and not table.scan.isin(who.keys()).any():
+        raise InputError(f"{lines[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
     lines += passed_over(root, [*table.path, root / subjects.METADATA, source or ""])
-    return Listing(_complete(table, named | who, ["split", "label", "scan", "slice"]), str(root), source, lines)
+    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source, lines)
 
 
 def _complete(table, who, order):
@@ -201,7 +205,8 @@ def list_inputs(inputs, pattern=None):
     who, classes = {}, {}
     for root in sorted({_set_root(given) for given in inputs}):
         try:
-            known, labels, _ = read_subjects(root)
+            known, labels, source = read_subjects(root)
+            subjects.check_match(table.scan, known, source)
             who, classes = who | known, classes | labels
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
@@ -209,8 +214,8 @@ def list_inputs(inputs, pattern=None):
     wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
     if wrong:
         warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
-    named, lines = subjects.subjects_from_names(table.scan[~table.scan.isin(who.keys())], pattern)
-    return Listing(_complete(table, named | who, ["scan", "slice", "path"]), "", None, warnings + lines)
+    who, lines = subjects.add_names(table.scan, who, pattern)
+    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", None, warnings + lines)
 
 
 def _list_input(given, ignored, warnings):
@@ -254,6 +259,6 @@ def _set_root(given):
     folder = Path(os.path.abspath(given))
     if not folder.is_dir():
         folder = folder.parent
-    while folder.name in ("AD", "NC", "train", "test"):
+    while folder.name.lower() in SPLITS_AND_CLASSES:
         folder = folder.parent
     return folder

@@ -43,7 +43,9 @@ def read_subjects(root):
 
 
 def check_match(scans, subjects, source):
-    """InputError where a table of subjects knows none of the scans, with an id of each side."""
+    """InputError where a table of subjects is empty, or knows none of the scans, with an id of each side."""
+    if source and source.name == "subjects.csv" and not subjects:
+        raise InputError(f"{source} names the subject of no scan; expected a row a scan, or no such file")
     if subjects and len(scans) and not scans.isin(subjects.keys()).any():
         raise InputError(f"{source} knows {len(subjects):,} scans and none of those in the folder: its ids are such as "
                          f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file <scan>_<slice>.jpeg)"
@@ -63,7 +65,7 @@ def subjects_from_names(scans, pattern=None):
     """Who is in scans whose names say so: (dict from scan to subject, lines on what was found).
 
     NAMES are the patterns, or `pattern` alone, a regular expression whose group `subject`, or else the first, is the
-    subject, wherever in a name it matches. InputError where that one finds nobody.
+    subject, wherever in a name it matches.
     """
     who, lines, scans = {}, [], list(dict.fromkeys(scans))
     for form, regex in {"--subject-pattern": pattern}.items() if pattern else NAMES.items():
@@ -75,10 +77,33 @@ def subjects_from_names(scans, pattern=None):
             scan, subject = next(iter(found.items()))
             lines.append(f"subjects of {len(found):,} scans from their names ({form}), such as {subject} of {scan}")
         who |= found
-    if pattern and scans and not who:
-        raise InputError(f"--subject-pattern {pattern} finds no subject in {len(scans):,} names of scans, such as "
-                         f"{scans[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
     return who, lines
+
+
+def add_names(scans, who, pattern=None):
+    """`who`, a dict from scan to subject, and the subjects that names say of the other scans: (dict, lines).
+
+    Where a table knows another scan of a subject whom names know, all its scans get the table's subject, so that nobody
+    is two people. InputError where the table has two for one of the names.
+    """
+    others = [scan for scan in dict.fromkeys(scans) if scan not in who]
+    named, lines = subjects_from_names(others, pattern)
+    if pattern and len(named) < len(others):
+        lines.append(f"--subject-pattern {pattern} finds no subject in {len(others) - len(named):,} names of scans, "
+                     f"such as {next(scan for scan in others if scan not in named)}")
+    if pattern and not others and len(scans):
+        lines.append("--subject-pattern is not used: the subjects of all scans are known from a table")
+    tabled = {}
+    for scan, name in subjects_from_names((scan for scan in scans if scan in who), pattern)[0].items():
+        tabled.setdefault(name, {})[who[scan]] = scan
+    for scan, name in named.items():
+        same = tabled.get(name, {})
+        if len(same) > 1:
+            raise InputError(f"who is in scan {scan} is not clear: by its name it is {name}, as are the scans "
+                             f"{' and '.join(list(same.values())[:2])}, of which the table makes two subjects; name in "
+                             "the table who is in each scan")
+        named[scan] = next(iter(same), name)
+    return named | who, lines
 
 
 def _subjects_from_csv(path):

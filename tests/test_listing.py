@@ -6,7 +6,7 @@ import subprocess
 
 import command
 import pytest
-from conftest import ROOT, SCANS, write_set, write_slice
+from conftest import ROOT, SCANS, SMALL, write_set, write_slice
 
 import dataset
 import listing
@@ -123,8 +123,50 @@ def test_subjects_come_from_names_where_no_table_knows_the_scan(tmp_path, capsys
     said = capsys.readouterr().out
     assert "subjects of 16 scans from their names (BIDS), such as sub-rAD0 of" in said and "NOT CHECKED" not in said
     (tmp_path / "subjects.csv").write_text("scan,subject\nsub-rAD0_ses-1,somebody\n")  # a table knows better
-    assert sorted(read_index(root).subject.unique())[-1] == "sub-rNC1"
-    assert (read_index(root).subject == "somebody").sum() == 1
+    index = read_index(root)
+    assert index.subject.nunique() == 8 and sorted(index.subject.unique())[-1] == "sub-rNC1"
+    named = index.scan.str.startswith("sub-rAD0_")  # of whom the table has one scan of two: not two people
+    assert index.scan[named].nunique() == 2 and (index.subject[named] == "somebody").all()
+    inputs = listing.list_inputs([root / "train"]).index
+    assert (inputs.subject[inputs.scan.str.startswith("sub-rAD0_")] == "somebody").all()
+
+
+@pytest.mark.parametrize("label", ["AD", "NC"])
+def test_the_audit_ends_with_1_where_training_would_find_one_subject_in_a_class(tmp_path, label):
+    root = named_set(tmp_path, lambda who, scan: f"sub-{who.replace(label + '1', label + '0')}_ses-{scan}")
+    with pytest.raises(SystemExit, match=f"training would refuse this set: .*no {label} is left for val"):
+        dataset.main(dataset.parse_args([str(root)]))
+    done = command.run(ROOT / "train.py", "--data", root, "--out", tmp_path / "out", *SMALL)
+    assert done.returncode == 2 and f"no {label} is left for val" in done.stderr
+
+
+def test_a_name_that_a_table_gives_to_two_subjects_is_nobodys():
+    scans, table = ["sub-1_ses-1", "sub-1_ses-2", "sub-1_ses-3"], {"sub-1_ses-1": "a", "sub-1_ses-2": "b"}
+    assert subjects.add_names(scans[:2], table)[0] == table
+    with pytest.raises(utils.InputError, match="who is in scan sub-1_ses-3 is not clear"):
+        subjects.add_names(scans, table)
+    assert subjects.add_names(scans, {"sub-1_ses-1": "a"})[0] == dict.fromkeys(scans, "a")
+
+
+def test_a_pattern_that_fits_no_name_is_refused_for_a_set_and_reported_for_a_prediction(tmp_path):
+    root = named_set(tmp_path, lambda who, scan: f"{who}-{scan}")
+    found = listing.list_inputs([root / "test"], "(nobody)")
+    assert found.index.subject.isna().all() and any("finds no subject in" in line for line in found.warnings)
+    (tmp_path / "subjects.csv").write_text("scan,subject\n" + "".join(
+        f"{scan},x\n" for scan in read_index(root).scan.unique()))
+    assert any("--subject-pattern is not used" in line for line in listing.list_set(root, "(a)").warnings)
+
+
+@pytest.mark.parametrize("text, said", [("scan,subject\n", "names the subject of no scan"),
+                                        ("scan,subject\nx,NA\n", "names the subject of no scan"),
+                                        ("scan,subject\nx,y\n", "none of those in the folder")])
+def test_a_table_that_says_nothing_of_the_scans_is_refused_for_a_set_and_reported_for_a_prediction(
+        tmp_path, text, said):
+    root = named_set(tmp_path, lambda who, scan: f"{who}-{scan}")
+    (tmp_path / "subjects.csv").write_text(text)
+    with pytest.raises(utils.InputError, match=said):
+        listing.list_set(root)
+    assert any(said in line for line in listing.list_inputs([root / "test" / "AD"]).warnings)
 
 
 @pytest.mark.parametrize("pattern, groups", [(r"(.+)-\d+$", 8), (r"^(?P<site>r|e)(?P<subject>AD0)", 1), ("^(.)", 2)])
