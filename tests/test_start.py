@@ -119,7 +119,8 @@ def test_a_batch_that_is_lost_ends_the_wait_with_a_sentence(ad_nc, tmp_path, mon
     monkeypatch.setattr(dataset, "LONGEST_FETCH", 2)
     args = train.parse_args([])
     slices = dataset.decode_set(ad_nc).part("train")
-    with pytest.raises(OSError, match="a batch did not come .*/dev/shm is full.*--workers 0"), runtime.explain_end(args):
+    said = "a batch did not come .*/dev/shm is full.*--workers 0"
+    with pytest.raises(OSError, match=said), runtime.explain_end(args):
         next(iter(dataset.make_loader(slices, 8, workers=1)))
 
 

@@ -72,7 +72,8 @@ def test_a_full_disk_behind_standard_output_is_an_error_and_not_silence():
     done = command.run(script)
     said = "error: what is printed cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (2, said)
-    done = command.run(script.replace("print, 'x'", "lambda args: sys.exit(print('x')), None").replace("os, ", "os, sys, "))
+    script = script.replace("print, 'x'", "lambda args: sys.exit(print('x')), None")
+    done = command.run(script.replace("os, ", "os, sys, "))
     assert (done.returncode, done.stderr) == (2, said)
 
 
