@@ -58,6 +58,7 @@ import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
 from modules import describe_model
+from subjects import read_table
 from utils import open_out, read_csv, write_csv, write_json
 
 # ---------------------------------------------------------------- finished runs
@@ -221,11 +222,16 @@ def compare_runs(first, second):
 def format_by(tables, file, column):
     """Lines of a table: AD with each value of a column of a CSV file (which has scan or subject, too) against all NC,
     mean over tables of the same slices."""
-    known = read_csv(file)
+    column = column.lower()
+    known = read_table(file, [column])
     unit = next((name for name in ("scan", "subject") if name in known), None)
-    if unit is None or column not in known:
-        raise InputError(f"{file} has the columns {', '.join(known)}; expected {column}, and scan or subject")
-    value = tables[0][unit].map(dict(zip(known[unit].astype(str), known[column])))
+    if unit is None:
+        raise InputError(f"{file} has the columns {', '.join(known)}; expected scan or subject beside {column}")
+    differ = known.dropna(subset=[unit, column]).drop_duplicates([unit, column])
+    twice = differ[unit][differ[unit].duplicated()]
+    if len(twice):
+        raise InputError(f"{file} gives {unit} {twice.iloc[0]} two values of {column}; expected one")
+    value = tables[0][unit].map(dict(zip(differ[unit], differ[column])))
     ad = tables[0].label == "AD"
     if value[ad].isna().all():
         raise InputError(f"{file} knows {column} of none of the AD scans; its {unit} is such as {known[unit].iloc[0]}, "

@@ -106,21 +106,28 @@ def add_names(scans, who, pattern=None):
     return named | who, lines
 
 
-def _subjects_from_csv(path):
-    """{scan: subject} of a table with the columns scan and subject, in any case, separated by commas, semicolons or
-    tabs, in UTF-8 or UTF-16. Words that mean "missing" are missing for a subject, but a scan may be named NA."""
+def read_table(path, columns):
+    """A table that people made, as text: separated by commas, semicolons or tabs, in UTF-8 or UTF-16, with names of
+    columns in any case. Words that mean "missing" are missing, but not in the column scan: one may be named NA.
+    InputError where it cannot be read or lacks one of the `columns`."""
     try:
-        raw = path.read_bytes()
+        raw = Path(path).read_bytes()
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         first = text.split("\n", 1)[0]
         table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
         table = table.apply(lambda column: column.str.strip()).rename(columns=lambda name: name.strip().lower())
     except ValueError as problem:
         reason = str(problem).strip()
-        raise InputError(f"{path} cannot be read ({reason}); expected the columns scan and subject") from None
-    if not {"scan", "subject"} <= set(table.columns):
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected scan and subject")
-    table["subject"] = table.subject.where(~table.subject.str.lower().isin(MISSING))
+        raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
+    if not set(columns) <= set(table.columns):
+        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}")
+    return table.apply(lambda column: column if column.name == "scan" else
+                       column.where(~column.str.lower().isin(MISSING)))
+
+
+def _subjects_from_csv(path):
+    """{scan: subject} of a table with these columns."""
+    table = read_table(path, ("scan", "subject"))
     known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
     twice = known.scan[known.scan.duplicated()]
     if len(twice):

@@ -230,10 +230,12 @@ def open_run(args, held):
 
 
 def clear_folder(out, made):
-    """A run that failed before its first step leaves nothing, so that the corrected command can be given."""
-    shutil.rmtree(out, ignore_errors=True)
-    if not made:
-        out.mkdir(exist_ok=True)
+    """A run that failed before its first step leaves nothing, so that the corrected command can be given; a folder that
+    was there stays, and so does a link to it."""
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if made:
+        out.rmdir()
 
 
 def join(words):

@@ -121,10 +121,16 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
     assert [row.split("|")[2].strip() for row in rows] == ["5", "4"]  # two and one AD beside three NC
     (tmp_path / "grades.csv").write_text("\n".join(lines[:-1]).replace("severe", "") + "\n")
     assert "1 AD scans are in no row" in run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
+    (tmp_path / "grades.csv").write_text("\n".join(lines).replace("severe", "NA").replace(",", ";"))  # a spreadsheet's
+    text = run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "Grade")
+    assert "1 AD scans are in no row" in text and "| NA" not in text
+    (tmp_path / "grades.csv").write_text("\n".join([*lines, f"{next(iter(grade))},severe"]))
+    with pytest.raises(ValueError, match="gives subject .* two values of grade"):
+        run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
     (tmp_path / "grades.csv").write_text("subject,grade\nelse,1\n")
     with pytest.raises(ValueError, match="knows grade of none of the AD scans; its subject is such as else"):
         run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
-    with pytest.raises(ValueError, match="has the columns subject, grade; expected cdr, and scan or subject"):
+    with pytest.raises(ValueError, match="has the columns subject, grade; expected cdr"):
         run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "cdr")
 
 

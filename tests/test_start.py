@@ -26,15 +26,19 @@ def unreadable(path):
 @pytest.mark.parametrize("existed, fail", [
     (False, lambda tmp: ["--init", unreadable(tmp / "weights.pth")]),
     (True, lambda tmp: ["--init", str(tmp / "none.safetensors")]),
-    (True, lambda tmp: ["--stem", "conv", "--init", str(tmp)]),
+    ("link", lambda tmp: ["--stem", "conv", "--init", str(tmp)]),
 ])  # fmt: skip
 def test_a_start_that_fails_leaves_nothing_and_the_corrected_command_runs(ad_nc, tmp_path, existed, fail):
     out = tmp_path / "run"
-    if existed:
-        out.mkdir()
+    if existed == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o750)
+        out.symlink_to(tmp_path / "elsewhere")
+    elif existed:
+        out.mkdir(mode=0o750)
     with pytest.raises(utils.InputError):
         train_steps(ad_nc, out, *fail(tmp_path))
-    assert out.exists() == existed and not (existed and list(out.iterdir()))
+    assert out.exists() == bool(existed) and out.is_symlink() == (existed == "link")
+    assert not existed or not list(out.iterdir()) and out.stat().st_mode & 0o777 == 0o750
     train_steps(ad_nc, out, "--epochs", "1")
 
 
