@@ -227,15 +227,15 @@ def format_by(tables, file, column):
     unit = next((name for name in ("scan", "subject") if name in known), None)
     if unit is None:
         raise InputError(f"{file} has the columns {', '.join(known)}; expected scan or subject beside {column}")
-    differ = known.dropna(subset=[unit, column]).drop_duplicates([unit, column])
-    twice = differ[unit][differ[unit].duplicated()]
+    known = known.dropna(subset=[unit, column]).drop_duplicates([unit, column])
+    twice = known[unit][known[unit].duplicated()]
     if len(twice):
         raise InputError(f"{file} gives {unit} {twice.iloc[0]} two values of {column}; expected one")
-    value = tables[0][unit].map(dict(zip(differ[unit], differ[column])))
+    value = tables[0][unit].map(dict(zip(known[unit], known[column])))
     ad = tables[0].label == "AD"
     if value[ad].isna().all():
-        raise InputError(f"{file} knows {column} of none of the AD scans; its {unit} is such as {known[unit].iloc[0]}, "
-                         f"theirs {tables[0][unit].iloc[0]}")
+        raise InputError(f"{file} knows {column} of none of the AD scans; its {unit} is such as "
+                         f"{next(iter(known[unit]), 'missing')}, theirs {tables[0][unit].iloc[0]}")
     rows = [[f"AD with this {column}, against all NC", "subjects", "AUROC", "sensitivity"]]
     for level in sorted(value[ad].dropna().unique()):
         scores = metrics.summarise(mean_scores([table[~ad | (value == level)] for table in tables]))

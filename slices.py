@@ -146,11 +146,12 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 
 def orientation(image):
     """A key of TURNS, or 1 for an image that is upright or whose metadata cannot be read."""
-    if image.format == "TIFF":  # which Pillow turns itself, and forgets the orientation
-        image.load()
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises nearly anything on damaged metadata
+        return 1
+    if image.format == "TIFF" and found in TURNS:  # Pillow turns it itself, once it is loaded
+        image.load()
         return 1
     return found if found in TURNS else 1
 

@@ -81,10 +81,10 @@ def subjects_from_names(scans, pattern=None):
 
 
 def add_names(scans, who, pattern=None):
-    """`who`, a dict from scan to subject, and the subjects that names say of the other scans: (dict, lines).
+    """`who`, a dict from scan to subject of a table, with the scans that only their names know: (dict, lines).
 
-    Where a table knows another scan of a subject whom names know, all its scans get the table's subject, so that nobody
-    is two people. InputError where the table has two for one of the names.
+    Where the table knows one scan of a subject and the names another, both get the table's subject, so that nobody is
+    two people. InputError where the table has two subjects for one of the names.
     """
     others = [scan for scan in dict.fromkeys(scans) if scan not in who]
     named, lines = subjects_from_names(others, pattern)

@@ -232,10 +232,11 @@ def open_run(args, held):
 def clear_folder(out, made):
     """A run that failed before its first step leaves nothing, so that the corrected command can be given; a folder that
     was there stays, and so does a link to it."""
-    for path in out.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if made:
-        out.rmdir()
+    with contextlib.suppress(OSError):  # what went wrong before counts more
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made:
+            out.rmdir()
 
 
 def join(words):
@@ -252,8 +253,8 @@ def what_is_left(run):
         return f"nothing is left of the run: {run.last} is gone"
     epoch = load_checkpoint(run.last)["epoch"]
     best = f", and {run.best} the best epoch so far" * run.best.exists()
-    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, but "
-            f"--workers, --device and --epochs; for others start a new one, or {how_to_resume(run.out)}")
+    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, so for "
+            f"another --batch-size start a new one, or {how_to_resume(run.out)}")
 
 
 # ---------------------------------------------------------------- the loop

@@ -239,7 +239,8 @@ TEXT
     cat <<'TEXT'
 # Results
 
-Written by `docs/results.sh`, which holds every command, section by section; never edited. In brackets, 95 % intervals of
+Written by `docs/results.sh`, which holds every command. A section is written again when its runs are all repeated; until
+then it is of an earlier version of the code. In brackets, 95 % intervals of
 a bootstrap over subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects.
 Each run prints its own tables to `training_log.txt`; these are printed by the commands above them. No GPU has been
 measured.

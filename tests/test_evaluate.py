@@ -127,6 +127,10 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
     (tmp_path / "grades.csv").write_text("\n".join([*lines, f"{next(iter(grade))},severe"]))
     with pytest.raises(ValueError, match="gives subject .* two values of grade"):
         run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
+    for rows in ("", "a,NA\n"):
+        (tmp_path / "grades.csv").write_text("subject,grade\n" + rows)
+        with pytest.raises(ValueError, match="its subject is such as missing"):
+            run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
     (tmp_path / "grades.csv").write_text("subject,grade\nelse,1\n")
     with pytest.raises(ValueError, match="knows grade of none of the AD scans; its subject is such as else"):
         run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
