@@ -240,10 +240,9 @@ TEXT
 # Results
 
 Written by `docs/results.sh`, which holds every command. A section is written again when its runs are all repeated; until
-then it is of an earlier version of the code. In brackets, 95 % intervals of
-a bootstrap over subjects. A slice-level score counts slices, a scan-level score scans, a subject-level score subjects.
-Each run prints its own tables to `training_log.txt`; these are printed by the commands above them. No GPU has been
-measured.
+then it is of an earlier version of the code. In brackets, 95 % intervals of a bootstrap over subjects. A slice-level
+score counts slices, a scan-level score scans, a subject-level score subjects. Each run prints its own tables to
+`training_log.txt`; these are printed by the commands above them. No GPU has been measured.
 
 TEXT
     section "The positive control: a cue that a blur does not show" '(paper|small|cnn)-n(100|200|400)-s.' \
