@@ -320,6 +320,7 @@ def measure_cpu(args, results):
     measure_prediction(args, results, cpu, args.batch_size)
     for amp in precisions(cpu):
         measure_steps(args, results, cpu, args.batch_size, [f"{who}, {precision_name(amp)}" for who in WHO])
+    measure_profile(args, results, cpu, precision_name(precisions(cpu)[-1]))
 
 
 def measure_gpu(args, results):
@@ -350,6 +351,24 @@ def measure_steps(args, results, device, batch, kinds):
     rows = take_turns({kind: step_of(kind, args, batch, device) for kind in kinds}, args.repeats, sync_of(device))
     results.setdefault("train", {}).setdefault(f"batch {batch}", {}).update(rows)
     show(rows, batch, device)
+
+
+def measure_profile(args, results, device, precision):
+    """Where the time of a step goes: that of each operator itself, in units of a whole step of torchvision's."""
+    found = {}
+    for who in WHO:
+        step = step_of(f"{who}, {precision}", args, args.batch_size, device)
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step()
+        found[who] = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(found[WHO[0]].values())
+    table = pd.DataFrame(found).fillna(0) / whole
+    table = table.loc[table.max(axis=1).sort_values(ascending=False).index]
+    results["profile"] = table.to_dict()
+    rest = table.iloc[10:].sum().rename("all others").to_frame().T
+    print(f"where a step in {precision} goes, by operator, of {' and '.join(WHO)} (1: a step of the first)")
+    print(pd.concat([table.iloc[:10], rest]).to_string(header=False, float_format="%.3f"), flush=True)
 
 
 def show(rows, batch, device, notes=None):

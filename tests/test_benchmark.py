@@ -47,6 +47,8 @@ def test_the_cpu_part_runs_in_small_and_writes_its_numbers(tmp_path):
     assert results["predict"]["torchvision, float32"]["ratio"] == 1 and results["load"]["slices"] == 45
     assert results["difference_of_p_AD"]["ours, float32"] < 1e-4
     assert results["train"]["batch 2"]["ours, float32"]["ratio"] > 0
+    shares = results["profile"]["torchvision"]
+    assert abs(sum(shares.values()) - 1) < 1e-6 and min(shares.values()) >= 0 and len(results["profile"]["ours"]) > 10
     assert results["parity"]["ours"] == results["parity"]["torchvision"] and results["parity"]["difference"] < 1e-4
 
 
