@@ -1,85 +1,28 @@
 """Volumes become slices whose left is left, whatever the file; what is no head is refused in a sentence."""
 
 import gzip
-import json
 import os
 import random
-import re
 import resource
-import shutil
 import struct
-import sys
 import tracemalloc
 from pathlib import Path
 
-import command
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, train_steps
-from PIL import Image
-from test_predict import run_predict
+from heads import AFFINE, CENTRE, VALUES, centre_of, cut, head, nib, place, stored, write_dicom
 
 import anatomy
-import checkpoint
-import extract
 import phantom
-import predict
 import readers
 import volumes
 from slices import Unfit
-from utils import InputError, read_csv
+from utils import InputError
 from volumes import ADNI, Look
 
-nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-volumes.txt)")
 MRICRON = Path("/usr/share/mricron/templates")  # of Debian's mricron-data
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
-CENTRE = -2.0, 4.0, 6.0  # mm
-
-
-def brightness(x, y, z):
-    """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the darkest at its top."""
-    x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
-    value = 100.0 * ((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1)
-    for grey, radius, place in ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34))):
-        value = np.where((x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < radius**2, grey, value)
-    return value
-
-
-def place(voxels=(6, 6, 6), shape=(25, 31, 24)):
-    """An affine for a grid about the origin."""
-    affine = np.diag([*map(float, voxels), 1.0])
-    affine[:3, 3] = -np.array(voxels) * (np.array(shape) - 1) / 2
-    return affine, shape
-
-
-def head(affine=None, shape=None, dtype=np.float32):
-    """An image of nibabel: the head, sampled where the affine says."""
-    if affine is None:
-        affine, shape = place()
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
-    return nib.Nifti1Image(brightness(*np.moveaxis(grid, -1, 0)).astype(dtype), affine)
-
-
-def stored(image, axes):
-    """The same image with its voxels stored along other axes."""
-    to = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
-    return image.as_reoriented(to)
-
-
-def cut(path, image=None, **look):
-    """(slices, numbers, facts) of a file, or of an image that is written there first."""
-    if image is not None:
-        nib.save(image, path)
-    return volumes.extract_volume(str(path), Look(**{"spacing": 6.0, "count": 12} | look))
-
-
-def centre_of(slices, low, high=256):
-    """Mean (slice, row, column) of grey levels, as shares of the size."""
-    inside = np.argwhere((slices >= low) & (slices < high))
-    return (inside.mean(0) + 0.5) / slices.shape
-
-
 # ---------------------------------------------------------------- where things are
 
 
@@ -214,8 +157,6 @@ def written(folder, name, image=None, data=None):
     return folder / name
 
 
-VALUES = np.asarray(head().dataobj)
-AFFINE = head().affine
 COLOUR = np.zeros((16, 16, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 REFUSED = {  # name: (image or bytes, what the reason says)
     "empty.nii": (b"", "cannot be read as a volume: Empty file"),
@@ -370,159 +311,7 @@ def test_size_pads_and_crops_about_the_middle_of_the_head_and_turn_is_counter_cl
         cut(tmp_path / "h.nii", spacing=12.0)
 
 
-@pytest.mark.parametrize("words", [
-    ["--slices", "9"], ["--slices", "9:3"], ["--slices", "1mm:9"], ["--size", "256"], ["--size", "1x2"],
-    ["--turn", "45"], ["--spacing", "0"], ["--plane", "oblique"], ["--slices", "1:9", "--count", "3"],
-    ["--like", "nowhere.pth"],
-])  # fmt: skip
-def test_a_wrong_flag_is_one_error_line_and_status_2(tmp_path, words):
-    nib.save(head(), tmp_path / "h.nii")
-    done = command.run(extract.__file__, "h.nii", *words, cwd=tmp_path)
-    assert done.returncode == 2 and re.fullmatch(r"error: .+\n", done.stderr) and not (tmp_path / "extracted").exists()
-
-
-# ---------------------------------------------------------------- a folder of volumes
-
-
-def run_extract(*words):
-    """extract.py in this process; returns extraction.csv."""
-    args = extract.parse_args([*map(str, words), "--spacing", "6", "--count", "4"])
-    extract.main(args)
-    return read_csv(Path(args.out) / "extraction.csv")
-
-
-def test_a_folder_becomes_slices_a_table_and_what_was_skipped(tmp_path, capsys):
-    for name in ("sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "7.mgz"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        nib.save(head() if "nii" in name else nib.MGHImage(VALUES, AFFINE), tmp_path / "in" / name)
-    (tmp_path / "in" / "bad.nii").write_bytes(b"no volume")
-    (tmp_path / "in" / "sub-02" / "anat" / "sub-02_T1w.json").write_text("{}")
-    (tmp_path / "in" / "._7.mgz").write_bytes(b"junk")
-    table = run_extract(tmp_path / "in", "--out", tmp_path / "out").set_index("scan")
-    assert list(table.columns) == [name for name in volumes.COLUMNS if name != "scan"]
-    assert sorted(path.name for path in (tmp_path / "out" / "slices").iterdir()) == sorted(
-        f"{scan}_{number}.png" for scan in ("sub-01_ses-2_T1w", "sub-02_T1w", "7") for number in range(11, 15))
-    assert table.error["bad"].startswith("cannot be read as a volume") and pd.isna(table.n_slices["bad"])
-    row = table.loc["sub-01_ses-2_T1w"]
-    assert (row.subject, row.session, row.orientation, row.affine_from) == ("sub-01", "ses-2", "RAS", "sform")
-    assert (row["shape"], row.voxel_sizes, row.first_slice, row.last_slice) == ("25x31x24", "6x6x6", "11", "14")
-    np.testing.assert_allclose([float(word) for word in row.affine.split()], AFFINE[:3].ravel())
-    assert read_csv(tmp_path / "out" / "subjects.csv").subject.tolist() == ["sub-01", "sub-02"]
-    told = capsys.readouterr()
-    assert "12 slices of 3 volumes in " in told.out and "1 of 4 volumes were skipped" in told.err
-    assert re.search(r"passed over: 1 file in .*sub-02.anat\n", told.err) and "tools, such as .DS_Store" in told.err
-    with Image.open(tmp_path / "out" / "slices" / "7_12.png") as image:
-        assert (np.asarray(image) == cut(tmp_path / "in" / "7.mgz", slices=(12, 12, "index"))[0][0]).all()
-
-
-def test_folders_of_classes_are_kept_so_that_a_set_can_be_trained_on(tmp_path):
-    from dataset import read_index
-
-    for number, folder in enumerate(f"{split}/{label}" for split in ("train", "test") for label in ("AD", "NC")):
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        nib.save(head(), tmp_path / "in" / folder / f"sub-{number}_T1w.nii")
-    run_extract(tmp_path / "in", "--out", tmp_path / "out")
-    index = read_index(tmp_path / "out" / "slices")
-    assert len(index) == 16 and index.subject.nunique() == 4 and set(index.split + index.label) == {
-        "trainAD", "trainNC", "testAD", "testNC"}  # fmt: skip
-
-
-def test_names_are_safe_and_no_scan_takes_the_place_of_another(tmp_path):
-    names = ["=cmd|' /C calc'!A0.nii", "a\nb.nii", "..nii", "x" * 200 + ".nii", "t1.nii", "T1.nii.gz"]
-    names += ["one/t1.nii", "two/t1.nii", "two/t1.nii.gz"]
-    table = volumes.name_scans([(name, os.path.dirname(name)) for name in names])
-    assert table.scan.is_unique and table.scan.str.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*").all()
-    assert table.scan[6:].tolist() == ["one_t1", "two_t1", "two_t1-2"] and table.scan.str.len().max() < 140
-    nib.save(head(), tmp_path / names[0].replace("/", ""))
-    done = run_extract(tmp_path, "--out", tmp_path / "out")
-    assert done.source[0] == str(tmp_path / names[0].replace("/", "")) and done.error.isna().all()
-
-
-def test_an_interrupted_extraction_leaves_no_half_set(tmp_path, monkeypatch):
-    for name in "ab":
-        nib.save(head(), tmp_path / f"{name}.nii")
-    work = volumes.extract_volume
-
-    def fail(path, look):
-        return work(path, look) if "a.nii" in path else 1 / 0
-
-    monkeypatch.setattr(volumes, "extract_volume", fail)
-    with pytest.raises(ZeroDivisionError):
-        run_extract(tmp_path, "--out", tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
-
-
-def test_a_full_disk_is_one_error_and_leaves_no_half_set(tmp_path):
-    nib.save(head(), tmp_path / "h.nii")
-    done = command.run(extract.__file__, "h.nii", "--out", "out", cwd=tmp_path, file_size=1500)
-    assert done.returncode == 2 and not any((tmp_path / "out").iterdir())
-    assert done.stderr == "error: out/slices cannot be written: File too large; nothing is left there\n"
-
-
-def test_nothing_is_overwritten_and_nothing_found_is_an_error(tmp_path):
-    nib.save(head(), tmp_path / "h.nii")
-    run_extract(tmp_path / "h.nii", "--out", tmp_path / "out")
-    with pytest.raises(InputError, match="is not empty, and nothing is overwritten"):
-        run_extract(tmp_path / "h.nii", "--out", tmp_path / "out")
-    with pytest.raises(InputError, match="does not exist; expected a volume, a DICOM folder or a folder of volumes"):
-        run_extract(tmp_path / "gone.nii", "--out", tmp_path / "a")
-    with pytest.raises(InputError, match="holds no volume .* and no DICOM file"):
-        run_extract(tmp_path / "out", "--out", tmp_path / "b")
-    (tmp_path / "h.nii").write_bytes(b"")
-    with pytest.raises(InputError, match="none of the 1 volumes could be cut"):
-        run_extract(tmp_path / "h.nii", "--out", tmp_path / "c")
-    assert not any((tmp_path / "c" / "slices").iterdir())
-
-
-def test_a_missing_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
-    nib.save(head(), tmp_path / "h.nii")
-    (tmp_path / "dicom").mkdir()
-    (tmp_path / "dicom" / "1").write_bytes(bytes(128) + b"DICM")
-    monkeypatch.setenv("PATH", "")
-    for module, given, words in (("dcm2niix", "dicom", []), ("deepbet.bet", "h.nii", ["--strip"]),
-                                 ("nibabel", "h.nii", [])):  # fmt: skip
-        readers.nibabel.cache_clear()
-        readers._deepbet.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, module, None)
-            with pytest.raises(InputError, match=f"{module.split('.')[0]}; install it with python -m pip install -r"):
-                run_extract(tmp_path / given, "--out", tmp_path / module, *words)
-    readers.nibabel.cache_clear()
-
-
 # ---------------------------------------------------------------- DICOM
-
-
-def element(group, number, kind, value):
-    value = value.encode() if isinstance(value, str) else value
-    value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
-    size = struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
-    return struct.pack("<HH", group, number) + kind.encode() + size + value
-
-
-def write_dicom(folder, series=1):
-    """The head as axial DICOM slices of one series; rows run to the left, columns to the back of the patient."""
-    image = stored(head(), "LPS")
-    corner = image.affine[:3, 3] * (-1, -1, 1)  # x and y of DICOM point to the left and to the back
-    folder.mkdir(exist_ok=True)
-    for number, plane in enumerate(np.moveaxis(np.asarray(image.dataobj), 2, 0)):
-        rows = plane.T.astype("<u2")  # (left, back) -> (rows, columns)
-        where = "\\".join(f"{value:g}" for value in corner + (0, 0, 6 * number))
-        uid, kind = f"1.2.3.{series}.{number + 1}", "1.2.840.10008.5.1.4.1.1.4"
-        meta = (element(2, 1, "OB", b"\0\1") + element(2, 2, "UI", kind) + element(2, 3, "UI", uid)
-                + element(2, 0x10, "UI", "1.2.840.10008.1.2.1"))  # fmt: skip
-        body = [(8, 0x16, "UI", kind), (8, 0x18, "UI", uid), (8, 0x60, "CS", "MR"), (8, 0x70, "LO", "SIEMENS"),
-                (0x18, 0x50, "DS", "6"), (0x20, 0xD, "UI", "1.2.3"), (0x20, 0xE, "UI", f"1.2.3.{series}"),
-                (0x20, 0x11, "IS", str(series)), (0x20, 0x13, "IS", str(number + 1)), (0x20, 0x32, "DS", where),
-                (0x20, 0x37, "DS", "1\\0\\0\\0\\1\\0"), (0x28, 2, "US", struct.pack("<H", 1)),
-                (0x28, 4, "CS", "MONOCHROME2"), (0x28, 0x10, "US", struct.pack("<H", rows.shape[0])),
-                (0x28, 0x11, "US", struct.pack("<H", rows.shape[1])), (0x28, 0x30, "DS", "6\\6"),
-                (0x28, 0x100, "US", struct.pack("<H", 16)), (0x28, 0x101, "US", struct.pack("<H", 16)),
-                (0x28, 0x102, "US", struct.pack("<H", 15)), (0x28, 0x103, "US", struct.pack("<H", 0)),
-                (0x7FE0, 0x10, "OW", rows.tobytes())]  # fmt: skip
-        data = element(2, 0, "UL", struct.pack("<I", len(meta))) + meta + b"".join(element(*row) for row in body)
-        (folder / f"{series}-{number:03d}.dcm").write_bytes(bytes(128) + b"DICM" + data)
-    return folder
 
 
 def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
@@ -581,91 +370,6 @@ def test_the_brain_of_the_phantom_gives_the_slices_that_the_phantom_draws(heads)
     np.testing.assert_array_equal(slices[5:26], expected)
 
 
-# ---------------------------------------------------------------- like the slices of a checkpoint, and predicting
-
-
-def with_record(run_folder, path, **more):
-    """The checkpoint of a run, with other or more content."""
-    content = checkpoint.load_checkpoint(run_folder / "best_model.pth") | more
-    content.pop("format")
-    checkpoint.save_checkpoint(path, **content)
-    return path
-
-
-def test_a_volume_is_predicted_like_its_slices(run_folder, tmp_path, capsys):
-    nib.save(head(), tmp_path / "sub-9_T1w.nii.gz")
-    words = [tmp_path / "sub-9_T1w.nii.gz", "--plane", "axial", "--spacing", "4", "--count", "5"]
-    table = run_predict(run_folder, tmp_path / "a", *words, "--keep-slices", tmp_path / "kept")
-    assert table.path.tolist() == sorted(map(str, (tmp_path / "kept" / "slices").iterdir()))
-    assert (table.subject == "sub-9").all() and len(table) == 5 and table.error.isna().all()
-    told = capsys.readouterr()
-    assert "1 of 1 volumes cut: axial, 5 central slices every 4 mm, 48 x 40, 4 mm a pixel" in told.out
-    again = run_predict(run_folder, tmp_path / "b", *words)  # in a temporary folder
-    assert again.path.tolist() == [f"{tmp_path}/sub-9_T1w.nii.gz:{number}" for number in again.slice]
-    assert (again.p_AD == table.p_AD).all()
-    slices = run_predict(run_folder, tmp_path / "c", tmp_path / "kept" / "slices")
-    assert (slices.p_AD == table.p_AD).all() and (slices.subject == "sub-9").all()
-    # their 99 % quantile is that of training, so only the rest of the range check says anything
-    assert not table.out_of_range.astype(str).str.contains("99 % quantile").any()
-    with pytest.raises(InputError, match="kept is not empty, and nothing is overwritten; choose a new --out or --keep"):
-        run_predict(run_folder, tmp_path / "d", *words, "--keep-slices", tmp_path / "kept")
-
-
-def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_nc, tmp_path, capsys, monkeypatch):
-    (tmp_path / "bad.nii").write_bytes(b"no volume")
-    nib.save(head(), tmp_path / "good.nii")
-    words = ["--plane", "axial", "--spacing", "4", "--count", "2"]
-    table = run_predict(run_folder, tmp_path / "a", tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg", *words)
-    bad = table[table.path == str(tmp_path / "bad.nii")]
-    assert len(table) == 4 and bad.error.str.startswith("cannot be read as a volume").tolist() == [True]
-    assert "bad.nii cannot be read as a volume" in capsys.readouterr().err
-    monkeypatch.chdir(tmp_path)
-    table = run_predict(run_folder, tmp_path / "c", "./bad.nii", ad_nc / "test" / "AD" / "300_70.jpeg", *words)
-    assert table.error.dropna().str.startswith("cannot be read as a volume").tolist() == [True]
-    with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
-        run_predict(run_folder, tmp_path / "b", tmp_path / "bad.nii", *words)
-
-
-def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assumes(run_folder, tmp_path, capsys):
-    nib.save(head(), tmp_path / "h.nii")
-    with pytest.raises(InputError, match="does not record of which plane .* name it with --plane"):
-        run_predict(run_folder, tmp_path / "a", tmp_path / "h.nii")
-    record = {"plane": "coronal", "count": 3, "size": (48, 40), "spacing": 5.0, "turn": 90}
-    known = with_record(run_folder, tmp_path / "known.pth", extraction=vars(Look(**record)))
-    run_predict(run_folder, tmp_path / "b", tmp_path / "h.nii", checkpoint=known)
-    assert ("coronal, 3 central slices every 5 mm, 48 x 40, 5 mm a pixel, turned by 90 degrees (as the checkpoint's "
-            "training slices were cut)") in capsys.readouterr().out
-    with pytest.raises(InputError, match="need a volume among the inputs"):
-        run_predict(run_folder, tmp_path / "c", run_folder, "--plane", "axial")
-    args = predict.parse_args(["h.nii", "--turn", "0", "--count", "7"])
-    look, _ = volumes.look_of({"slice_size": [40, 48], "extraction": vars(Look(**record))}, args)
-    assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)  # a flag that is given wins
-    args = predict.parse_args(["h.nii", "--turn", "180"])
-    content = {"slice_size": [240, 256], "slice_stats": {"brightest": [150, 190]}}
-    look, known = volumes.look_of(content, args)
-    assert (look.plane, look.size, look.step, look.turn, look.brightest) == ("sagittal", (256, 240), 1.2, 180, 170)
-    assert known == "assumed from the size of the checkpoint's training slices, that of AD_NC"
-
-
-def test_training_records_how_its_slices_were_cut(tmp_path, run_folder, ad_nc):
-    nib.save(head(), tmp_path / "h.nii")
-    run_extract(tmp_path / "h.nii", "--out", tmp_path / "out", "--plane", "coronal", "--turn", "90")
-    assert checkpoint.load_checkpoint(run_folder / "best_model.pth")["extraction"] is None
-    shutil.copytree(ad_nc, tmp_path / "out" / "AD_NC")  # in the place of slices/
-    train_steps(tmp_path / "out" / "AD_NC", tmp_path / "run", "--epochs", "1")
-    recorded = checkpoint.load_checkpoint(tmp_path / "run" / "best_model.pth")["extraction"]
-    assert Look(**recorded) == Look("coronal", count=4, spacing=6.0, turn=90)
-    (tmp_path / "out" / "extraction.json").write_text(json.dumps({"plane": "coronal", "nothing": 1}))
-    assert volumes.recorded_look(tmp_path / "out" / "slices") is None
-
-
-def test_extracting_like_a_checkpoint_says_whether_the_slices_resemble_its_own(run_folder, tmp_path, capsys):
-    nib.save(head(), tmp_path / "h.nii")
-    extract.main(extract.parse_args([str(tmp_path / "h.nii"), "--like", str(run_folder / "best_model.pth"), "--plane",
-                                     "axial", "--spacing", "2", "--out", str(tmp_path / "out")]))  # fmt: skip
-    assert re.search(r"20 of 20 slices are out of the training range, first .*_\d+.png: \w+", capsys.readouterr().out)
-
-
 # ---------------------------------------------------------------- real heads, where they are at hand
 
 
@@ -703,11 +407,3 @@ def test_a_real_head_is_stripped_to_its_brain(adult):
     brain = readers.strip_skull(*readers.read_volume(image, 1.0)) > 0
     known = np.asarray(nib.load(adult[1]).dataobj) > 0
     assert 2 * (brain & known).sum() / (brain.sum() + known.sum()) > 0.92
-
-
-def test_the_command_runs_as_its_help_says(tmp_path):
-    nib.save(head(), tmp_path / "scan.nii.gz")
-    done = command.run(str(ROOT / "extract.py"), "scan.nii.gz", "--plane", "axial", "--count", "32", "--out", "slices",
-                       cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0 and "32 slices of 1 volumes in slices/slices" in done.stdout
-    assert done.stderr == ""  # no bar where there is no terminal

@@ -1,0 +1,91 @@
+"""A head of a few thousand voxels whose left, front and top are known, as an image, a file or a DICOM folder."""
+
+import struct
+
+import numpy as np
+import pytest
+
+import volumes
+from volumes import Look
+
+nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-volumes.txt)")
+CENTRE = -2.0, 4.0, 6.0  # mm
+
+
+def brightness(x, y, z):
+    """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the darkest at its top."""
+    x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
+    value = 100.0 * ((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1)
+    for grey, radius, place in ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34))):
+        value = np.where((x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < radius**2, grey, value)
+    return value
+
+
+def place(voxels=(6, 6, 6), shape=(25, 31, 24)):
+    """An affine for a grid about the origin."""
+    affine = np.diag([*map(float, voxels), 1.0])
+    affine[:3, 3] = -np.array(voxels) * (np.array(shape) - 1) / 2
+    return affine, shape
+
+
+def head(affine=None, shape=None, dtype=np.float32):
+    """An image of nibabel: the head, sampled where the affine says."""
+    if affine is None:
+        affine, shape = place()
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    return nib.Nifti1Image(brightness(*np.moveaxis(grid, -1, 0)).astype(dtype), affine)
+
+
+def stored(image, axes):
+    """The same image with its voxels stored along other axes."""
+    to = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
+    return image.as_reoriented(to)
+
+
+def cut(path, image=None, **look):
+    """(slices, numbers, facts) of a file, or of an image that is written there first."""
+    if image is not None:
+        nib.save(image, path)
+    return volumes.extract_volume(str(path), Look(**{"spacing": 6.0, "count": 12} | look))
+
+
+def centre_of(slices, low, high=256):
+    """Mean (slice, row, column) of grey levels, as shares of the size."""
+    inside = np.argwhere((slices >= low) & (slices < high))
+    return (inside.mean(0) + 0.5) / slices.shape
+
+
+VALUES = np.asarray(head().dataobj)
+AFFINE = head().affine
+
+
+def element(group, number, kind, value):
+    value = value.encode() if isinstance(value, str) else value
+    value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
+    size = struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
+    return struct.pack("<HH", group, number) + kind.encode() + size + value
+
+
+def write_dicom(folder, series=1):
+    """The head as axial DICOM slices of one series; rows run to the left, columns to the back of the patient."""
+    image = stored(head(), "LPS")
+    corner = image.affine[:3, 3] * (-1, -1, 1)  # x and y of DICOM point to the left and to the back
+    folder.mkdir(exist_ok=True)
+    for number, plane in enumerate(np.moveaxis(np.asarray(image.dataobj), 2, 0)):
+        rows = plane.T.astype("<u2")  # (left, back) -> (rows, columns)
+        where = "\\".join(f"{value:g}" for value in corner + (0, 0, 6 * number))
+        uid, kind = f"1.2.3.{series}.{number + 1}", "1.2.840.10008.5.1.4.1.1.4"
+        meta = (element(2, 1, "OB", b"\0\1") + element(2, 2, "UI", kind) + element(2, 3, "UI", uid)
+                + element(2, 0x10, "UI", "1.2.840.10008.1.2.1"))  # fmt: skip
+        body = [(8, 0x16, "UI", kind), (8, 0x18, "UI", uid), (8, 0x60, "CS", "MR"), (8, 0x70, "LO", "SIEMENS"),
+                (0x18, 0x50, "DS", "6"), (0x20, 0xD, "UI", "1.2.3"), (0x20, 0xE, "UI", f"1.2.3.{series}"),
+                (0x20, 0x11, "IS", str(series)), (0x20, 0x13, "IS", str(number + 1)), (0x20, 0x32, "DS", where),
+                (0x20, 0x37, "DS", "1\\0\\0\\0\\1\\0"), (0x28, 2, "US", struct.pack("<H", 1)),
+                (0x28, 4, "CS", "MONOCHROME2"), (0x28, 0x10, "US", struct.pack("<H", rows.shape[0])),
+                (0x28, 0x11, "US", struct.pack("<H", rows.shape[1])), (0x28, 0x30, "DS", "6\\6"),
+                (0x28, 0x100, "US", struct.pack("<H", 16)), (0x28, 0x101, "US", struct.pack("<H", 16)),
+                (0x28, 0x102, "US", struct.pack("<H", 15)), (0x28, 0x103, "US", struct.pack("<H", 0)),
+                (0x7FE0, 0x10, "OW", rows.tobytes())]  # fmt: skip
+        data = element(2, 0, "UL", struct.pack("<I", len(meta))) + meta + b"".join(element(*row) for row in body)
+        (folder / f"{series}-{number:03d}.dcm").write_bytes(bytes(128) + b"DICM" + data)
+    return folder
