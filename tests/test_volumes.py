@@ -401,6 +401,18 @@ def test_a_real_head_and_its_mirrored_storage_give_the_same_slices(adult, tmp_pa
     assert 0.6 < (brain < 16).mean() < 0.9 and (whole < 16).mean() < (brain < 16).mean()
 
 
+def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
+    """Darkened on the left, because the template is symmetric, and stored along other axes than nilearn's own."""
+    image = pytest.importorskip("nilearn.image", reason="needs nilearn, whose package holds the MNI152 template")
+    template = pytest.importorskip("nilearn.datasets").load_mni152_template(resolution=2)
+    values = np.array(template.dataobj)
+    values[: values.shape[0] // 2] *= 0.7
+    other = stored(nib.Nifti1Image(values, template.affine), "PSL")
+    slices, _, facts = cut(tmp_path / "h.nii", other, spacing=2.0, slices=(40, 59, "index"))
+    known = np.asarray(image.reorder_img(other).dataobj)[:, ::-1, 40:60].T / facts["white"] * 255
+    assert facts["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
+
+
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-volumes.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))
