@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import subprocess
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -233,9 +232,7 @@ def _deepbet():
         from deepbet.bet import BrainExtraction
     except ImportError:
         raise InputError(f"--strip needs deepbet; install it with {INSTALL}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, about the format of deepbet's weights
-        return BrainExtraction(no_gpu=True)
+    return BrainExtraction(no_gpu=True)
 
 
 def strip_skull(volume, affine):

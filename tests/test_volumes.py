@@ -413,6 +413,7 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
     assert facts["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")  # how deepbet stores its weights
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-volumes.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))
