@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -254,17 +253,15 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
         found += here
     table, out = name_scans(list({os.path.realpath(row[0]): row for row in found}.values())), Path(out)
     classes = all(re.fullmatch(r"((train|test)[/\\])?(AD|NC)", folder) for folder in table.folder)
-    draft = Path(tempfile.mkdtemp(prefix=".extract-", dir=out))
-    (draft / "slices").mkdir()
 
     def work(row):
         try:
             slices, numbers, facts = extract_volume(row.source, look)
-        except (InputError, OSError) as problem:
-            if isinstance(problem, InputError) and not isinstance(problem, Unfit):
-                raise  # a missing package: the same for all
-            return {"error": str(problem) if isinstance(problem, Unfit) else f"cannot be read: {reason(problem)}"}
-        folder = draft / "slices" / (row.folder if classes else "")
+        except Unfit as problem:  # no other InputError: a package that is missing is missing for all
+            return {"error": str(problem)}
+        except OSError as problem:
+            return {"error": f"cannot be read: {reason(problem)}"}
+        folder = Path(draft, "slices", row.folder if classes else "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for number, pixels in zip(numbers, slices):
@@ -273,21 +270,20 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
             raise OSError(f"{out / 'slices'} cannot be written: {reason(problem)}; nothing is left there") from None
         return facts
 
-    try:
-        # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
-        with (warnings.catch_warnings(),
-              ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
-            warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
-            done = pool.map(work, table.itertuples(index=False))
-            rows = list(tqdm(done, bar, len(table), unit=" volumes", disable=None if bar else True, leave=False))
+    # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
+    with (tempfile.TemporaryDirectory(prefix=".extract-", dir=out, ignore_cleanup_errors=True) as draft,
+          warnings.catch_warnings(),
+          ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
+        warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
+        Path(draft, "slices").mkdir()
+        done = pool.map(work, table.itertuples(index=False))
+        rows = list(tqdm(done, bar, len(table), unit=" volumes", disable=None if bar else True, leave=False))
         table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
         write_csv(out / "extraction.csv", table.astype({name: "Int64" for name in COLUMNS if "_slice" in name}))
         write_json(out / "extraction.json", asdict(look))
         if table.subject.notna().any():
             write_csv(out / "subjects.csv", table.loc[table.subject.notna(), ["scan", "subject"]])
-        os.replace(draft / "slices", out / "slices")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        os.replace(Path(draft, "slices"), out / "slices")
     return table
 
 
