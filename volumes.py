@@ -76,20 +76,19 @@ def look_of(checkpoint, args):
     """(Look, sentence): how the training slices of a checkpoint were cut, with the flags that were given. What the
     checkpoint does not record is assumed, and the sentence says so; InputError where nothing can be assumed."""
     height, width = checkpoint["slice_size"]
-    if checkpoint.get("extraction"):
-        look, known = Look(**checkpoint["extraction"]), "as the checkpoint's training slices were cut"
-        look = replace(look, size=(width, height))
+    recorded = checkpoint.get("extraction")
+    if recorded:
+        look, known = Look(**recorded), "as the checkpoint's training slices were cut"
+    elif (width, height) == ADNI.size:
+        look, known = ADNI, "assumed from the size of the checkpoint's training slices, that of AD_NC"
+    elif args.plane:
+        look, known = Look(), "the plane as asked, the rest as the training slices are"
     else:
-        grey = float(np.mean(checkpoint["slice_stats"]["brightest"]))
-        if (width, height) == ADNI.size:
-            look, known = ADNI, "assumed from the size of the checkpoint's training slices, that of AD_NC"
-        elif args.plane:
-            look, known = Look(size=(width, height)), "the plane as asked, the rest as the training slices are"
-        else:
-            raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
-                             "pixels) are; name it with --plane axial, coronal or sagittal")
-        look = replace(look, brightest=grey)
-    return replace(look, **flags_given(args)), known
+        raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
+                         "pixels) are; name it with --plane axial, coronal or sagittal")
+    if not recorded:
+        look = replace(look, brightest=float(np.mean(checkpoint["slice_stats"]["brightest"])))
+    return replace(look, **{"size": (width, height), **flags_given(args)}), known
 
 
 def recorded_look(root):
@@ -158,13 +157,12 @@ def cut(volume, affine, look, middle, black):
     from nibabel.spaces import vox2out_vox
     from scipy.ndimage import affine_transform
 
-    axes = PLANES[look.plane]
+    (across, _), (down, _), (along, _) = axes = PLANES[look.plane]
     grid = np.full(3, look.spacing)
-    grid[axes[0][0]] = look.step or look.spacing
+    grid[across] = look.step or look.spacing
     shape, world = vox2out_vox((volume.shape, affine), grid)
-    origin = world[:3, 3]
+    origin, n = world[:3, 3], shape[across]
     centre = np.rint(((affine[:3, :3] @ middle + affine[:3, 3]) - origin) / grid)
-    across, n = axes[0][0], shape[axes[0][0]]
     if look.slices is None:
         first = int(centre[across]) - (look.count - 1) // 2
         numbers = np.arange(first, first + look.count)
@@ -178,20 +176,18 @@ def cut(volume, affine, look, middle, black):
         ends = origin[across], origin[across] + (n - 1) * grid[across]
         raise Unfit(f"has no slice there; expected 0:{n - 1}, or {ends[0]:.0f}mm:{ends[1]:.0f}mm")
     size = look.size and (look.size if look.turn % 180 == 0 else look.size[::-1])
-    height, width = size[::-1] if size else (shape[axes[1][0]], shape[axes[2][0]])
-    sides = height, width
+    width, height = sides = size or (shape[along], shape[down])
     if not SMALLEST <= min(sides) <= max(sides) <= LARGEST or len(numbers) * height * width > MOST_VOXELS:
         raise Unfit(f"would give {len(numbers)} slices of {width} x {height} pixels; expected {SMALLEST} to {LARGEST} "
                     "a side: choose another --size or --spacing")
-    steps, start = np.zeros((3, 3)), origin.copy()
-    start[across], steps[across, 0] = origin[across] + numbers[0] * grid[across], grid[across]
+    chosen = np.diag([0.0, 0.0, 0.0, 1.0])  # (slice, row, column) -> the grid
+    chosen[across, [0, 3]] = 1, numbers[0]
     for column, (axis, way), side in ((1, axes[1], height), (2, axes[2], width)):
         first = centre[axis] - way * (side // 2) if size else 0 if way > 0 else shape[axis] - 1
-        start[axis], steps[axis, column] = origin[axis] + first * grid[axis], way * grid[axis]
-    inverse = np.linalg.inv(affine)
+        chosen[axis, [column, 3]] = way, first
     # rounded: a voxel of the border at -1e-15 would count as outside
-    slices = affine_transform(volume, (inverse[:3, :3] @ steps).round(9), (inverse[:3, :3] @ start + inverse[:3, 3])
-                              .round(9), (len(numbers), height, width), order=1, cval=black)
+    slices = affine_transform(volume, (np.linalg.inv(affine) @ (world @ chosen))[:3].round(9),
+                              output_shape=(len(numbers), height, width), order=1, cval=black)
     return np.rot90(slices, look.turn // 90, (1, 2)), numbers, origin[across] + numbers * grid[across]
 
 
