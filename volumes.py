@@ -208,9 +208,8 @@ def extract_volume(path, look):
         notes.append(f"{lost.sum():,} of {volume.size:,} voxels are not finite numbers, and black")
         volume = np.where(lost, np.float32(black), volume)
     slices, numbers, positions = cut(volume, affine, look, middle, black)
-    asked = look.count if look.slices is None else len(numbers)
-    if len(numbers) < asked:
-        notes.append(f"only {len(numbers)} of {asked} slices are within the volume")
+    if look.slices is None and len(numbers) < look.count:
+        notes.append(f"only {len(numbers)} of {look.count} slices are within the volume")
     grey = 255.0
     if look.brightest is not None:  # the statistic of slices.STATS
         grey, white = look.brightest, max(float(np.quantile(slices, 0.99)), black + 1e-3 * (white - black))
@@ -289,13 +288,15 @@ class CutInputs:
 
     def __init__(self, args, checkpoint):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
-        self.inputs, self.lines, self.table = [given for given in args.inputs if given not in volumes], [], None
+        self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
+        self.temporary, self.table = None, pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
                 raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
             return
         look, known = look_of(checkpoint, args)
-        self.temporary = None if args.keep_slices else tempfile.TemporaryDirectory(prefix="slices-")
+        if not args.keep_slices:
+            self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
         self.table, self.folder = extract(volumes, look, folder), folder / "slices"
         bad = self.table[self.table.error.notna()]
@@ -307,18 +308,16 @@ class CutInputs:
 
     def explain(self, listing):
         """The Listing of `inputs` with the reasons why volumes could not be cut, and warnings on those that were."""
-        if self.table is not None:
-            known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
-            listing.index["error"] = pd.array([known.get(path, error) for path, error in zip(
-                listing.index.path, listing.index.error)], "string")  # fmt: skip
-            noted = self.table[self.table.notes.notna()]
-            listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
+        known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
+        listing.index["error"] = listing.index.path.map(known).astype("string").fillna(listing.index.error)
+        noted = self.table[self.table.notes.notna()]
+        listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
         return listing
 
     def finish(self, index):
         """Once its slices are decoded: the temporary folder is removed, and each row of `index` gets the path of its
         volume with the number of the slice, as in head.nii.gz:81."""
-        if self.table is not None and self.temporary:
+        if self.temporary:
             self.temporary.cleanup()
             ours = index.path.str.startswith(f"{self.folder}{os.sep}")
             source = index.scan.map(dict(zip(self.table.scan, self.table.source)))
