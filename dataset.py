@@ -91,15 +91,14 @@ def decode_set(root, keep=True, bar="decoding", pattern=None):
     Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
     """
     listing = list_set(root, pattern)
-    index, bad = usable(listing)
+    index, bad = usable(listing.index)
     train, paths = index.path[index.split == "train"], index.path.tolist()
     if train.empty:
         raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
     images, known, errors = cache.decode(paths, lambda: common_size(train), listing.root if keep else None, bar)
-    index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
-    readable = np.array([error is None for error in errors])
-    bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
-    return SliceSet(assign_groups(index[readable]), images, listing.root, bad, source=listing.source,
+    index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
+    index, unread = usable(pd.concat([index, known], axis=1))
+    return SliceSet(assign_groups(index), images, listing.root, bad + unread, source=listing.source,
                     passed=listing.warnings)
 
 

@@ -147,11 +147,10 @@ def _complete(table, who, order):
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
 
-def usable(listing):
-    """(index of the files that can be used, list of (path, reason) of the others)."""
-    bad = listing.index[listing.index.error.notna()]
-    index = listing.index[listing.index.error.isna()].reset_index(drop=True)
-    return index.astype({"slice": "int64"}), list(zip(bad.path, bad.error))
+def usable(index):
+    """(index of the files that can be used, list of (path, reason) of the others), out of that of a Listing."""
+    good, bad = index[index.error.isna()], index[index.error.notna()]
+    return good.reset_index(drop=True).astype({"slice": "int64"}), list(zip(bad.path, bad.error))
 
 
 def read_index(root):
@@ -163,7 +162,7 @@ def read_index(root):
     names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
     or in another class than the metadata say. Whether the files hold images is not looked at.
     """
-    index, bad = usable(list_set(root))
+    index, bad = usable(list_set(root).index)
     if bad:
         raise InputError(describe_bad(bad))
     return index[COLUMNS]
