@@ -111,17 +111,15 @@ def name_scans(found):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".")[-120:] or "scan"
 
     table = pd.DataFrame(found, columns=["source", "folder"])
-    stem = [re.sub(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", os.path.basename(os.path.abspath(path)), flags=re.I)
-            for path in table.source]
-    table["scan"] = [safe(name) for name in stem]
+    stem = table.source.map(os.path.abspath).map(os.path.basename)
+    stem = stem.str.replace(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", case=False, regex=True)
+    table["scan"] = stem.map(safe)
     twins = table.scan.duplicated(keep=False)
-    table.loc[twins, "scan"] = [safe(f"{place}_{name}".replace(os.sep, "_"))
-                                for place, name in zip(table.folder[twins], np.array(stem, object)[twins])]
+    table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe)
     number = table.groupby("scan").cumcount()
     table["scan"] += ("-" + (number + 1).astype(str)).where(number > 0, "")
     for column, key in (("subject", "sub"), ("session", "ses")):
-        told = [re.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)", path) for path in table.source]
-        table[column] = [words[-1] if words else None for words in told]
+        table[column] = table.source.str.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)").str[-1]
     return table
 
 
