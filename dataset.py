@@ -211,7 +211,7 @@ class _InMemory:
         self.images, self.rows, self.labels = images, rows, labels.astype(np.int64)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitem__(self, batch):
         import torch
@@ -219,7 +219,7 @@ class _InMemory:
         return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
 
 
-class _OnDevice:
+class _OnDevice(_InMemory):
     """The same, with the pixels on a device."""
 
     def __init__(self, pixels, device):
@@ -229,9 +229,6 @@ class _OnDevice:
         parts = (pixels[np.arange(start, min(start + 1024, len(pixels)))] for start in first)
         parts = [(images.to(device), labels.to(device)) for images, labels in parts]
         self.images, self.labels = (torch.cat(part) for part in zip(*parts))
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, batch):
         import torch
