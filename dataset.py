@@ -91,15 +91,14 @@ def decode_set(root, keep=True, bar="decoding", pattern=None):
     Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
     """
     listing = list_set(root, pattern)
-    index, bad = usable(listing)
+    index, bad = usable(listing.index)
     train, paths = index.path[index.split == "train"], index.path.tolist()
     if train.empty:
         raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
     images, known, errors = cache.decode(paths, lambda: common_size(train), listing.root if keep else None, bar)
-    index = pd.concat([index.assign(row=np.arange(len(index))), known], axis=1)
-    readable = np.array([error is None for error in errors])
-    bad += [(path, error) for path, error in zip(paths, errors) if error is not None]
-    return SliceSet(assign_groups(index[readable]), images, listing.root, bad, source=listing.source,
+    index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
+    index, unread = usable(pd.concat([index, known], axis=1))
+    return SliceSet(assign_groups(index), images, listing.root, bad + unread, source=listing.source,
                     passed=listing.warnings)
 
 
@@ -212,7 +211,7 @@ class _InMemory:
         self.images, self.rows, self.labels = images, rows, labels.astype(np.int64)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitem__(self, batch):
         import torch
@@ -220,7 +219,7 @@ class _InMemory:
         return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
 
 
-class _OnDevice:
+class _OnDevice(_InMemory):
     """The same, with the pixels on a device."""
 
     def __init__(self, pixels, device):
@@ -230,9 +229,6 @@ class _OnDevice:
         parts = (pixels[np.arange(start, min(start + 1024, len(pixels)))] for start in first)
         parts = [(images.to(device), labels.to(device)) for images, labels in parts]
         self.images, self.labels = (torch.cat(part) for part in zip(*parts))
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, batch):
         import torch

@@ -36,17 +36,6 @@ from readers import files_of
 from slices import load_slices, out_of_range, passed_over
 
 
-def check_range(folder, checkpoint):
-    """A sentence on whether the slices under `folder` resemble those that a checkpoint was trained on."""
-    paths = sorted(map(str, folder.rglob("*.png")))
-    _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")
-    strange = out_of_range(stats, checkpoint["slice_stats"]).dropna()
-    if strange.empty:
-        return f"all {len(paths)} slices are within the range of the training slices"
-    return (f"{len(strange)} of {len(paths)} slices are out of the training range, first {paths[strange.index[0]]}: "
-            f"{strange.iloc[0]}")  # fmt: skip
-
-
 def main(args):
     checkpoint = None
     if args.like and args.like != "ADNI":
@@ -62,9 +51,8 @@ def main(args):
 
     used = [file for source in table.source for file in files_of(source)]
     warnings = [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
-    for row in table[table.notes.notna()].itertuples():
-        warnings.append(f"{row.source}: {row.notes}")
-    bad = table[table.error.notna()]
+    noted, bad = table[table.notes.notna()], table[table.error.notna()]
+    warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
     warnings += [f"{row.source} {row.error}" for row in bad.head(10).itertuples()]
     if len(bad):
         warnings.append(f"{len(bad)} of {len(table)} volumes were skipped (column error of extraction.csv)")
@@ -72,8 +60,13 @@ def main(args):
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
     if len(bad) == len(table):
         raise InputError(f"none of the {len(table)} volumes could be cut; {out / 'extraction.csv'} says why")
-    if checkpoint:
-        print(check_range(out / "slices", checkpoint))
+    if checkpoint:  # do the slices resemble those that it was trained on?
+        paths = sorted(map(str, (out / "slices").rglob("*.png")))
+        _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")
+        strange = out_of_range(stats, checkpoint["slice_stats"]).dropna()
+        print(f"all {len(paths)} slices are within the range of the training slices" if strange.empty else
+              f"{len(strange)} of {len(paths)} slices are out of the training range, first {paths[strange.index[0]]}: "
+              f"{strange.iloc[0]}")
     print(f"{table.n_slices.sum():,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}")
 
 

@@ -7,7 +7,7 @@ and what to do; whatever is in a folder and no slice is counted.
 import os
 import shlex
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -31,31 +31,28 @@ class Listing:
     index: pd.DataFrame
     root: str
     source: Path | None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
 
 def _tabulate(rows):
-    """A table of rows (path, label, split, error): with scan and slice from the name, "" and <NA> where it has another
-    form, and an error where rows contradict each other."""
+    """A table of rows (path, label, split, error): with scan and slice from the name, the path and <NA> where it has
+    another form, and an error where rows contradict each other."""
     rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
     for row in rows:
         row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
-    for column, what in (("label", "both classes"), ("split", "both train and test")):
-        fine, found = [row for row in rows if row["error"] is None], defaultdict(dict)
-        for row in fine:
+    for column, unit, text in (
+            ("label", ["scan"], "is of scan {scan}, which is in both classes (there as {other})"),
+            ("split", ["scan"], "is of scan {scan}, which is in both train and test (there as {other})"),
+            ("path", ["scan", "slice"], "is the same slice of a scan as {other}")):
+        found = defaultdict(dict)  # of each unit the values of the column, with the first path of each
+        fine = [(row, found[tuple(row[name] for name in unit)]) for row in rows if row["error"] is None]
+        for row, paths in fine:
             if row[column] is not None:
-                found[row["scan"]].setdefault(row[column], row["path"])
-        for row in fine:
-            other = [path for value, path in found[row["scan"]].items() if value != row[column]]
-            if other and len(found[row["scan"]]) > 1:
-                row["error"] = f"is of scan {row['scan']}, which is in {what} (there as {other[0]})"
-    same = defaultdict(list)
-    for row in rows:
-        if row["error"] is None and row["slice"] is not None:
-            same[row["scan"], row["slice"]].append(row)
-    for twins in same.values():
-        for row in twins if len(twins) > 1 else ():
-            row["error"] = f"is the same slice of a scan as {twins[row is twins[0]]['path']}"  # the first or the second
+                paths.setdefault(row[column], row["path"])
+        for row, paths in fine:
+            if len(paths) > 1:
+                other = next(path for value, path in paths.items() if value != row[column])
+                row["error"] = text.format(other=other, **row)
     table = pd.DataFrame(rows, columns=["path", "label", "split", "error", "scan", "slice"])
     return table.astype({"error": "string", "slice": "Int64", "scan": object})
 
@@ -150,11 +147,10 @@ def _complete(table, who, order):
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
 
-def usable(listing):
-    """(index of the files that can be used, list of (path, reason) of the others)."""
-    bad = listing.index[listing.index.error.notna()]
-    index = listing.index[listing.index.error.isna()].reset_index(drop=True)
-    return index.astype({"slice": "int64"}), list(zip(bad.path, bad.error))
+def usable(index):
+    """(index of the files that can be used, list of (path, reason) of the others), out of that of a Listing."""
+    good, bad = index[index.error.isna()], index[index.error.notna()]
+    return good.reset_index(drop=True).astype({"slice": "int64"}), list(zip(bad.path, bad.error))
 
 
 def read_index(root):
@@ -166,7 +162,7 @@ def read_index(root):
     names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
     or in another class than the metadata say. Whether the files hold images is not looked at.
     """
-    index, bad = usable(list_set(root))
+    index, bad = usable(list_set(root).index)
     if bad:
         raise InputError(describe_bad(bad))
     return index[COLUMNS]
@@ -190,13 +186,11 @@ def list_inputs(inputs, pattern=None):
     What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
     folders, and metadata that cannot be read, is listed in `warnings`.
     """
-    rows, ignored, warnings, files = [], [], [], set()
+    ignored, warnings, files = [], [], {}
     found = [row for given in map(Path, inputs) for row in _list_input(given, ignored, warnings)]
     for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
-        if os.path.realpath(path) not in files:
-            files.add(os.path.realpath(path))
-            rows.append((path, label, "", error))
-    table = _tabulate(rows)
+        files.setdefault(os.path.realpath(path), (path, label, "", error))
+    table = _tabulate(files.values())
     if table.error.notna().all():
         more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
         raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
@@ -230,20 +224,19 @@ def _list_input(given, ignored, warnings):
         return [(str(given), None, other)]
     found = []
     try:
-        right_here, folders_here, others_here = list_folder(given)
+        right_here, folders_here, _ = list_folder(given)
         labelled = {label: find_folder(given, label) for label in ("AD", "NC")}
-        if right_here:  # then a folder of another name is no class
-            labelled = {label: folder for label, folder in labelled.items() if folder == given / label}
-        labelled = {label: folder for label, folder in labelled.items() if folder}
-        for label, folder in labelled.items() or [(None, given)]:
+        # beside slices, a folder of another name is no class
+        labelled = {label: folder for label, folder in labelled.items()
+                    if folder and (folder.name == label or not right_here)}
+        for label, folder in (*labelled.items(), (None, given)):
             images, folders, others = list_folder(folder)
-            found += [(path, label, None) for path in images]
-            ignored += [*folders, *others]
+            if label or not labelled:
+                found += [(path, label, None) for path in images]
+                images = []
+            ignored += [path for path in (*images, *folders, *others) if Path(path) not in labelled.values()]
             if label and folder.name != label:
                 warnings.append(f"the folder {folder} is taken for {label}")
-        if labelled:
-            here = set(map(str, labelled.values()))
-            ignored += [path for path in (*right_here, *folders_here, *others_here) if path not in here]
     except OSError as problem:
         return [(str(given), None, f"cannot be listed: {problem.strerror}")]
     if not found:

@@ -33,12 +33,10 @@ def is_volume(path):
 
 
 def _is_dicom(path):
-    try:
-        if stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):  # a pipe would wait for ever
             with open(path, "rb") as file:
                 return file.read(132)[128:] == b"DICM"
-    except OSError:
-        pass
     return False
 
 
@@ -129,7 +127,7 @@ def open_volume(path):
         image = nib.load(path, mmap=False, keep_file_open=True)
         shape, affine, dtype = tuple(map(int, image.shape)), image.affine, image.get_data_dtype()
         with np.errstate(all="ignore"):
-            voxels = np.sqrt((affine[:3, :3] ** 2).sum(0))
+            voxels = nib.affines.voxel_sizes(affine)
             angles = np.abs(np.linalg.det(affine[:3, :3] / voxels)) if voxels.all() else 0.0
     except Exception as problem:  # nibabel raises nearly anything on a damaged header
         raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
@@ -199,25 +197,22 @@ def read_volume(image, spacing):
     memory, and nothing aliases. Unfit for a file that is damaged."""
     nib = nibabel()
     affine, shape = image.affine, tuple(map(int, image.shape[:3]))
+    k = np.clip(np.floor(spacing / nib.affines.voxel_sizes(affine) + 1e-3).astype(int), 1, shape)
     directions = nib.io_orientation(affine)[:, 1]
-    voxels = np.sqrt((affine[:3, :3] ** 2).sum(0))
-    k = np.clip(np.floor(spacing / voxels + 1e-3).astype(int), 1, shape)
     starts = [_blocks(n, size, way < 0) for n, size, way in zip(shape, k, directions)]
     counts = [np.diff([*first, n]) for first, n in zip(starts, shape)]
     volume = np.empty([len(first) for first in starts], np.float32)
     most = max(1, int(SLAB // (shape[0] * shape[1] * k[2])))  # blocks at once
-    rest = (0,) * (len(image.shape) - 3)
     for first in range(0, len(starts[2]), most):
-        at = starts[2][first : first + most]
-        end = starts[2][first + most] if first + most < len(starts[2]) else shape[2]
+        at, parts = (values[first : first + most] for values in (starts[2], counts[2]))
+        place = slice(None), slice(None), slice(int(at[0]), int(at[0] + parts.sum())), *[0] * (len(image.shape) - 3)
         try:
-            slab = np.asarray(image.dataobj[(slice(None), slice(None), slice(int(at[0]), int(end)), *rest)])
+            slab = np.asarray(image.dataobj[place])
         except Exception as problem:  # of nibabel, gzip or zlib, on a damaged file
             raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
         if (k > 1).any():
             for axis, begin in enumerate((starts[0], starts[1], at - at[0])):
                 slab = np.add.reduceat(slab, begin, axis, dtype=np.float64)
-            parts = counts[2][first : first + most]
             slab /= counts[0][:, None, None] * counts[1][:, None] * parts
         volume[:, :, first : first + most] = slab
     offset = [first[-1] - size * (len(first) - 1) + (size - 1) / 2 for first, size in zip(starts, k)]

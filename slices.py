@@ -75,7 +75,7 @@ def passed_over(root, used):
             if os.path.abspath(os.path.join(folder, name)) in used:
                 continue
             kind = os.path.splitext(name)[1].lower() or "extensionless"
-            if is_junk(name) or any(is_junk(part) for part in Path(place).parts if part != "."):
+            if is_junk(name) or any(map(is_junk, Path(place).parts)):
                 counts["", "left by archives and tools, such as .DS_Store"] += 1
             else:
                 counts[f"{kind} " if ours else "", f"in {printable(folder)}"] += 1
@@ -258,8 +258,7 @@ def stats_range(stats):
 
 
 # How far beyond the range of training a slice is still taken for one of its kind: a share of that range, plus so much.
-SLACK = {"colour": (0.25, 5), "near_black": (0.25, 0.02), "median": (0.25, 5), "bright": (0.25, 10),
-         "brightest": (0.25, 16), "border": (0.25, 5)}
+SHARE, SLACK = 0.25, {"colour": 5, "near_black": 0.02, "median": 5, "bright": 10, "brightest": 16, "border": 5}
 SCALE = 1.5  # the same for height and width, as a factor
 WORDS = {"colour": "colour (mean difference of channels)", "near_black": "share of near-black", "median": "median grey",
          "bright": "90 % quantile of grey", "brightest": "99 % quantile of grey", "border": "mean grey of the border"}
@@ -273,10 +272,9 @@ def out_of_range(stats, training):
         low, high = training[name]
         least, most = low / SCALE, high * SCALE
         if name in SLACK:
-            slack = SLACK[name][0] * (high - low) + SLACK[name][1]
+            slack = SHARE * (high - low) + SLACK[name]
             least, most = low - slack, high + slack
-        texts = stats[name].map(lambda value: f"; {WORDS.get(name, name)} {value:.3g}, in training "  # noqa: B023
-                                              f"{low:.3g} to {high:.3g}")  # noqa: B023
+        texts = stats[name].map(f"; {WORDS.get(name, name)} {{:.3g}}, in training {low:.3g} to {high:.3g}".format)
         found += texts.where((stats[name] < least) | (stats[name] > most), "")
     return found.mask(found == "").str.removeprefix("; ")
 

@@ -38,7 +38,12 @@ def read_subjects(root):
         subjects, labels = _subjects_from_json(source)
     if not subjects and found["subjects.csv"]:
         source = found["subjects.csv"]
-        subjects = _subjects_from_csv(source)
+        table = read_table(source, ("scan", "subject"))
+        known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
+        twice = known.scan[known.scan.duplicated()]
+        if len(twice):
+            raise InputError(f"{source} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
+        subjects = dict(zip(known.scan, known.subject))
     return subjects, labels, source
 
 
@@ -123,16 +128,6 @@ def read_table(path, columns):
         raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}")
     return table.apply(lambda column: column if column.name == "scan" else
                        column.where(~column.str.lower().isin(MISSING)))
-
-
-def _subjects_from_csv(path):
-    """{scan: subject} of a table with these columns."""
-    table = read_table(path, ("scan", "subject"))
-    known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
-    twice = known.scan[known.scan.duplicated()]
-    if len(twice):
-        raise InputError(f"{path} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
-    return dict(zip(known.scan, known.subject))
 
 
 def _subjects_from_json(path):
@@ -226,7 +221,7 @@ def split_index(index, val_fraction=0.1, by="subject", seed=0):
     index = index.copy()
     train = index[index.split == "train"]
     units = _units(train, by)
-    sizes = pd.DataFrame({"unit": units, "label": train.label}).groupby("unit").label.agg(["min", "size"])
+    sizes = train.label.groupby(units).agg(["min", "size"])
     generator = np.random.default_rng(seed)
     for _, part in sizes.groupby("min"):
         if len(part) < 2 or val_fraction == 0:
@@ -252,7 +247,7 @@ def fold_index(index, fold, folds, by="subject", seed=0):
         raise InputError(f"fold {fold} of {folds} does not exist; folds count from 0, and there are at least 2")
     index = index[index.split == "train"].copy()
     units = _units(index, by)
-    fewest = pd.DataFrame({"unit": units, "label": index.label}).groupby("label").unit.nunique().min()
+    fewest = units.groupby(index.label).nunique().min()
     if fewest < folds:
         raise InputError(f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}")
     kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -319,10 +314,10 @@ def _shared(index, column, one, other):
 
 def check_disjoint(index):
     """Raise RuntimeError if train and val share a subject, a scan, or a group, which copies of a slice belong to."""
-    for column, name in (("subject", "subjects"), ("scan", "scans"), ("group", "groups")):
+    for column in ("subject", "scan", "group"):
         shared = _shared(index, column, "train", "val")
         if shared:
-            raise RuntimeError(f"train and val share {len(shared)} {name}, first {shared[0]}; the split leaks")
+            raise RuntimeError(f"train and val share {len(shared)} {column}s, first {shared[0]}; the split leaks")
 
 
 def shared_subjects(index):
@@ -370,8 +365,7 @@ def describe_copies(index):
     found = found[found.duplicated("pixel_hash", keep=False)]
     if found.empty:
         return
-    across = found.groupby("pixel_hash").split.agg(lambda splits: "test" in set(splits) and len(set(splits)) > 1)
-    leak = found[found.pixel_hash.isin(across.index[across])]
+    leak = found.groupby("pixel_hash").filter(lambda copies: {"test"} < set(copies.split))  # in test and elsewhere
     part = leak if len(leak) else found
     one, other = part[part.pixel_hash == part.pixel_hash.iloc[0]].path.iloc[:2]
     where = "LEAK: slices of test are copies, pixel for pixel, of slices in train" if len(leak) else (

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -77,20 +76,19 @@ def look_of(checkpoint, args):
     """(Look, sentence): how the training slices of a checkpoint were cut, with the flags that were given. What the
     checkpoint does not record is assumed, and the sentence says so; InputError where nothing can be assumed."""
     height, width = checkpoint["slice_size"]
-    if checkpoint.get("extraction"):
-        look, known = Look(**checkpoint["extraction"]), "as the checkpoint's training slices were cut"
-        look = replace(look, size=(width, height))
+    recorded = checkpoint.get("extraction")
+    if recorded:
+        look, known = Look(**recorded), "as the checkpoint's training slices were cut"
+    elif (width, height) == ADNI.size:
+        look, known = ADNI, "assumed from the size of the checkpoint's training slices, that of AD_NC"
+    elif args.plane:
+        look, known = Look(), "the plane as asked, the rest as the training slices are"
     else:
-        grey = float(np.mean(checkpoint["slice_stats"]["brightest"]))
-        if (width, height) == ADNI.size:
-            look, known = ADNI, "assumed from the size of the checkpoint's training slices, that of AD_NC"
-        elif args.plane:
-            look, known = Look(size=(width, height)), "the plane as asked, the rest as the training slices are"
-        else:
-            raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
-                             "pixels) are; name it with --plane axial, coronal or sagittal")
-        look = replace(look, brightest=grey)
-    return replace(look, **flags_given(args)), known
+        raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
+                         "pixels) are; name it with --plane axial, coronal or sagittal")
+    if not recorded:
+        look = replace(look, brightest=float(np.mean(checkpoint["slice_stats"]["brightest"])))
+    return replace(look, **{"size": (width, height), **flags_given(args)}), known
 
 
 def recorded_look(root):
@@ -113,17 +111,15 @@ def name_scans(found):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".")[-120:] or "scan"
 
     table = pd.DataFrame(found, columns=["source", "folder"])
-    stem = [re.sub(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", os.path.basename(os.path.abspath(path)), flags=re.I)
-            for path in table.source]
-    table["scan"] = [safe(name) for name in stem]
+    stem = table.source.map(os.path.abspath).map(os.path.basename)
+    stem = stem.str.replace(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", case=False, regex=True)
+    table["scan"] = stem.map(safe)
     twins = table.scan.duplicated(keep=False)
-    table.loc[twins, "scan"] = [safe(f"{place}_{name}".replace(os.sep, "_"))
-                                for place, name in zip(table.folder[twins], np.array(stem, object)[twins])]
+    table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe)
     number = table.groupby("scan").cumcount()
     table["scan"] += ("-" + (number + 1).astype(str)).where(number > 0, "")
     for column, key in (("subject", "sub"), ("session", "ses")):
-        told = [re.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)", path) for path in table.source]
-        table[column] = [words[-1] if words else None for words in told]
+        table[column] = table.source.str.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)").str[-1]
     return table
 
 
@@ -159,13 +155,12 @@ def cut(volume, affine, look, middle, black):
     from nibabel.spaces import vox2out_vox
     from scipy.ndimage import affine_transform
 
-    axes = PLANES[look.plane]
+    (across, _), (down, _), (along, _) = axes = PLANES[look.plane]
     grid = np.full(3, look.spacing)
-    grid[axes[0][0]] = look.step or look.spacing
+    grid[across] = look.step or look.spacing
     shape, world = vox2out_vox((volume.shape, affine), grid)
-    origin = world[:3, 3]
+    origin, n = world[:3, 3], shape[across]
     centre = np.rint(((affine[:3, :3] @ middle + affine[:3, 3]) - origin) / grid)
-    across, n = axes[0][0], shape[axes[0][0]]
     if look.slices is None:
         first = int(centre[across]) - (look.count - 1) // 2
         numbers = np.arange(first, first + look.count)
@@ -179,20 +174,18 @@ def cut(volume, affine, look, middle, black):
         ends = origin[across], origin[across] + (n - 1) * grid[across]
         raise Unfit(f"has no slice there; expected 0:{n - 1}, or {ends[0]:.0f}mm:{ends[1]:.0f}mm")
     size = look.size and (look.size if look.turn % 180 == 0 else look.size[::-1])
-    height, width = size[::-1] if size else (shape[axes[1][0]], shape[axes[2][0]])
-    sides = height, width
+    width, height = sides = size or (shape[along], shape[down])
     if not SMALLEST <= min(sides) <= max(sides) <= LARGEST or len(numbers) * height * width > MOST_VOXELS:
         raise Unfit(f"would give {len(numbers)} slices of {width} x {height} pixels; expected {SMALLEST} to {LARGEST} "
                     "a side: choose another --size or --spacing")
-    steps, start = np.zeros((3, 3)), origin.copy()
-    start[across], steps[across, 0] = origin[across] + numbers[0] * grid[across], grid[across]
+    chosen = np.diag([0.0, 0.0, 0.0, 1.0])  # (slice, row, column) -> the grid
+    chosen[across, [0, 3]] = 1, numbers[0]
     for column, (axis, way), side in ((1, axes[1], height), (2, axes[2], width)):
         first = centre[axis] - way * (side // 2) if size else 0 if way > 0 else shape[axis] - 1
-        start[axis], steps[axis, column] = origin[axis] + first * grid[axis], way * grid[axis]
-    inverse = np.linalg.inv(affine)
+        chosen[axis, [column, 3]] = way, first
     # rounded: a voxel of the border at -1e-15 would count as outside
-    slices = affine_transform(volume, (inverse[:3, :3] @ steps).round(9), (inverse[:3, :3] @ start + inverse[:3, 3])
-                              .round(9), (len(numbers), height, width), order=1, cval=black)
+    slices = affine_transform(volume, (np.linalg.inv(affine) @ (world @ chosen))[:3].round(9),
+                              output_shape=(len(numbers), height, width), order=1, cval=black)
     return np.rot90(slices, look.turn // 90, (1, 2)), numbers, origin[across] + numbers * grid[across]
 
 
@@ -213,9 +206,8 @@ def extract_volume(path, look):
         notes.append(f"{lost.sum():,} of {volume.size:,} voxels are not finite numbers, and black")
         volume = np.where(lost, np.float32(black), volume)
     slices, numbers, positions = cut(volume, affine, look, middle, black)
-    asked = look.count if look.slices is None else len(numbers)
-    if len(numbers) < asked:
-        notes.append(f"only {len(numbers)} of {asked} slices are within the volume")
+    if look.slices is None and len(numbers) < look.count:
+        notes.append(f"only {len(numbers)} of {look.count} slices are within the volume")
     grey = 255.0
     if look.brightest is not None:  # the statistic of slices.STATS
         grey, white = look.brightest, max(float(np.quantile(slices, 0.99)), black + 1e-3 * (white - black))
@@ -254,17 +246,15 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
         found += here
     table, out = name_scans(list({os.path.realpath(row[0]): row for row in found}.values())), Path(out)
     classes = all(re.fullmatch(r"((train|test)[/\\])?(AD|NC)", folder) for folder in table.folder)
-    draft = Path(tempfile.mkdtemp(prefix=".extract-", dir=out))
-    (draft / "slices").mkdir()
 
     def work(row):
         try:
             slices, numbers, facts = extract_volume(row.source, look)
-        except (InputError, OSError) as problem:
-            if isinstance(problem, InputError) and not isinstance(problem, Unfit):
-                raise  # a missing package: the same for all
-            return {"error": str(problem) if isinstance(problem, Unfit) else f"cannot be read: {reason(problem)}"}
-        folder = draft / "slices" / (row.folder if classes else "")
+        except Unfit as problem:  # no other InputError: a package that is missing is missing for all
+            return {"error": str(problem)}
+        except OSError as problem:
+            return {"error": f"cannot be read: {reason(problem)}"}
+        folder = Path(draft, "slices", row.folder if classes else "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for number, pixels in zip(numbers, slices):
@@ -273,21 +263,20 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
             raise OSError(f"{out / 'slices'} cannot be written: {reason(problem)}; nothing is left there") from None
         return facts
 
-    try:
-        # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
-        with (warnings.catch_warnings(),
-              ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
-            warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
-            done = pool.map(work, table.itertuples(index=False))
-            rows = list(tqdm(done, bar, len(table), unit=" volumes", disable=None if bar else True, leave=False))
+    # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
+    with (tempfile.TemporaryDirectory(prefix=".extract-", dir=out, ignore_cleanup_errors=True) as draft,
+          warnings.catch_warnings(),
+          ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
+        warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
+        Path(draft, "slices").mkdir()
+        done = pool.map(work, table.itertuples(index=False))
+        rows = list(tqdm(done, bar, len(table), unit=" volumes", disable=None if bar else True, leave=False))
         table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
         write_csv(out / "extraction.csv", table.astype({name: "Int64" for name in COLUMNS if "_slice" in name}))
         write_json(out / "extraction.json", asdict(look))
         if table.subject.notna().any():
             write_csv(out / "subjects.csv", table.loc[table.subject.notna(), ["scan", "subject"]])
-        os.replace(draft / "slices", out / "slices")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        os.replace(Path(draft, "slices"), out / "slices")
     return table
 
 
@@ -297,13 +286,15 @@ class CutInputs:
 
     def __init__(self, args, checkpoint):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
-        self.inputs, self.lines, self.table = [given for given in args.inputs if given not in volumes], [], None
+        self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
+        self.temporary, self.table = None, pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
                 raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
             return
         look, known = look_of(checkpoint, args)
-        self.temporary = None if args.keep_slices else tempfile.TemporaryDirectory(prefix="slices-")
+        if not args.keep_slices:
+            self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
         self.table, self.folder = extract(volumes, look, folder), folder / "slices"
         bad = self.table[self.table.error.notna()]
@@ -315,18 +306,16 @@ class CutInputs:
 
     def explain(self, listing):
         """The Listing of `inputs` with the reasons why volumes could not be cut, and warnings on those that were."""
-        if self.table is not None:
-            known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
-            listing.index["error"] = pd.array([known.get(path, error) for path, error in zip(
-                listing.index.path, listing.index.error)], "string")  # fmt: skip
-            noted = self.table[self.table.notes.notna()]
-            listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
+        known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
+        listing.index["error"] = listing.index.path.map(known).astype("string").fillna(listing.index.error)
+        noted = self.table[self.table.notes.notna()]
+        listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
         return listing
 
     def finish(self, index):
         """Once its slices are decoded: the temporary folder is removed, and each row of `index` gets the path of its
         volume with the number of the slice, as in head.nii.gz:81."""
-        if self.table is not None and self.temporary:
+        if self.temporary:
             self.temporary.cleanup()
             ours = index.path.str.startswith(f"{self.folder}{os.sep}")
             source = index.scan.map(dict(zip(self.table.scan, self.table.source)))
