@@ -70,13 +70,10 @@ class LayerNorm(nn.LayerNorm):
         self.channels_first = channels_first
 
     def forward(self, x):
-        if self.channels_first:
-            return self._normalise(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, C, H, W) -> (N, H, W, C) -> back
-        return self._normalise(x)
-
-    def _normalise(self, x):
+        x = x.permute(0, 2, 3, 1) if self.channels_first else x  # (N, C, H, W) -> (N, H, W, C)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
 
 
 def make_norm(kind, dim):
