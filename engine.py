@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from inference import micro_batch, predict_logits
 from metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
-from modules import has_batch_norm
 from runtime import seed_everything
 from slices import train_transform
 from utils import CLASSES, InputError, lr_at, seed_of
@@ -59,7 +58,8 @@ class TrainState:
 
     def __init__(self, model, runtime, *, lr, weight_decay=1e-4, ema=0.0):
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.whole = has_batch_norm(model)  # then a batch is not taken in parts or filled up: its statistics count
+        # with BatchNorm a batch is not taken in parts or filled up: its statistics count
+        self.whole = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         self.forward = model  # or what wraps it, see `train.make_batches`
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
         self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)

@@ -31,7 +31,6 @@ VARIANTS = {
     "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }
 
-
 PAPER = dict(norm="layer", stem="patch", downsample="patch", layer_scale=1e-6, init_std=0.02, head_norm="layer")
 
 
@@ -191,10 +190,6 @@ def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0, *
         raise ValueError(f"there is no ConvNeXt variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     given = dict(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate) | options
     return ConvNeXt(**VARIANTS[variant] | given)
-
-
-def has_batch_norm(model):
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 class PlainCNN(nn.Sequential):
