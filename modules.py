@@ -214,26 +214,22 @@ def describe_model(variant):
     return "plain CNN" if variant == "cnn" else f"ConvNeXt {variant}"
 
 
-# Each pair rewrites a name of torchvision's (features, classifier) or timm's (stem, blocks, head.fc) into ours. Even
-# features are the stem and the down-samplings, odd ones the stages; both count from 0 here.
+# Each pair rewrites a name of torchvision's (features, block, classifier) or timm's (stem, blocks, conv_dw, mlp,
+# head.norm, head.fc) into ours. Even features are the stem and the down-samplings, odd ones the stages; both count
+# from 0 here.
 _RENAMES = [
     (r"^features\.(\d*[02468])\.", lambda m: f"downsample_layers.{int(m[1]) // 2}."),
     (r"^features\.(\d*[13579])\.", lambda m: f"stages.{int(m[1]) // 2}."),
-    (r"\.block\.0\.", lambda m: ".dwconv."),
-    (r"\.block\.2\.", lambda m: ".norm."),
-    (r"\.block\.3\.", lambda m: ".pwconv1."),
-    (r"\.block\.5\.", lambda m: ".pwconv2."),
-    (r"\.layer_scale$", lambda m: ".gamma"),
-    (r"^classifier\.0\.", lambda m: "norm."),
-    (r"^classifier\.2\.", lambda m: "head."),
-    (r"^stem\.", lambda m: "downsample_layers.0."),
-    (r"^stages\.(\d+)\.downsample\.", lambda m: f"downsample_layers.{m[1]}."),
-    (r"^(stages\.\d+)\.blocks\.", lambda m: f"{m[1]}."),
-    (r"\.conv_dw\.", lambda m: ".dwconv."),
-    (r"\.mlp\.fc1\.", lambda m: ".pwconv1."),
-    (r"\.mlp\.fc2\.", lambda m: ".pwconv2."),
-    (r"^head\.norm\.", lambda m: "norm."),
-    (r"^head\.fc\.", lambda m: "head."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^(stages\.\d+)\.blocks\.", r"\1."),
+    (r"\.(block\.0|conv_dw)\.", ".dwconv."),
+    (r"\.block\.2\.", ".norm."),
+    (r"\.(block\.3|mlp\.fc1)\.", ".pwconv1."),
+    (r"\.(block\.5|mlp\.fc2)\.", ".pwconv2."),
+    (r"\.layer_scale$", ".gamma"),
+    (r"^(classifier\.0|head\.norm)\.", "norm."),
+    (r"^(classifier\.2|head\.fc)\.", "head."),
 ]
 
 
