@@ -257,11 +257,6 @@ def _sets(content, where=""):
     return sets
 
 
-def _fits(tensor, target):
-    # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours are (C,) and (4C, C)
-    return tensor.numel() == target.numel() and tensor.squeeze().shape == target.squeeze().shape
-
-
 def load_weights(model, content):
     """Fill `model` from a ConvNeXt state dict of ours, torchvision's, timm's or the paper's code, or from the dict that
     a training script put it into. Of several sets of weights the one is taken that fills most of the model; of equal
@@ -284,7 +279,8 @@ def load_weights(model, content):
             name = _our_name(theirs)
             if name == stem and ours[stem].shape[1] == 1 and tensor.ndim == 4:
                 tensor = tensor.sum(1, keepdim=True)
-            if name in ours and name not in found and _fits(tensor, ours[name]):
+            # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours (C,) and (4C, C)
+            if name in ours and name not in found and tensor.squeeze().shape == ours[name].squeeze().shape:
                 found[name] = where, theirs, tensor
     taken = max(sets, key=lambda where: (len(fitting[where]), not _AVERAGED.search(where.lower())), default="")
     loaded = {}
@@ -296,13 +292,11 @@ def load_weights(model, content):
             f"no block of the model could be filled: the weights are named {found} ...; "
             "expected a ConvNeXt of the same variant, as torchvision, timm or this project saves it"
         )
-    for name, (_, _, tensor) in loaded.items():
+    for name, (where, theirs, tensor) in loaded.items():
         ours[name].copy_(tensor.reshape(ours[name].shape))
-    used, left, others = {place[:2] for place in loaded.values()}, [], Counter()
-    for where, theirs in ((where, theirs) for where, tensors in sets.items() for theirs in tensors):
-        if where == taken and (where, theirs) not in used:
-            left.append(theirs if _our_name(theirs) in loaded else _our_name(theirs))
-        elif (where, theirs) not in used:
-            others[re.sub(r"\.\d+(?=\.)", "", where).strip(".") or theirs] += 1
+        del sets[where][theirs]
+    left = [theirs if _our_name(theirs) in loaded else _our_name(theirs) for theirs in sets.pop(taken)]
     left += [name for name in ours if name not in loaded and name not in left]
+    others = Counter(re.sub(r"\.\d+(?=\.)", "", where).strip(".") or theirs
+                     for where, tensors in sets.items() for theirs in tensors)  # fmt: skip
     return list(loaded), left + [f"{n} of {where}" for where, n in others.items()], taken.strip(".")
