@@ -11,7 +11,6 @@ ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit s
 """
 
 import contextlib
-import functools
 import json
 import os
 import shlex
@@ -367,14 +366,10 @@ def train(args, stop):
     slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
     with contextlib.ExitStack() as held:
         out, made = runtime.from_rank_0(lambda: open_run(args, held))
-        clear = functools.partial(clear_folder, out, made) if runtime.is_rank_0 and not args.resume else lambda: None
-        try:
-            state, run = prepare(args, slices, out, runtime)
-        except BaseException:
-            clear()
-            raise
+        state = None
         try:
             with explain_end(args):
+                state, run = prepare(args, slices, out, runtime)
                 with stop.deferred():
                     done = fit(state, slices, args, run) and not runtime.stop_requested()
                 if not done:
@@ -382,16 +377,15 @@ def train(args, stop):
                 leave_processes()
                 if runtime.is_rank_0:
                     finish(slices, args, run, runtime)
-        except Stopped as stopped:
-            run.log(f"stopped by {stopped}; {how_to_resume(out)}")
-            stopped.reported = True
-            raise
-        except Exception as problem:
-            if not (state.epoch or state.step):
-                clear()
+        except BaseException as problem:
+            if state is None or (isinstance(problem, Exception) and not (state.epoch or state.step)):
+                if runtime.is_rank_0 and not args.resume:
+                    clear_folder(out, made)
+            elif isinstance(problem, Stopped):
+                run.log(f"stopped by {problem}; {how_to_resume(out)}")
+                problem.reported = True
             elif isinstance(problem, (InputError, OSError)):
-                kind = OSError if isinstance(problem, OSError) else InputError
-                raise kind(f"{problem}\n{what_is_left(run)}") from None
+                raise type(problem)(f"{problem}\n{what_is_left(run)}") from None
             raise
 
 
