@@ -168,9 +168,10 @@ class Run(NamedTuple):
     def best(self):
         return self.out / "best_model.pth"
 
-    def save(self, state, sums):
-        """last.pth: all that the run needs to resume. `sums` lists the running sums of each process."""
-        save_checkpoint(self.last, **self.card, **state.state_dict() | {"sums": sums, "pixels": self.pixels})
+    def save(self, state, sums=None):
+        """last.pth: all that the run needs to resume. `sums` lists the running sums of each process, where they may
+        differ: within an epoch."""
+        save_checkpoint(self.last, **self.card, **state.state_dict(sums), pixels=self.pixels)
 
 
 def record_pixels(slices):

@@ -91,10 +91,10 @@ class TrainState:
         """The running sums as numbers; this waits for a GPU."""
         return dict(zip(SUMS, torch.stack([self.sums[name] for name in SUMS]).tolist()))
 
-    def state_dict(self):
+    def state_dict(self, sums=None):
         return {"weights": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
-                "history": self.history, "step": self.step, "sums": [self.numbers()] * self.runtime.world}
+                "history": self.history, "step": self.step, "sums": sums or [self.numbers()] * self.runtime.world}
 
     def load_state_dict(self, state, same_precision=True):
         """`state["sums"]` has those of each process; where there were others than now, the first takes over what all of

@@ -326,7 +326,10 @@ def fit(state, slices, args, run):
         best = kept_of(state.history, args.keep)
         better = best is state.history[-1]
         if runtime.is_rank_0:
-            keep_epoch(state, run, better)
+            if better:
+                save_checkpoint(run.best, **run.card, weights=state.kept.state_dict(), epoch=state.epoch, val=best)
+            run.save(state)
+            write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
             run.log(format_epoch(state.history[-1], better and args.keep == "best", remark))
         if runtime.stop_requested():
             return False
@@ -334,15 +337,6 @@ def fit(state, slices, args, run):
         title = f"{args.model}{', LEAKY split by slice' if args.split_by == 'slice' else ''}"
         plots.plot_history(run.out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
     return True
-
-
-def keep_epoch(state, run, better):
-    """Write the epoch that is done: best_model.pth if it is the best so far, last.pth, training_history.csv."""
-    if better:
-        row = state.history[-1]
-        save_checkpoint(run.best, **run.card, weights=state.kept.state_dict(), epoch=row["epoch"], val=row)
-    run.save(state, state.state_dict()["sums"])
-    write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
 
 
 # ---------------------------------------------------------------- from the flags to the assessment
@@ -406,7 +400,7 @@ def prepare(args, slices, out, runtime):
         if runtime.is_rank_0:
             checkpoint.write_start(out, args, slices, runtime)
     elif runtime.is_rank_0:  # so that a run that was stopped in its first epoch is resumed, too, on the same slices
-        run.save(state, state.state_dict()["sums"])
+        run.save(state)
     several = f", {runtime.world} processes" * (runtime.world > 1)
     size = sum(p.numel() for p in model.parameters())
     log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
