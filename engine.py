@@ -32,14 +32,6 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def make_scaler(runtime):
-    """GradScaler: skips a step whose gradient is not finite. It scales the loss for float16 only; elsewhere by 1 (after
-    a skipped step by 1/2, which changes no bit)."""
-    if runtime.amp == torch.float16:
-        return torch.amp.GradScaler(runtime.device.type)
-    return torch.amp.GradScaler(runtime.device.type, init_scale=1.0, growth_interval=2**31 - 1)
-
-
 def make_mix(args):
     """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them a batch; None if both are off."""
     kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
@@ -62,7 +54,11 @@ class TrainState:
         self.whole = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         self.forward = model  # or what wraps it, see `train.make_batches`
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-        self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)
+        self.optimizer = make_optimizer(model, lr, weight_decay)
+        # skips a step whose gradient is not finite; scales the loss for float16 only, elsewhere by 1 (after a skipped
+        # step by 1/2, which changes no bit)
+        scaling = {} if runtime.amp == torch.float16 else dict(init_scale=1.0, growth_interval=2**31 - 1)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, **scaling)
         self.runtime, self.history = runtime, []
         self.sums = {"skipped_in_a_row": torch.zeros((), device=runtime.device)}
         self.start_epoch()
