@@ -210,16 +210,14 @@ class Runtime:
         a word."""
         if self.world == 1:
             return work()
-        value, problem = None, None
-        if self.is_rank_0:
-            try:
-                value = work()
-            except (InputError, OSError) as found:
-                problem = found
-        answer = [value, problem is not None]
+        answer = [None, "failed"]
+        try:
+            if self.is_rank_0:
+                answer = [work(), None]
+        except (InputError, OSError):
+            dist.broadcast_object_list(answer)
+            raise
         dist.broadcast_object_list(answer)
-        if problem is not None:
-            raise problem
         if answer[1]:
             raise SystemExit(2)
         return answer[0]
