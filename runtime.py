@@ -73,13 +73,6 @@ def precision_name(amp):
     return str(amp or torch.float32).removeprefix("torch.")
 
 
-def make_deterministic():
-    """On CUDA take only kernels that give the same bits again, or fail. To be called before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 # ---------------------------------------------------------------- signals
 
 
@@ -266,8 +259,9 @@ def leave_processes():
 
 def start(args, stop):
     """The Runtime that the flags of train.py ask for."""
-    if args.deterministic:
-        make_deterministic()
+    if args.deterministic:  # on CUDA only kernels that give the same bits again, or an error; before CUDA is used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     runtime = join_processes(device, pick_amp(args.amp, device), stop)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
