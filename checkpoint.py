@@ -131,21 +131,20 @@ def start_model(args, log, last=None):
     """(model, init): a model with fresh weights, or those of --init; and what is known about the latter: None, or the
     file and the exposure of its training (None where the file does not say). A run that resumes from the checkpoint
     `last` knows init from there."""
-    init = last["init"] if last else None
     try:
         model = make_model(**model_options(args))
-        if args.init and not last:
-            state = load_tensors(args.init)
-            loaded, left, taken = load_weights(model, state)
+        if last or not args.init:
+            return model, last["init"] if last else None
+        state = load_tensors(args.init)
+        loaded, left, taken = load_weights(model, state)
     except ValueError as problem:
         raise InputError(str(problem)) from None
-    if args.init and not last:
-        init = {"file": os.path.basename(args.init), "exposure": state.get("exposure")}
-        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
-            f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
-        if init["exposure"] is None:
-            log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
-    return model, init
+    exposure = state.get("exposure")
+    log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
+        f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
+    if exposure is None:
+        log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
+    return model, {"file": os.path.basename(args.init), "exposure": exposure}
 
 
 # ---------------------------------------------------------------- a run
