@@ -174,10 +174,10 @@ class Runtime:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[self.device] if cuda else None)
 
-    def total(self, values):
-        """The sum of a tensor over all processes, in place."""
+    def total(self, values, how=dist.ReduceOp.SUM):
+        """The sum (or what `how` says) of a tensor over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, how)
         return values
 
     def gather(self, value):
@@ -224,10 +224,7 @@ class Runtime:
     def stop_requested(self):
         """Whether a signal has reached any of the processes; then it counts as having reached all, so that they stop
         after the same step. The number goes by way of the CPU: it makes no GPU wait."""
-        number = torch.tensor(self.stop.caught or 0)
-        if self.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stop.agreed = number.item() or None
+        self.stop.agreed = self.total(torch.tensor(self.stop.caught or 0), dist.ReduceOp.MAX).item() or None
         return self.stop.agreed is not None
 
 
