@@ -190,8 +190,6 @@ class Runtime:
     def by_parts(self, table, predict):
         """`predict(part)` of a part of the table in each process, joined in the order of the table; None if it is None
         in one of them."""
-        if self.world == 1:
-            return predict(table)
         parts = self.gather(predict(table.iloc[self.rank :: self.world]))
         if any(part is None for part in parts):
             return None
