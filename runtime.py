@@ -225,6 +225,11 @@ class Runtime:
         self.stop.agreed = self.total(torch.tensor(self.stop.caught or 0), dist.ReduceOp.MAX).item() or None
         return self.stop.agreed is not None
 
+    def leave(self):
+        """Leave the other processes, if there are any."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
 
 LONGEST_WAIT = timedelta(minutes=30)  # of one process for the others; the first may be decoding a large set
 
@@ -244,12 +249,6 @@ def join_processes(device, amp, stop):
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Runtime(device, amp, stop, rank, world, local)
-
-
-def leave_processes():
-    """Leave the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def start(args, stop):

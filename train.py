@@ -163,7 +163,7 @@ from dataset import load_set, make_loader
 from engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
 from inference import COVERAGE
 from modules import VARIANTS, describe_model
-from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
+from runtime import Stopped, StopRequest, explain_end, seed_everything, start
 from subjects import describe_split, describe_transfer
 from utils import fingerprint, locked, make_log, near, open_out, seed_of, write_csv
 
@@ -368,7 +368,7 @@ def train(args, stop):
                     done = fit(state, slices, args, run) and not runtime.stop_requested()
                 if not done:
                     raise Stopped(128 + stop.agreed)
-                leave_processes()
+                runtime.leave()
                 if runtime.is_rank_0:
                     finish(slices, args, run, runtime)
         except BaseException as problem:
