@@ -8,7 +8,6 @@ best_model.pth is a model with all that predict.py needs; last.pth is a run with
 
 import argparse
 import os
-import pathlib
 import re
 import stat
 import sys
@@ -16,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ def save_checkpoint(path, **content):
 # Plain data that training scripts put beside weights: their flags, paths and scores. NumPy's maker of numbers had
 # another name before version 2.
 _NUMBER = np.float64(0).__reduce__()[0]
-PLAIN = [argparse.Namespace, pathlib.PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+PLAIN = [argparse.Namespace, PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
          (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
          *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
