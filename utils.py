@@ -161,7 +161,6 @@ def own_streams():
     try:
         yield
     finally:
-        sys.stdout.flush()
         sys.stdout, sys.stderr, warnings.showwarning = before
 
 
