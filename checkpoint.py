@@ -8,7 +8,6 @@ best_model.pth is a model with all that predict.py needs; last.pth is a run with
 
 import argparse
 import os
-import pathlib
 import re
 import stat
 import sys
@@ -16,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ def save_checkpoint(path, **content):
 # Plain data that training scripts put beside weights: their flags, paths and scores. NumPy's maker of numbers had
 # another name before version 2.
 _NUMBER = np.float64(0).__reduce__()[0]
-PLAIN = [argparse.Namespace, pathlib.PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+PLAIN = [argparse.Namespace, PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
          (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
          *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
 
@@ -131,21 +130,20 @@ def start_model(args, log, last=None):
     """(model, init): a model with fresh weights, or those of --init; and what is known about the latter: None, or the
     file and the exposure of its training (None where the file does not say). A run that resumes from the checkpoint
     `last` knows init from there."""
-    init = last["init"] if last else None
     try:
         model = make_model(**model_options(args))
-        if args.init and not last:
-            state = load_tensors(args.init)
-            loaded, left, taken = load_weights(model, state)
+        if last or not args.init:
+            return model, last["init"] if last else None
+        state = load_tensors(args.init)
+        loaded, left, taken = load_weights(model, state)
     except ValueError as problem:
         raise InputError(str(problem)) from None
-    if args.init and not last:
-        init = {"file": os.path.basename(args.init), "exposure": state.get("exposure")}
-        log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
-            f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
-        if init["exposure"] is None:
-            log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
-    return model, init
+    exposure = state.get("exposure")
+    log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
+        f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
+    if exposure is None:
+        log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
+    return model, {"file": os.path.basename(args.init), "exposure": exposure}
 
 
 # ---------------------------------------------------------------- a run
@@ -168,9 +166,10 @@ class Run(NamedTuple):
     def best(self):
         return self.out / "best_model.pth"
 
-    def save(self, state, sums):
-        """last.pth: all that the run needs to resume. `sums` lists the running sums of each process."""
-        save_checkpoint(self.last, **self.card, **state.state_dict() | {"sums": sums, "pixels": self.pixels})
+    def save(self, state, sums=None):
+        """last.pth: all that the run needs to resume. `sums` lists the running sums of each process, where they may
+        differ: within an epoch."""
+        save_checkpoint(self.last, **self.card, **state.state_dict(sums), pixels=self.pixels)
 
 
 def record_pixels(slices):

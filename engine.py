@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from inference import micro_batch, predict_logits
 from metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
-from modules import has_batch_norm
 from runtime import seed_everything
 from slices import train_transform
 from utils import CLASSES, InputError, lr_at, seed_of
@@ -31,14 +30,6 @@ def make_optimizer(model, lr, weight_decay):
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
-
-
-def make_scaler(runtime):
-    """GradScaler: skips a step whose gradient is not finite. It scales the loss for float16 only; elsewhere by 1 (after
-    a skipped step by 1/2, which changes no bit)."""
-    if runtime.amp == torch.float16:
-        return torch.amp.GradScaler(runtime.device.type)
-    return torch.amp.GradScaler(runtime.device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
 def make_mix(args):
@@ -59,10 +50,15 @@ class TrainState:
 
     def __init__(self, model, runtime, *, lr, weight_decay=1e-4, ema=0.0):
         self.model = model.to(runtime.device, memory_format=torch.channels_last)
-        self.whole = has_batch_norm(model)  # then a batch is not taken in parts or filled up: its statistics count
+        # with BatchNorm a batch is not taken in parts or filled up: its statistics count
+        self.whole = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         self.forward = model  # or what wraps it, see `train.make_batches`
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-        self.optimizer, self.scaler = make_optimizer(model, lr, weight_decay), make_scaler(runtime)
+        self.optimizer = make_optimizer(model, lr, weight_decay)
+        # skips a step whose gradient is not finite; scales the loss for float16 only, elsewhere by 1 (after a skipped
+        # step by 1/2, which changes no bit)
+        scaling = {} if runtime.amp == torch.float16 else dict(init_scale=1.0, growth_interval=2**31 - 1)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, **scaling)
         self.runtime, self.history = runtime, []
         self.sums = {"skipped_in_a_row": torch.zeros((), device=runtime.device)}
         self.start_epoch()
@@ -91,10 +87,10 @@ class TrainState:
         """The running sums as numbers; this waits for a GPU."""
         return dict(zip(SUMS, torch.stack([self.sums[name] for name in SUMS]).tolist()))
 
-    def state_dict(self):
+    def state_dict(self, sums=None):
         return {"weights": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
-                "history": self.history, "step": self.step, "sums": [self.numbers()] * self.runtime.world}
+                "history": self.history, "step": self.step, "sums": sums or [self.numbers()] * self.runtime.world}
 
     def load_state_dict(self, state, same_precision=True):
         """`state["sums"]` has those of each process; where there were others than now, the first takes over what all of

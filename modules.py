@@ -31,7 +31,6 @@ VARIANTS = {
     "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }
 
-
 PAPER = dict(norm="layer", stem="patch", downsample="patch", layer_scale=1e-6, init_std=0.02, head_norm="layer")
 
 
@@ -70,13 +69,10 @@ class LayerNorm(nn.LayerNorm):
         self.channels_first = channels_first
 
     def forward(self, x):
-        if self.channels_first:
-            return self._normalise(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, C, H, W) -> (N, H, W, C) -> back
-        return self._normalise(x)
-
-    def _normalise(self, x):
+        x = x.permute(0, 2, 3, 1) if self.channels_first else x  # (N, C, H, W) -> (N, H, W, C)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            y = F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
 
 
 def make_norm(kind, dim):
@@ -196,10 +192,6 @@ def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0, *
     return ConvNeXt(**VARIANTS[variant] | given)
 
 
-def has_batch_norm(model):
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
 class PlainCNN(nn.Sequential):
     """What one would train instead: four times 3x3 convolution, BatchNorm, ReLU and 2x2 max pooling, then mean and
     linear layer. Takes (N, in_chans, H, W) with H and W of at least 16, gives logits (N, num_classes)."""
@@ -222,26 +214,22 @@ def describe_model(variant):
     return "plain CNN" if variant == "cnn" else f"ConvNeXt {variant}"
 
 
-# Each pair rewrites a name of torchvision's (features, classifier) or timm's (stem, blocks, head.fc) into ours. Even
-# features are the stem and the down-samplings, odd ones the stages; both count from 0 here.
+# Each pair rewrites a name of torchvision's (features, block, classifier) or timm's (stem, blocks, conv_dw, mlp,
+# head.norm, head.fc) into ours. Even features are the stem and the down-samplings, odd ones the stages; both count
+# from 0 here.
 _RENAMES = [
     (r"^features\.(\d*[02468])\.", lambda m: f"downsample_layers.{int(m[1]) // 2}."),
     (r"^features\.(\d*[13579])\.", lambda m: f"stages.{int(m[1]) // 2}."),
-    (r"\.block\.0\.", lambda m: ".dwconv."),
-    (r"\.block\.2\.", lambda m: ".norm."),
-    (r"\.block\.3\.", lambda m: ".pwconv1."),
-    (r"\.block\.5\.", lambda m: ".pwconv2."),
-    (r"\.layer_scale$", lambda m: ".gamma"),
-    (r"^classifier\.0\.", lambda m: "norm."),
-    (r"^classifier\.2\.", lambda m: "head."),
-    (r"^stem\.", lambda m: "downsample_layers.0."),
-    (r"^stages\.(\d+)\.downsample\.", lambda m: f"downsample_layers.{m[1]}."),
-    (r"^(stages\.\d+)\.blocks\.", lambda m: f"{m[1]}."),
-    (r"\.conv_dw\.", lambda m: ".dwconv."),
-    (r"\.mlp\.fc1\.", lambda m: ".pwconv1."),
-    (r"\.mlp\.fc2\.", lambda m: ".pwconv2."),
-    (r"^head\.norm\.", lambda m: "norm."),
-    (r"^head\.fc\.", lambda m: "head."),
+    (r"^stem\.", "downsample_layers.0."),
+    (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^(stages\.\d+)\.blocks\.", r"\1."),
+    (r"\.(block\.0|conv_dw)\.", ".dwconv."),
+    (r"\.block\.2\.", ".norm."),
+    (r"\.(block\.3|mlp\.fc1)\.", ".pwconv1."),
+    (r"\.(block\.5|mlp\.fc2)\.", ".pwconv2."),
+    (r"\.layer_scale$", ".gamma"),
+    (r"^(classifier\.0|head\.norm)\.", "norm."),
+    (r"^(classifier\.2|head\.fc)\.", "head."),
 ]
 
 
@@ -269,11 +257,6 @@ def _sets(content, where=""):
     return sets
 
 
-def _fits(tensor, target):
-    # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours are (C,) and (4C, C)
-    return tensor.numel() == target.numel() and tensor.squeeze().shape == target.squeeze().shape
-
-
 def load_weights(model, content):
     """Fill `model` from a ConvNeXt state dict of ours, torchvision's, timm's or the paper's code, or from the dict that
     a training script put it into. Of several sets of weights the one is taken that fills most of the model; of equal
@@ -296,7 +279,8 @@ def load_weights(model, content):
             name = _our_name(theirs)
             if name == stem and ours[stem].shape[1] == 1 and tensor.ndim == 4:
                 tensor = tensor.sum(1, keepdim=True)
-            if name in ours and name not in found and _fits(tensor, ours[name]):
+            # torchvision's layer_scale is (C, 1, 1), timm's small variants hold 1x1 convolutions, ours (C,) and (4C, C)
+            if name in ours and name not in found and tensor.squeeze().shape == ours[name].squeeze().shape:
                 found[name] = where, theirs, tensor
     taken = max(sets, key=lambda where: (len(fitting[where]), not _AVERAGED.search(where.lower())), default="")
     loaded = {}
@@ -308,13 +292,11 @@ def load_weights(model, content):
             f"no block of the model could be filled: the weights are named {found} ...; "
             "expected a ConvNeXt of the same variant, as torchvision, timm or this project saves it"
         )
-    for name, (_, _, tensor) in loaded.items():
+    for name, (where, theirs, tensor) in loaded.items():
         ours[name].copy_(tensor.reshape(ours[name].shape))
-    used, left, others = {place[:2] for place in loaded.values()}, [], Counter()
-    for where, theirs in ((where, theirs) for where, tensors in sets.items() for theirs in tensors):
-        if where == taken and (where, theirs) not in used:
-            left.append(theirs if _our_name(theirs) in loaded else _our_name(theirs))
-        elif (where, theirs) not in used:
-            others[re.sub(r"\.\d+(?=\.)", "", where).strip(".") or theirs] += 1
+        del sets[where][theirs]
+    left = [theirs if _our_name(theirs) in loaded else _our_name(theirs) for theirs in sets.pop(taken)]
     left += [name for name in ours if name not in loaded and name not in left]
+    others = Counter(re.sub(r"\.\d+(?=\.)", "", where).strip(".") or theirs
+                     for where, tensors in sets.items() for theirs in tensors)  # fmt: skip
     return list(loaded), left + [f"{n} of {where}" for where, n in others.items()], taken.strip(".")

@@ -73,13 +73,6 @@ def precision_name(amp):
     return str(amp or torch.float32).removeprefix("torch.")
 
 
-def make_deterministic():
-    """On CUDA take only kernels that give the same bits again, or fail. To be called before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 # ---------------------------------------------------------------- signals
 
 
@@ -181,10 +174,10 @@ class Runtime:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[self.device] if cuda else None)
 
-    def total(self, values):
-        """The sum of a tensor over all processes, in place."""
+    def total(self, values, how=dist.ReduceOp.SUM):
+        """The sum (or what `how` says) of a tensor over all processes, in place."""
         if self.world > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, how)
         return values
 
     def gather(self, value):
@@ -197,8 +190,6 @@ class Runtime:
     def by_parts(self, table, predict):
         """`predict(part)` of a part of the table in each process, joined in the order of the table; None if it is None
         in one of them."""
-        if self.world == 1:
-            return predict(table)
         parts = self.gather(predict(table.iloc[self.rank :: self.world]))
         if any(part is None for part in parts):
             return None
@@ -210,16 +201,14 @@ class Runtime:
         a word."""
         if self.world == 1:
             return work()
-        value, problem = None, None
-        if self.is_rank_0:
-            try:
-                value = work()
-            except (InputError, OSError) as found:
-                problem = found
-        answer = [value, problem is not None]
+        answer = [None, "failed"]
+        try:
+            if self.is_rank_0:
+                answer = [work(), None]
+        except (InputError, OSError):
+            dist.broadcast_object_list(answer)
+            raise
         dist.broadcast_object_list(answer)
-        if problem is not None:
-            raise problem
         if answer[1]:
             raise SystemExit(2)
         return answer[0]
@@ -233,11 +222,13 @@ class Runtime:
     def stop_requested(self):
         """Whether a signal has reached any of the processes; then it counts as having reached all, so that they stop
         after the same step. The number goes by way of the CPU: it makes no GPU wait."""
-        number = torch.tensor(self.stop.caught or 0)
-        if self.world > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.stop.agreed = number.item() or None
+        self.stop.agreed = self.total(torch.tensor(self.stop.caught or 0), dist.ReduceOp.MAX).item() or None
         return self.stop.agreed is not None
+
+    def leave(self):
+        """Leave the other processes, if there are any."""
+        if self.world > 1:
+            dist.destroy_process_group()
 
 
 LONGEST_WAIT = timedelta(minutes=30)  # of one process for the others; the first may be decoding a large set
@@ -260,16 +251,11 @@ def join_processes(device, amp, stop):
     return Runtime(device, amp, stop, rank, world, local)
 
 
-def leave_processes():
-    """Leave the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def start(args, stop):
     """The Runtime that the flags of train.py ask for."""
-    if args.deterministic:
-        make_deterministic()
+    if args.deterministic:  # on CUDA only kernels that give the same bits again, or an error; before CUDA is used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     runtime = join_processes(device, pick_amp(args.amp, device), stop)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic

@@ -11,7 +11,6 @@ ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit s
 """
 
 import contextlib
-import functools
 import json
 import os
 import shlex
@@ -164,7 +163,7 @@ from dataset import load_set, make_loader
 from engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
 from inference import COVERAGE
 from modules import VARIANTS, describe_model
-from runtime import Stopped, StopRequest, explain_end, leave_processes, seed_everything, start
+from runtime import Stopped, StopRequest, explain_end, seed_everything, start
 from subjects import describe_split, describe_transfer
 from utils import fingerprint, locked, make_log, near, open_out, seed_of, write_csv
 
@@ -327,7 +326,10 @@ def fit(state, slices, args, run):
         best = kept_of(state.history, args.keep)
         better = best is state.history[-1]
         if runtime.is_rank_0:
-            keep_epoch(state, run, better)
+            if better:
+                save_checkpoint(run.best, **run.card, weights=state.kept.state_dict(), epoch=state.epoch, val=best)
+            run.save(state)
+            write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
             run.log(format_epoch(state.history[-1], better and args.keep == "best", remark))
         if runtime.stop_requested():
             return False
@@ -335,15 +337,6 @@ def fit(state, slices, args, run):
         title = f"{args.model}{', LEAKY split by slice' if args.split_by == 'slice' else ''}"
         plots.plot_history(run.out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
     return True
-
-
-def keep_epoch(state, run, better):
-    """Write the epoch that is done: best_model.pth if it is the best so far, last.pth, training_history.csv."""
-    if better:
-        row = state.history[-1]
-        save_checkpoint(run.best, **run.card, weights=state.kept.state_dict(), epoch=row["epoch"], val=row)
-    run.save(state, state.state_dict()["sums"])
-    write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
 
 
 # ---------------------------------------------------------------- from the flags to the assessment
@@ -367,31 +360,26 @@ def train(args, stop):
     slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
     with contextlib.ExitStack() as held:
         out, made = runtime.from_rank_0(lambda: open_run(args, held))
-        clear = functools.partial(clear_folder, out, made) if runtime.is_rank_0 and not args.resume else lambda: None
-        try:
-            state, run = prepare(args, slices, out, runtime)
-        except BaseException:
-            clear()
-            raise
+        state = None
         try:
             with explain_end(args):
+                state, run = prepare(args, slices, out, runtime)
                 with stop.deferred():
                     done = fit(state, slices, args, run) and not runtime.stop_requested()
                 if not done:
                     raise Stopped(128 + stop.agreed)
-                leave_processes()
+                runtime.leave()
                 if runtime.is_rank_0:
                     finish(slices, args, run, runtime)
-        except Stopped as stopped:
-            run.log(f"stopped by {stopped}; {how_to_resume(out)}")
-            stopped.reported = True
-            raise
-        except Exception as problem:
-            if not (state.epoch or state.step):
-                clear()
+        except BaseException as problem:
+            if state is None or (isinstance(problem, Exception) and not (state.epoch or state.step)):
+                if runtime.is_rank_0 and not args.resume:
+                    clear_folder(out, made)
+            elif isinstance(problem, Stopped):
+                run.log(f"stopped by {problem}; {how_to_resume(out)}")
+                problem.reported = True
             elif isinstance(problem, (InputError, OSError)):
-                kind = OSError if isinstance(problem, OSError) else InputError
-                raise kind(f"{problem}\n{what_is_left(run)}") from None
+                raise type(problem)(f"{problem}\n{what_is_left(run)}") from None
             raise
 
 
@@ -412,7 +400,7 @@ def prepare(args, slices, out, runtime):
         if runtime.is_rank_0:
             checkpoint.write_start(out, args, slices, runtime)
     elif runtime.is_rank_0:  # so that a run that was stopped in its first epoch is resumed, too, on the same slices
-        run.save(state, state.state_dict()["sums"])
+        run.save(state)
     several = f", {runtime.world} processes" * (runtime.world > 1)
     size = sum(p.numel() for p in model.parameters())
     log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "

@@ -161,7 +161,6 @@ def own_streams():
     try:
         yield
     finally:
-        sys.stdout.flush()
         sys.stdout, sys.stderr, warnings.showwarning = before
 
 
@@ -245,18 +244,12 @@ def write_json(path, value):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-# What a spreadsheet would take for a formula, and what `disarm` itself put before one.
-FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+FORMULA = r"('*[=+\-@\t\r\n])"  # what a spreadsheet would take for one, and what `disarm` itself put before it
 
 
 def disarm(cell):
     """A cell of text that a spreadsheet cannot take for a formula: one more ' before what looks like one."""
-    return "'" + cell if isinstance(cell, str) and FORMULA.match(cell) else cell
-
-
-def rearm(cell):
-    """What `disarm` was given."""
-    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and FORMULA.match(cell) else cell
+    return re.sub(f"^{FORMULA}", r"'\1", cell) if isinstance(cell, str) else cell
 
 
 def write_csv(path, table):
@@ -275,7 +268,7 @@ def read_csv(path):
     import pandas as pd
 
     table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
-    return table.mask(table == "").map(rearm, na_action="ignore").astype("string")
+    return table.mask(table == "").replace(f"^'{FORMULA}", r"\1", regex=True).astype("string")
 
 
 def make_log(path):
