@@ -197,8 +197,7 @@ def read_run(folder, part="test"):
             raise ValueError(f"there is no {', no '.join(sorted(missing))}")
         table = table[table.p_AD.notna()].reset_index(drop=True)
         # text to numbers by Python's float: pandas' fast parser may be off in the last digit
-        numbers = ("logit", "p_AD", "threshold", *BASELINES)
-        table = table.astype(dict.fromkeys(numbers, float) | {"slice": "Int64"})
+        table = table.astype(metrics.NUMBERS)
         if len(table) != scores["slice"]["n"]:
             raise ValueError("its predictions.csv and metrics.json are not of the same slices")
         if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all() and table.group.notna().all()):

@@ -201,8 +201,8 @@ def predict_slices(checkpoint, slices, runtime, *, batch_size=64, exposure=None)
     if checkpoint.get("baselines"):
         found = found.join(predict_baselines(checkpoint["baselines"], readable))
     table = index.join(found).reindex(columns=metrics.PREDICTIONS)
-    numbers = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *metrics.BASELINES), float)}
-    return table.astype({name: numbers.get(name, "string") for name in table}).assign(threshold=metrics.THRESHOLD)
+    types = dict.fromkeys(metrics.PREDICTIONS, "string") | metrics.NUMBERS
+    return table.astype(types).assign(threshold=metrics.THRESHOLD)
 
 
 def calibrated(predictions, checkpoint, coverage=None):

@@ -29,6 +29,7 @@ BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
              "logistic_regression": "logistic regression on a blur"}  # fmt: skip
 PREDICTIONS = ("path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure", "out_of_range",
                "error", "group", "threshold", "prediction_set", *BASELINES)  # fmt: skip
+NUMBERS = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES), float)}  # the others are text
 # Those of scans.csv; of subjects.csv all but the first.
 AGGREGATED = ("scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
               "n_out_of_range")  # fmt: skip
