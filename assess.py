@@ -56,13 +56,11 @@ def find_leaks(predictions, leaks, notes):
 def _scores(predictions, coverage):
     samples = bootstrap_scores(predictions)
     scores = summarise(samples)
-    fitted = [name for name in BASELINES if predictions[name].notna().all()]
-    if fitted:
-        scores["baselines"], scores["minus_baseline"] = {}, {}
-        for name in fitted:
-            other = bootstrap_scores(predictions.assign(p_AD=predictions[name], threshold=metrics.THRESHOLD))
-            scores["baselines"][name] = summarise(other)
-            scores["minus_baseline"][name] = metrics.compare(samples, other)
+    others = {name: bootstrap_scores(metrics.as_baseline(predictions, name)) for name in BASELINES
+              if predictions[name].notna().all()}  # fmt: skip
+    if others:
+        scores["baselines"] = {name: summarise(other) for name, other in others.items()}
+        scores["minus_baseline"] = {name: metrics.compare(samples, other) for name, other in others.items()}
     if predictions.prediction_set.notna().all():
         scores["prediction_sets"] = metrics.score_sets(predictions, coverage)
     return scores

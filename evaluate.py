@@ -246,12 +246,7 @@ def format_by(tables, file, column):
     return ["", *format_table(rows), *lost]
 
 
-def baseline_of(tables, name):
-    """Tables with the predictions of a baseline in place of the model's."""
-    return [table.assign(p_AD=table[name], threshold=metrics.THRESHOLD) for table in tables]
-
-
-def learning_curve(folders, part="test"):
+def learning_curve(folders, part):
     """Subject-level scores by number of training subjects of each model, mean over seeds: {model: {subjects: scores}},
     with the logistic regression of the first model's runs; and lines on what leaks or does not fit."""
     found = {}
@@ -269,7 +264,7 @@ def learning_curve(folders, part="test"):
         tables = [next(same) for _ in several]
         names = {model: tables}
         if model == next(iter(found)):
-            names[blur] = baseline_of(tables, "logistic_regression")
+            names[blur] = [metrics.as_baseline(table, "logistic_regression") for table in tables]
         for name, members in names.items():
             means = metrics.summarise(mean_scores(members))
             curves.setdefault(name, {})[n] = means["subject"] or means["scan"]
@@ -287,11 +282,10 @@ def show_curve(args):
     print(f"\npicture in {args.curve}")
 
 
-def format_aggregations(ways):
-    names = ("accuracy", "auroc", "brier", "calibration_error")
-    n = next(iter(ways.values()))["n"]
-    rows = [[f"scans (n = {n:,}), at 0.5, from their slices by", *(METRICS[name] for name in names)]]
-    return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()])
+def format_metrics(head, parts, names=COMPARED):
+    """Lines of a table of the metrics `names`: a row for each of {label: scores of one unit}."""
+    rows = [[head, *(METRICS[name] for name in names)]]
+    return format_table(rows + [[label, *(cell(part, name) for name in names)] for label, part in parts.items()])
 
 
 def show_stress(args):
@@ -340,12 +334,13 @@ def format_pool(found, args):
     out = open_out(args.out, "") if args.out else None
     scores = assess.write_results(found.table, out, **extra) if out else assess.score(found.table, **extra)
     lines += assess.format_assessment(scores)
-    lines += ["", *format_aggregations(metrics.aggregations(found.table))]
+    head = f"scans (n = {scores['scan']['n']:,}), at 0.5, from their slices by"
+    names = ("accuracy", "auroc", "brier", "calibration_error")
+    lines += ["", *format_metrics(head, metrics.aggregations(found.table), names)]
     if len(found.runs) > 1:
         accuracies = [run["scan"]["accuracy"] for run in found.runs]
-        lines.append("")
-        lines.append(f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
-                     f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
+        lines += ["", f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
+                  f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})"]
     return lines
 
 
@@ -356,11 +351,12 @@ def format_seeds(pools):
     scores = metrics.summarise(mean_scores(tables))
     lines = [*warn_of_flags(pools), *assess.format_scores(scores, title), ""]
     unit = "subject" if scores["subject"] else "scan"
-    rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
-    parts = {"the model": scores} | {label: metrics.summarise(mean_scores(baseline_of(tables, name)))
-                                     for name, label in metrics.BASELINES.items() if tables[0][name].notna().all()}
-    rows += [[label, *(cell(part[unit], name) for name in COMPARED)] for label, part in parts.items()]
-    return lines + format_table(rows)
+    parts = {"the model": scores[unit]}
+    for name, label in metrics.BASELINES.items():
+        if tables[0][name].notna().all():
+            means = mean_scores([metrics.as_baseline(table, name) for table in tables])
+            parts[label] = metrics.summarise(means)[unit]
+    return lines + format_metrics(f"{unit}s (n = {scores[unit]['n']:,})", parts)
 
 
 def main(args):

@@ -211,6 +211,11 @@ def arrays(predictions, unit):
     ad, predicted = (table.label == "AD").to_numpy(bool), (table.prediction == "AD").to_numpy(bool)
     return ad, table.p_AD.to_numpy(float), predicted, table.group.to_numpy(str)
 
+def as_baseline(predictions, name):
+    """Predictions with those of a baseline in place of the model's."""
+    return predictions.assign(p_AD=predictions[name], threshold=THRESHOLD)
+
+
 
 def point_scores(y, p, predicted):
     """METRICS of p_AD `p` (N,) and booleans `predicted` (N,) against y (N,), True for AD; None where not defined."""
