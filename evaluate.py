@@ -56,7 +56,7 @@ import assess
 import metrics
 import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
-from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
+from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
 from subjects import read_table
 from utils import open_out, read_csv, write_csv, write_json
@@ -191,11 +191,6 @@ def check_same(tables):
         first = first.assign(subject=first.subject.combine_first(other.subject),
                              group=first.group.where(first.subject.notna(), other.group))
     return [table.assign(subject=first.subject, group=first.group) for table in (first, *others)]
-
-
-def mean_scores(tables):
-    """`bootstrap_scores` of tables of the same slices, averaged over them."""
-    return metrics.mean_of([bootstrap_scores(table) for table in tables])
 
 
 def compare_runs(first, second):

@@ -156,21 +156,21 @@ class Sample(NamedTuple):
     resampled: dict
 
 
-def bootstrap_scores(predictions, resamples=RESAMPLES, seed=0):
+def bootstrap_scores(predictions):
     """Score labelled predictions at slice, scan and subject level, as they are and in a bootstrap over groups.
 
     The bootstrap (Efron & Tibshirani 1993) draws whole groups (subjects, mostly: see subjects.assign_groups), since
     slices of one brain are not independent samples. Returns a dict of a Sample for each unit, for `summarise` and
     `compare`; None where there is nothing.
     """
-    return {unit: sample_unit(predictions, unit, resamples, seed) for unit in UNITS}
+    return {unit: sample_unit(predictions, unit) for unit in UNITS}
 
 
-def sample_unit(predictions, unit, resamples=RESAMPLES, seed=0):
+def sample_unit(predictions, unit):
     y, p, predicted, group = arrays(predictions, unit)
     if len(y) == 0:
         return None
-    resampled = resampled_scores(y, p, predicted, Bootstrap(group, resamples, seed))
+    resampled = resampled_scores(y, p, predicted, Bootstrap(group))
     return Sample(len(y), len(np.unique(group)), point_scores(y, p, predicted), resampled)
 
 
@@ -189,18 +189,17 @@ def summarise_unit(sample):
     return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
 
 
-def mean_of(results):
-    """Results of `bootstrap_scores` of the same units and seed, as those of one whose scores are their means."""
-    means = {}
-    for unit in UNITS:
-        samples = [result[unit] for result in results]
-        if len(samples) == 1 or None in samples:
-            means[unit] = samples[0]
-            continue
-        scores = {name: [sample.scores[name] for sample in samples] for name in METRICS}
-        scores = {name: None if None in values else float(np.mean(values)) for name, values in scores.items()}
-        resampled = {name: np.mean([sample.resampled[name] for sample in samples], 0) for name in METRICS}
-        means[unit] = samples[0]._replace(scores=scores, resampled=resampled)
+def mean_scores(tables):
+    """`bootstrap_scores` of tables of the same slices, averaged over them: a dict of the same form."""
+    results, means = [bootstrap_scores(table) for table in tables], {}
+    for unit, first in results[0].items():
+        means[unit] = first
+        if first is not None:
+            samples = [result[unit] for result in results]
+            scores = {name: [sample.scores[name] for sample in samples] for name in METRICS}
+            scores = {name: None if None in values else float(np.mean(values)) for name, values in scores.items()}
+            resampled = {name: np.mean([sample.resampled[name] for sample in samples], 0) for name in METRICS}
+            means[unit] = first._replace(scores=scores, resampled=resampled)
     return means
 
 
@@ -311,7 +310,7 @@ def roc_band(y, p, group, grid):
 
 
 def compare(a, b):
-    """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices, with the same seed.
+    """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices.
 
     Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95", "p"} of a paired
     bootstrap over groups: both models are scored on the same resamples. p is two-sided: twice the share of resamples
