@@ -210,10 +210,10 @@ def arrays(predictions, unit):
     ad, predicted = (table.label == "AD").to_numpy(bool), (table.prediction == "AD").to_numpy(bool)
     return ad, table.p_AD.to_numpy(float), predicted, table.group.to_numpy(str)
 
+
 def as_baseline(predictions, name):
     """Predictions with those of a baseline in place of the model's."""
     return predictions.assign(p_AD=predictions[name], threshold=THRESHOLD)
-
 
 
 def point_scores(y, p, predicted):
@@ -283,9 +283,8 @@ def _areas(above_ad, above_nc):
     """AUROC (by trapezia, ties count half) and average precision (by steps) of curves (B, values)."""
     more_ad, more_nc = np.diff(above_ad, axis=1, prepend=0), np.diff(above_nc, axis=1, prepend=0)
     ad, nc = above_ad[:, -1], above_nc[:, -1]
-    above = above_ad + above_nc
-    precision = np.divide(above_ad, above, out=np.zeros_like(above), where=above > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(above_ad / (above_ad + above_nc))  # 0 where nothing is above
         auroc = (more_nc * (above_ad - more_ad / 2)).sum(1) / (ad * nc)
         return auroc, np.where(nc > 0, (more_ad * precision).sum(1) / ad, np.nan)
 
@@ -316,22 +315,19 @@ def compare(a, b):
     bootstrap over groups: both models are scored on the same resamples. p is two-sided: twice the share of resamples
     on the rarer side of 0. Both need the same groups, or the resamples are not pairs.
     """
-    differences = {}
+    differences = dict.fromkeys(UNITS)
     for unit in UNITS:
         if a[unit] is None or b[unit] is None:
-            differences[unit] = None
             continue
-        differences[unit] = {"groups": a[unit].groups}
+        differences[unit] = {"groups": a[unit].groups, **dict.fromkeys(METRICS)}
         for name in METRICS:
-            one, other = a[unit].scores[name], b[unit].scores[name]
             drawn = a[unit].resampled[name] - b[unit].resampled[name]
             drawn = drawn[np.isfinite(drawn)]
-            if one is None or other is None or len(drawn) == 0:
-                differences[unit][name] = None
-                continue
-            rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
-            differences[unit][name] = {"difference": one - other, "ci95": interval(drawn),
-                                       "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
+            if len(drawn):  # a score that is not defined is so in all resamples
+                difference = a[unit].scores[name] - b[unit].scores[name]
+                rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
+                differences[unit][name] = {"difference": difference, "ci95": interval(drawn),
+                                           "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
     return differences
 
 
