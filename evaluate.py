@@ -81,13 +81,12 @@ class Pool(NamedTuple):
 def pool(found):
     """The Pool of several runs, a (folder, predictions, metrics.json) each; InputError where two share a scan."""
     folders, tables, scores = map(list, zip(*found))
-    owner = {}
-    for folder, table in zip(folders, tables):
-        for scan in table.scan.unique():
-            if scan in owner:
-                raise InputError(f"scan {scan} is in {owner[scan]} and in {folder}; expected the folds of one "
-                                 "cross-validation, which share none, or runs of other seeds")
-            owner[scan] = folder
+    owners = pd.concat([pd.Series(folder, table.scan.unique()) for folder, table in zip(folders, tables)])
+    again = owners[owners.index.duplicated()]
+    if len(again):
+        scan = again.index[0]
+        raise InputError(f"scan {scan} is in {owners[scan].iloc[0]} and in {again.iloc[0]}; expected the folds of one "
+                         "cross-validation, which share none, or runs of other seeds")
     table = pd.concat(tables, ignore_index=True)
     coverages = {score.get("prediction_sets", {}).get("coverage") for score in scores}
     if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
@@ -95,7 +94,7 @@ def pool(found):
     return Pool(folders, table, scores)
 
 
-def pool_seeds(folders, part="test"):
+def pool_seeds(folders, part):
     """The Pool of runs that share no scan; of others a Pool for each --seed."""
     found, seeds = [(folder, *read_run(folder, part)) for folder in folders], {}
     shared = pd.concat([table.scan.drop_duplicates() for _, table, _ in found]).duplicated().any()
@@ -123,18 +122,17 @@ def read_config(folder):
 def warn_of_flags(pools, *free):
     """Sentences on what does not fit in the flags of runs that are pooled or averaged. `free` flags may differ, and of
     several Pools the seed."""
+    free = {"fold", "out", "data", "resume", "device", *free, *["seed"] * (len(pools) > 1)}
     folders = [folder for found in pools for folder in found.folders]
-    free = {"fold", "out", "data", "resume", "device", *free, *(["seed"] if len(pools) > 1 else [])}
-    flags = {folder: found for folder in folders if (found := read_config(folder))}
+    flags = [config for config in map(read_config, folders) if config]
     if len(flags) < 2:
         return
-    first, one = next(iter(flags.items()))
-    differ = sorted({name for other in flags.values() for name in one
-                     if name not in free and other.get(name) != one[name]})
+    one = flags[0]
+    differ = sorted(name for name in one if name not in free and any(other.get(name) != one[name] for other in flags))
     if differ:
         yield f"warning: the runs differ in --{', --'.join(name.replace('_', '-') for name in differ)}"
     folds = one.get("folds")
-    missing = sorted(set(range(folds or 0)) - {other.get("fold") for other in flags.values()})
+    missing = sorted(set(range(folds or 0)) - {other.get("fold") for other in flags})
     if missing:
         yield f"warning: of {folds} folds, {', '.join(map(str, missing))} are missing: not all subjects are counted"
 
@@ -197,19 +195,19 @@ def compare_runs(first, second):
     """Compare two lists of Pools, a Pool a seed: dicts of `metrics.compare` with a title that names the leaks of both.
     Where training has seen subjects of some scans but not of others, a second one is of the latter alone."""
     tables = check_same([found.table for found in (*first, *second)])
-    titles, apart = [], pd.Series(True, tables[0].index)
+    title = "first against second, paired bootstrap over subjects"
+    if len(tables) > 2:
+        title += f", mean over {len(first)} and {len(second)} seeds"
     for name, pools in (("first", first), ("second", second)):
         leaks = find_leaks(pools)
-        titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
+        title += f"; {name} LEAKY: {', '.join(leaks)}" * bool(leaks)
+    apart = pd.Series(True, tables[0].index)
     for table in tables:
         apart &= table.exposure == "no"
-    several = f", mean over {len(first)} and {len(second)} seeds" if len(tables) > 2 else ""
-    title = "; ".join([f"first against second, paired bootstrap over subjects{several}", *titles])
-    comparisons = [(title, tables)]
+    comparisons = {title: tables}
     if apart.any() and not apart.all():
-        title = "the same, only subjects that neither has seen in training"
-        comparisons.append((title, [table[apart] for table in tables]))
-    for title, parts in comparisons:
+        comparisons["the same, only subjects that neither has seen in training"] = [table[apart] for table in tables]
+    for title, parts in comparisons.items():
         one, other = mean_scores(parts[: len(first)]), mean_scores(parts[len(first) :])
         yield {"title": title, **metrics.compare(one, other)}
 
