@@ -29,11 +29,10 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None):
     to them, and all go into the title. Where some subjects were seen in training and others not, the scores of the
     others are under "unseen_subjects".
     """
-    what, run_leaks, run_notes = title, list(leaks), list(notes)
-    leaks, notes = find_leaks(predictions, leaks, notes)
-    title = "; ".join([what] + (["LEAKY: " + ", ".join(leaks)] if leaks else []) + notes)
-    scores = {"title": title, "what": what, "leaks": leaks, "notes": notes, "run_leaks": run_leaks,
-              "run_notes": run_notes, **_scores(predictions, coverage)}
+    all_leaks, all_notes = find_leaks(predictions, leaks, notes)
+    whole = "; ".join([title, *["LEAKY: " + ", ".join(all_leaks)] * bool(all_leaks), *all_notes])
+    scores = {"title": whole, "what": title, "leaks": all_leaks, "notes": all_notes, "run_leaks": leaks,
+              "run_notes": notes, **_scores(predictions, coverage)}
     if (predictions.exposure == "yes").any() and (predictions.exposure == "no").any():
         apart = _scores(predictions[predictions.exposure == "no"], coverage)
         scores["unseen_subjects"] = {"title": "only subjects not seen in training", **apart}
@@ -56,13 +55,11 @@ def find_leaks(predictions, leaks, notes):
 def _scores(predictions, coverage):
     samples = bootstrap_scores(predictions)
     scores = summarise(samples)
-    fitted = [name for name in BASELINES if predictions[name].notna().all()]
-    if fitted:
-        scores["baselines"], scores["minus_baseline"] = {}, {}
-        for name in fitted:
-            other = bootstrap_scores(predictions.assign(p_AD=predictions[name], threshold=metrics.THRESHOLD))
-            scores["baselines"][name] = summarise(other)
-            scores["minus_baseline"][name] = metrics.compare(samples, other)
+    others = {name: bootstrap_scores(metrics.as_baseline(predictions, name)) for name in BASELINES
+              if predictions[name].notna().all()}  # fmt: skip
+    if others:
+        scores["baselines"] = {name: summarise(other) for name, other in others.items()}
+        scores["minus_baseline"] = {name: metrics.compare(samples, other) for name, other in others.items()}
     if predictions.prediction_set.notna().all():
         scores["prediction_sets"] = metrics.score_sets(predictions, coverage)
     return scores
@@ -71,14 +68,14 @@ def _scores(predictions, coverage):
 # ---------------------------------------------------------------- scores as text
 
 
-def cell(part, name, digits=3):
+def cell(part, name):
     """`0.735 [0.588, 0.882]` of a dict of scores with ci95."""
     if part is None or part[name] is None:
         return "undefined"
     if part["ci95"][name] is None:
-        return f"{part[name]:.{digits}f}"
+        return f"{part[name]:.3f}"
     low, high = part["ci95"][name]
-    return f"{part[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{part[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def format_table(rows):
@@ -101,32 +98,21 @@ def format_scores(scores, title):
     return [title, "", *format_table(rows), *([] if "subject" in units else ["", "subject-level: subjects unknown"])]
 
 
-def format_baselines(scores, unit="scan"):
-    """The model beside the baselines, and whether it is shown to beat them."""
-    header = [f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
-    rows = [[*header, "accuracy of the model minus it"]]
-    rows.append(["the model", *(cell(scores[unit], name) for name in COMPARED), ""])
-    beaten, unbeaten = [], []
+def format_baselines(scores):
+    """The model beside the baselines, scan-level, and whether it is shown to beat them."""
+    model, groups = scores["scan"], scores["scan"]["groups"]
+    rows = [[f"scans (n = {model['n']:,})", *(METRICS[name] for name in COMPARED), "accuracy of the model minus it"]]
+    rows.append(["the model", *(cell(model, name) for name in COMPARED), ""])
+    verbs = {"beats": [], "is NOT shown to beat": []}
     for name, part in scores["baselines"].items():
-        minus = scores["minus_baseline"][name][unit]
-        cells = (cell(part[unit], metric) for metric in COMPARED)
+        minus = scores["minus_baseline"][name]["scan"]
+        cells = (cell(part["scan"], metric) for metric in COMPARED)
         rows.append([BASELINES[name], *cells, format_difference(minus["accuracy"])])
-        (beaten if metrics.is_better(minus, "accuracy") else unbeaten).append(BASELINES[name])
-    verdict = []
-    if beaten:
-        verdict.append(f"In {unit}-level accuracy, the model beats: {', '.join(beaten)}.")
-    if scores[unit]["groups"] < metrics.FEWEST:
-        verdict = [f"{scores[unit]['groups']} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
-    elif unbeaten:
-        verdict.append(f"In {unit}-level accuracy, the model is NOT shown to beat: {', '.join(unbeaten)}.")
-    return ["", *format_table(rows), "", " ".join(verdict)]
-
-
-def format_sets(scores):
-    part = scores["prediction_sets"]
-    return ["", f"prediction sets for a coverage of {part['coverage']:g}, scan-level (n = {part['n']:,}): "
-            f"{cell(part, 'covered')} hold the label, {cell(part, 'uncertain')} are AD|NC; "
-            f"accuracy of the other {part['n_certain']:,} {cell(part, 'accuracy_if_certain')}"]  # fmt: skip
+        verbs["beats" if metrics.is_better(minus, "accuracy") else "is NOT shown to beat"].append(BASELINES[name])
+    said = [f"In scan-level accuracy, the model {verb}: {', '.join(names)}." for verb, names in verbs.items() if names]
+    if groups < metrics.FEWEST:
+        said = [f"{groups} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
+    return ["", *format_table(rows), "", " ".join(said)]
 
 
 def format_assessment(scores):
@@ -135,7 +121,12 @@ def format_assessment(scores):
     for part in filter(None, (scores, scores.get("unseen_subjects"))):
         lines += format_scores(part, part["title"])
         lines += format_baselines(part) if "baselines" in part else []
-        lines += [*(format_sets(part) if "prediction_sets" in part else []), ""]
+        if "prediction_sets" in part:
+            sets = part["prediction_sets"]
+            lines += ["", f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
+                      f"{cell(sets, 'covered')} hold the label, {cell(sets, 'uncertain')} are AD|NC; "
+                      f"accuracy of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}"]  # fmt: skip
+        lines.append("")
     return lines[:-1]
 
 
@@ -164,12 +155,7 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
     write_json(out / "metrics.json", scores)
-    _draw_results({unit: table for unit, table in tables.items() if len(table)}, out, scores)
-    return scores
-
-
-def _draw_results(tables, out, scores):
-    title = scores["title"]
+    tables, title = {unit: table for unit, table in tables.items() if len(table)}, scores["title"]
     plots.plot_confusion(out / "confusion_matrix.png", tables, title)
     plots.plot_calibration(out / "calibration.png", tables, title)
     plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))
@@ -177,6 +163,7 @@ def _draw_results(tables, out, scores):
         plots.plot_windows(out / "window_accuracy.png", tables["slice"], title)
     if tables["slice"].label.nunique() == 2:
         plots.plot_roc(out / "roc_curve.png", tables, title)
+    return scores
 
 
 def read_run(folder, part="test"):
@@ -197,8 +184,7 @@ def read_run(folder, part="test"):
             raise ValueError(f"there is no {', no '.join(sorted(missing))}")
         table = table[table.p_AD.notna()].reset_index(drop=True)
         # text to numbers by Python's float: pandas' fast parser may be off in the last digit
-        numbers = ("logit", "p_AD", "threshold", *BASELINES)
-        table = table.astype(dict.fromkeys(numbers, float) | {"slice": "Int64"})
+        table = table.astype(metrics.NUMBERS)
         if len(table) != scores["slice"]["n"]:
             raise ValueError("its predictions.csv and metrics.json are not of the same slices")
         if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all() and table.group.notna().all()):
@@ -261,6 +247,5 @@ def assess_run(slices, args, run, runtime):
         if split == "val":  # it was chosen on: a line is enough
             run.log(f"{scores['title']}: accuracy slice-level {cell(scores['slice'], 'accuracy')}, "
                     f"scan-level {cell(scores['scan'], 'accuracy')}")
-            continue
-        for line in format_assessment(scores):
-            run.log(line)
+        else:
+            run.log("\n".join(format_assessment(scores)))

@@ -155,9 +155,10 @@ def plain_step(model, runtime):
 # ---------------------------------------------------------------- prediction and training steps
 
 
-def predict(args, device, batch):
-    """From normalised slices to p_AD: torchvision's model, and the engine of predict.py. Returns what `take_turns`
-    does, and the largest difference of p_AD to torchvision in float32 for each candidate."""
+def measure_prediction(args, results, device, batch):
+    """From normalised slices to p_AD: torchvision's model, and the engine of predict.py; and the largest difference of
+    p_AD to torchvision in float32 for each candidate."""
+    print(f"prediction, {args.model}, {args.image_size} px, batch {batch}", flush=True)
     theirs, ours = two_models(args.model, device)
     theirs.eval()
     x = slices.eval_transform(some_slices(batch).to(device), args.image_size)
@@ -178,7 +179,10 @@ def predict(args, device, batch):
             candidates[f"ours, {runtime.precision}, compiled"] = functools.partial(make_engine(compiled, runtime), x)
     differences = {name: require(f"p_AD of {name}", (p_ad(work()) - exact).abs().max(), limits.get(name, 0.01))
                    for name, work in candidates.items()}  # fmt: skip
-    return take_turns(candidates, args.repeats, sync_of(device)), differences
+    results["predict"] = take_turns(candidates, args.repeats, sync_of(device))
+    results["difference_of_p_AD"] = differences
+    notes = {name: f"  (largest difference of p_AD {value:.1g})" for name, value in differences.items()}
+    show(results["predict"], batch, device, notes)
 
 
 def precisions(device):
@@ -319,7 +323,7 @@ def measure_cpu(args, results):
           f"{found['torchvision']:,}; largest difference of the logits {found['difference']:.1g}, SD {found['SD']:.2g}")
     measure_prediction(args, results, cpu, args.batch_size)
     for amp in precisions(cpu):
-        measure_steps(args, results, cpu, args.batch_size, [f"{who}, {precision_name(amp)}" for who in WHO])
+        measure_steps(args, results, cpu, args.batch_size, amp)
     measure_profile(args, results, cpu, precision_name(precisions(cpu)[-1]))
 
 
@@ -333,20 +337,13 @@ def measure_gpu(args, results):
     for batch in (large, args.batch_size, 2 * large):
         for amp in precisions(device):
             keep(args, results)
-            name = precision_name(amp)
-            measure_steps(args, results, device, batch, [*(f"{who}, {name}" for who in WHO), f"ours, {name}, compiled"])
+            measure_steps(args, results, device, batch, amp)
 
 
-def measure_prediction(args, results, device, batch):
-    print(f"prediction, {args.model}, {args.image_size} px, batch {batch}", flush=True)
-    results["predict"], differences = predict(args, device, batch)
-    results["difference_of_p_AD"] = differences
-    notes = {name: f"  (largest difference of p_AD {value:.1g})" for name, value in differences.items()}
-    show(results["predict"], batch, device, notes)
-
-
-def measure_steps(args, results, device, batch, kinds):
+def measure_steps(args, results, device, batch, amp):
     print(f"training step, {args.model}, {args.image_size} px, batch {batch}", flush=True)
+    kinds = [f"{who}, {precision_name(amp)}" for who in WHO]
+    kinds += [f"{kinds[-1]}, compiled"] * args.gpu
     torch._dynamo.reset()  # or it takes another batch size for a size that varies
     rows = take_turns({kind: step_of(kind, args, batch, device) for kind in kinds}, args.repeats, sync_of(device))
     results.setdefault("train", {}).setdefault(f"batch {batch}", {}).update(rows)

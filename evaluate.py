@@ -56,7 +56,7 @@ import assess
 import metrics
 import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
-from metrics import LOWER_IS_BETTER, METRICS, UNITS, bootstrap_scores
+from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
 from subjects import read_table
 from utils import open_out, read_csv, write_csv, write_json
@@ -81,13 +81,12 @@ class Pool(NamedTuple):
 def pool(found):
     """The Pool of several runs, a (folder, predictions, metrics.json) each; InputError where two share a scan."""
     folders, tables, scores = map(list, zip(*found))
-    owner = {}
-    for folder, table in zip(folders, tables):
-        for scan in table.scan.unique():
-            if scan in owner:
-                raise InputError(f"scan {scan} is in {owner[scan]} and in {folder}; expected the folds of one "
-                                 "cross-validation, which share none, or runs of other seeds")
-            owner[scan] = folder
+    owners = pd.concat([pd.Series(folder, table.scan.unique()) for folder, table in zip(folders, tables)])
+    again = owners[owners.index.duplicated()]
+    if len(again):
+        scan = again.index[0]
+        raise InputError(f"scan {scan} is in {owners[scan].iloc[0]} and in {again.iloc[0]}; expected the folds of one "
+                         "cross-validation, which share none, or runs of other seeds")
     table = pd.concat(tables, ignore_index=True)
     coverages = {score.get("prediction_sets", {}).get("coverage") for score in scores}
     if len(coverages) != 1 or None in coverages:  # sets for different promises cannot be pooled
@@ -95,7 +94,7 @@ def pool(found):
     return Pool(folders, table, scores)
 
 
-def pool_seeds(folders, part="test"):
+def pool_seeds(folders, part):
     """The Pool of runs that share no scan; of others a Pool for each --seed."""
     found, seeds = [(folder, *read_run(folder, part)) for folder in folders], {}
     shared = pd.concat([table.scan.drop_duplicates() for _, table, _ in found]).duplicated().any()
@@ -123,18 +122,17 @@ def read_config(folder):
 def warn_of_flags(pools, *free):
     """Sentences on what does not fit in the flags of runs that are pooled or averaged. `free` flags may differ, and of
     several Pools the seed."""
+    free = {"fold", "out", "data", "resume", "device", *free, *["seed"] * (len(pools) > 1)}
     folders = [folder for found in pools for folder in found.folders]
-    free = {"fold", "out", "data", "resume", "device", *free, *(["seed"] if len(pools) > 1 else [])}
-    flags = {folder: found for folder in folders if (found := read_config(folder))}
+    flags = [config for config in map(read_config, folders) if config]
     if len(flags) < 2:
         return
-    first, one = next(iter(flags.items()))
-    differ = sorted({name for other in flags.values() for name in one
-                     if name not in free and other.get(name) != one[name]})
+    one = flags[0]
+    differ = sorted(name for name in one if name not in free and any(other.get(name) != one[name] for other in flags))
     if differ:
         yield f"warning: the runs differ in --{', --'.join(name.replace('_', '-') for name in differ)}"
     folds = one.get("folds")
-    missing = sorted(set(range(folds or 0)) - {other.get("fold") for other in flags.values()})
+    missing = sorted(set(range(folds or 0)) - {other.get("fold") for other in flags})
     if missing:
         yield f"warning: of {folds} folds, {', '.join(map(str, missing))} are missing: not all subjects are counted"
 
@@ -193,28 +191,23 @@ def check_same(tables):
     return [table.assign(subject=first.subject, group=first.group) for table in (first, *others)]
 
 
-def mean_scores(tables):
-    """`bootstrap_scores` of tables of the same slices, averaged over them."""
-    return metrics.mean_of([bootstrap_scores(table) for table in tables])
-
-
 def compare_runs(first, second):
     """Compare two lists of Pools, a Pool a seed: dicts of `metrics.compare` with a title that names the leaks of both.
     Where training has seen subjects of some scans but not of others, a second one is of the latter alone."""
     tables = check_same([found.table for found in (*first, *second)])
-    titles, apart = [], pd.Series(True, tables[0].index)
+    title = "first against second, paired bootstrap over subjects"
+    if len(tables) > 2:
+        title += f", mean over {len(first)} and {len(second)} seeds"
     for name, pools in (("first", first), ("second", second)):
         leaks = find_leaks(pools)
-        titles += [f"{name} LEAKY: {', '.join(leaks)}"] if leaks else []
+        title += f"; {name} LEAKY: {', '.join(leaks)}" * bool(leaks)
+    apart = pd.Series(True, tables[0].index)
     for table in tables:
         apart &= table.exposure == "no"
-    several = f", mean over {len(first)} and {len(second)} seeds" if len(tables) > 2 else ""
-    title = "; ".join([f"first against second, paired bootstrap over subjects{several}", *titles])
-    comparisons = [(title, tables)]
+    comparisons = {title: tables}
     if apart.any() and not apart.all():
-        title = "the same, only subjects that neither has seen in training"
-        comparisons.append((title, [table[apart] for table in tables]))
-    for title, parts in comparisons:
+        comparisons["the same, only subjects that neither has seen in training"] = [table[apart] for table in tables]
+    for title, parts in comparisons.items():
         one, other = mean_scores(parts[: len(first)]), mean_scores(parts[len(first) :])
         yield {"title": title, **metrics.compare(one, other)}
 
@@ -246,12 +239,7 @@ def format_by(tables, file, column):
     return ["", *format_table(rows), *lost]
 
 
-def baseline_of(tables, name):
-    """Tables with the predictions of a baseline in place of the model's."""
-    return [table.assign(p_AD=table[name], threshold=metrics.THRESHOLD) for table in tables]
-
-
-def learning_curve(folders, part="test"):
+def learning_curve(folders, part):
     """Subject-level scores by number of training subjects of each model, mean over seeds: {model: {subjects: scores}},
     with the logistic regression of the first model's runs; and lines on what leaks or does not fit."""
     found = {}
@@ -269,7 +257,7 @@ def learning_curve(folders, part="test"):
         tables = [next(same) for _ in several]
         names = {model: tables}
         if model == next(iter(found)):
-            names[blur] = baseline_of(tables, "logistic_regression")
+            names[blur] = [metrics.as_baseline(table, "logistic_regression") for table in tables]
         for name, members in names.items():
             means = metrics.summarise(mean_scores(members))
             curves.setdefault(name, {})[n] = means["subject"] or means["scan"]
@@ -287,11 +275,10 @@ def show_curve(args):
     print(f"\npicture in {args.curve}")
 
 
-def format_aggregations(ways):
-    names = ("accuracy", "auroc", "brier", "calibration_error")
-    n = next(iter(ways.values()))["n"]
-    rows = [[f"scans (n = {n:,}), at 0.5, from their slices by", *(METRICS[name] for name in names)]]
-    return format_table(rows + [[way, *(cell(part, name) for name in names)] for way, part in ways.items()])
+def format_metrics(head, parts, names=COMPARED):
+    """Lines of a table of the metrics `names`: a row for each of {label: scores of one unit}."""
+    rows = [[head, *(METRICS[name] for name in names)]]
+    return format_table(rows + [[label, *(cell(part, name) for name in names)] for label, part in parts.items()])
 
 
 def show_stress(args):
@@ -340,12 +327,13 @@ def format_pool(found, args):
     out = open_out(args.out, "") if args.out else None
     scores = assess.write_results(found.table, out, **extra) if out else assess.score(found.table, **extra)
     lines += assess.format_assessment(scores)
-    lines += ["", *format_aggregations(metrics.aggregations(found.table))]
+    head = f"scans (n = {scores['scan']['n']:,}), at 0.5, from their slices by"
+    names = ("accuracy", "auroc", "brier", "calibration_error")
+    lines += ["", *format_metrics(head, metrics.aggregations(found.table), names)]
     if len(found.runs) > 1:
         accuracies = [run["scan"]["accuracy"] for run in found.runs]
-        lines.append("")
-        lines.append(f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
-                     f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})")
+        lines += ["", f"scan-level accuracy of each run: {', '.join(f'{a:.3f}' for a in accuracies)} "
+                  f"(mean {np.mean(accuracies):.3f}, SD {np.std(accuracies, ddof=1):.3f})"]
     return lines
 
 
@@ -356,11 +344,12 @@ def format_seeds(pools):
     scores = metrics.summarise(mean_scores(tables))
     lines = [*warn_of_flags(pools), *assess.format_scores(scores, title), ""]
     unit = "subject" if scores["subject"] else "scan"
-    rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
-    parts = {"the model": scores} | {label: metrics.summarise(mean_scores(baseline_of(tables, name)))
-                                     for name, label in metrics.BASELINES.items() if tables[0][name].notna().all()}
-    rows += [[label, *(cell(part[unit], name) for name in COMPARED)] for label, part in parts.items()]
-    return lines + format_table(rows)
+    parts = {"the model": scores[unit]}
+    for name, label in metrics.BASELINES.items():
+        if tables[0][name].notna().all():
+            means = mean_scores([metrics.as_baseline(table, name) for table in tables])
+            parts[label] = metrics.summarise(means)[unit]
+    return lines + format_metrics(f"{unit}s (n = {scores[unit]['n']:,})", parts)
 
 
 def main(args):

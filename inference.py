@@ -10,7 +10,7 @@ faulted in again between layers.
 """
 
 import copy
-import math
+import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,44 +49,29 @@ def make_engine(model, runtime):
     with the model, and where it cannot be made or answers otherwise, the model itself predicts and a warning says so.
     """
     model.eval()
-    plain = _Plain(model, runtime)
+    plain = functools.partial(_predict_plainly, model, runtime)
     if runtime.device.type != "cpu" or not isinstance(model, ConvNeXt):
         return plain
     try:
         folded = _Folded(model, runtime.amp or torch.float32)
-        problem = _difference(folded, _Plain(model, None), 1e-3 if runtime.amp is None else 0.1)
+        x = torch.linspace(-20, 20, 64 * 64).sin().view(1, 1, 64, 64)  # a fixed picture
+        exact = _predict_plainly(model, replace(runtime, amp=None), x)
+        size, difference = exact.abs().max().item(), (folded(x) - exact).abs().max().item()
+        if difference <= (1e-3 if runtime.amp is None else 0.1) * size or not exact.isfinite().all():
+            return folded
+        problem = f"its logits differ by {difference:.2g} from {size:.2g}"
     except (RuntimeError, TypeError, AttributeError, ValueError) as found:  # of oneDNN operators without a public name
         problem = str(found).splitlines()[0]
-    if problem is None:
-        return folded
     warnings.warn(f"the fast engine cannot be used here ({problem}); the plain model predicts, slower",
                   RuntimeWarning, stacklevel=2)
     return plain
 
 
-def _difference(folded, exact, tolerance):
-    """What sets the answers of two engines on a fixed picture apart, or None."""
-    x = torch.linspace(-20, 20, 64 * 64).sin().view(1, 1, 64, 64)
-    expected = exact(x)
-    largest = (folded(x) - expected).abs().max().item()
-    if largest <= tolerance * expected.abs().max().item() or not expected.isfinite().all():
-        return None
-    return f"its logits differ by {largest:.2g} from {expected.abs().max().item():.2g}"
-
-
-class _Plain:
-    """The model as it is, under the autocast of a Runtime, or in float32."""
-
-    def __init__(self, model, runtime):
-        self.model, self.runtime = model, runtime
-
-    @torch.inference_mode()
-    def __call__(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.runtime is None:
-            return self.model(x)
-        with self.runtime.autocast():
-            return self.model(x).float()
+@torch.inference_mode()
+def _predict_plainly(model, runtime, x):
+    """The model as it is, under the autocast of a Runtime."""
+    with runtime.autocast():
+        return model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 class _Folded:
@@ -94,9 +79,9 @@ class _Folded:
 
     @torch.inference_mode()
     def __init__(self, model, dtype):
-        self.dtype, self.stages = dtype, []
-        for downsample, stage in zip(model.downsample_layers, model.stages):
-            self.stages.append((self._fold(downsample), [self._block(block) for block in stage]))
+        self.dtype = dtype
+        self.stages = [(self._fold(downsample), [self._block(block) for block in stage])
+                       for downsample, stage in zip(model.downsample_layers, model.stages)]  # fmt: skip
         self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
 
     def _fold(self, layers):
@@ -201,8 +186,8 @@ def predict_slices(checkpoint, slices, runtime, *, batch_size=64, exposure=None)
     if checkpoint.get("baselines"):
         found = found.join(predict_baselines(checkpoint["baselines"], readable))
     table = index.join(found).reindex(columns=metrics.PREDICTIONS)
-    numbers = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *metrics.BASELINES), float)}
-    return table.astype({name: numbers.get(name, "string") for name in table}).assign(threshold=metrics.THRESHOLD)
+    types = dict.fromkeys(metrics.PREDICTIONS, "string") | metrics.NUMBERS
+    return table.astype(types).assign(threshold=metrics.THRESHOLD)
 
 
 def calibrated(predictions, checkpoint, coverage=None):
@@ -229,6 +214,5 @@ def calibrated(predictions, checkpoint, coverage=None):
 
 def most_coverage(checkpoint, coverage):
     """The largest coverage that the checkpoint's validation can promise, if that is less than `coverage`; else None."""
-    groups = checkpoint["calibration"]["groups"]
-    too_few = metrics.conformal_quantile(checkpoint["calibration"], coverage) == math.inf
-    return groups / (groups + 1) if too_few else None
+    most = checkpoint["calibration"]["groups"] / (checkpoint["calibration"]["groups"] + 1)
+    return most if most < coverage - 1e-9 else None  # else `metrics.conformal_quantile` is finite

@@ -29,6 +29,7 @@ BASELINES = {"majority_class": "majority class", "window_vote": "window vote",
              "logistic_regression": "logistic regression on a blur"}  # fmt: skip
 PREDICTIONS = ("path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure", "out_of_range",
                "error", "group", "threshold", "prediction_set", *BASELINES)  # fmt: skip
+NUMBERS = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES), float)}  # the others are text
 # Those of scans.csv; of subjects.csv all but the first.
 AGGREGATED = ("scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
               "n_out_of_range")  # fmt: skip
@@ -155,21 +156,21 @@ class Sample(NamedTuple):
     resampled: dict
 
 
-def bootstrap_scores(predictions, resamples=RESAMPLES, seed=0):
+def bootstrap_scores(predictions):
     """Score labelled predictions at slice, scan and subject level, as they are and in a bootstrap over groups.
 
     The bootstrap (Efron & Tibshirani 1993) draws whole groups (subjects, mostly: see subjects.assign_groups), since
     slices of one brain are not independent samples. Returns a dict of a Sample for each unit, for `summarise` and
     `compare`; None where there is nothing.
     """
-    return {unit: sample_unit(predictions, unit, resamples, seed) for unit in UNITS}
+    return {unit: sample_unit(predictions, unit) for unit in UNITS}
 
 
-def sample_unit(predictions, unit, resamples=RESAMPLES, seed=0):
+def sample_unit(predictions, unit):
     y, p, predicted, group = arrays(predictions, unit)
     if len(y) == 0:
         return None
-    resampled = resampled_scores(y, p, predicted, Bootstrap(group, resamples, seed))
+    resampled = resampled_scores(y, p, predicted, Bootstrap(group))
     return Sample(len(y), len(np.unique(group)), point_scores(y, p, predicted), resampled)
 
 
@@ -188,18 +189,17 @@ def summarise_unit(sample):
     return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
 
 
-def mean_of(results):
-    """Results of `bootstrap_scores` of the same units and seed, as those of one whose scores are their means."""
-    means = {}
-    for unit in UNITS:
-        samples = [result[unit] for result in results]
-        if len(samples) == 1 or None in samples:
-            means[unit] = samples[0]
-            continue
-        scores = {name: [sample.scores[name] for sample in samples] for name in METRICS}
-        scores = {name: None if None in values else float(np.mean(values)) for name, values in scores.items()}
-        resampled = {name: np.mean([sample.resampled[name] for sample in samples], 0) for name in METRICS}
-        means[unit] = samples[0]._replace(scores=scores, resampled=resampled)
+def mean_scores(tables):
+    """`bootstrap_scores` of tables of the same slices, averaged over them: a dict of the same form."""
+    results, means = [bootstrap_scores(table) for table in tables], {}
+    for unit, first in results[0].items():
+        means[unit] = first
+        if first is not None:
+            samples = [result[unit] for result in results]
+            scores = {name: [sample.scores[name] for sample in samples] for name in METRICS}
+            scores = {name: None if None in values else float(np.mean(values)) for name, values in scores.items()}
+            resampled = {name: np.mean([sample.resampled[name] for sample in samples], 0) for name in METRICS}
+            means[unit] = first._replace(scores=scores, resampled=resampled)
     return means
 
 
@@ -209,6 +209,11 @@ def arrays(predictions, unit):
     table = aggregate(predictions, unit)
     ad, predicted = (table.label == "AD").to_numpy(bool), (table.prediction == "AD").to_numpy(bool)
     return ad, table.p_AD.to_numpy(float), predicted, table.group.to_numpy(str)
+
+
+def as_baseline(predictions, name):
+    """Predictions with those of a baseline in place of the model's."""
+    return predictions.assign(p_AD=predictions[name], threshold=THRESHOLD)
 
 
 def point_scores(y, p, predicted):
@@ -278,9 +283,8 @@ def _areas(above_ad, above_nc):
     """AUROC (by trapezia, ties count half) and average precision (by steps) of curves (B, values)."""
     more_ad, more_nc = np.diff(above_ad, axis=1, prepend=0), np.diff(above_nc, axis=1, prepend=0)
     ad, nc = above_ad[:, -1], above_nc[:, -1]
-    above = above_ad + above_nc
-    precision = np.divide(above_ad, above, out=np.zeros_like(above), where=above > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(above_ad / (above_ad + above_nc))  # 0 where nothing is above
         auroc = (more_nc * (above_ad - more_ad / 2)).sum(1) / (ad * nc)
         return auroc, np.where(nc > 0, (more_ad * precision).sum(1) / ad, np.nan)
 
@@ -305,28 +309,25 @@ def roc_band(y, p, group, grid):
 
 
 def compare(a, b):
-    """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices, with the same seed.
+    """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices.
 
     Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95", "p"} of a paired
     bootstrap over groups: both models are scored on the same resamples. p is two-sided: twice the share of resamples
     on the rarer side of 0. Both need the same groups, or the resamples are not pairs.
     """
-    differences = {}
+    differences = dict.fromkeys(UNITS)
     for unit in UNITS:
         if a[unit] is None or b[unit] is None:
-            differences[unit] = None
             continue
-        differences[unit] = {"groups": a[unit].groups}
+        differences[unit] = {"groups": a[unit].groups, **dict.fromkeys(METRICS)}
         for name in METRICS:
-            one, other = a[unit].scores[name], b[unit].scores[name]
             drawn = a[unit].resampled[name] - b[unit].resampled[name]
             drawn = drawn[np.isfinite(drawn)]
-            if one is None or other is None or len(drawn) == 0:
-                differences[unit][name] = None
-                continue
-            rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
-            differences[unit][name] = {"difference": one - other, "ci95": interval(drawn),
-                                       "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
+            if len(drawn):  # a score that is not defined is so in all resamples
+                difference = a[unit].scores[name] - b[unit].scores[name]
+                rarer = min((drawn <= 0).sum(), (drawn >= 0).sum())
+                differences[unit][name] = {"difference": difference, "ci95": interval(drawn),
+                                           "p": float(min(1, 2 * (rarer + 1) / (len(drawn) + 1)))}  # fmt: skip
     return differences
 
 

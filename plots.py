@@ -23,13 +23,13 @@ OPAQUE = 0.75  # of the strongest colour of an attribution map: the anatomy shin
 
 
 @contextlib.contextmanager
-def _figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,)):
+def _figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True):
     """Rows of axes to draw on; saved to `path` at the end, under a title as wide as the figure, since what it says
     about leaks must not be cut off."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context(STYLE | {"axes.grid": grid}):
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         yield figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
         text = printable(title).replace("$", r"\$")  # a name is not a formula
@@ -63,12 +63,11 @@ def plot_confusion(path, tables, title):
     """Confusion matrices, one a unit, from a dict of labelled tables by unit."""
     from sklearn import metrics as sk
 
-    with _figure(path, title, len(tables)) as (row,):
+    with _figure(path, title, len(tables), grid=False) as (row,):
         for axes, (unit, table) in zip(row, tables.items()):
             true, predicted = table.label.to_numpy(str), table.prediction.to_numpy(str)
             sk.ConfusionMatrixDisplay.from_predictions(true, predicted, labels=CLASSES, cmap="Greys", colorbar=False,
                                                        ax=axes)  # fmt: skip
-            axes.grid(False)
             axes.set_title(f"{unit}s (n = {len(table):,})")
 
 
@@ -191,7 +190,6 @@ def plot_curve(path, curves, title):
 # ---------------------------------------------------------------- attribution maps, over the slice
 
 
-
 def blend(pixels, values, full):
     """Grey pixels (H, W) from 0 to 255 under a map (H, W): uint8 (H, W, 3). The colour of AD where it is positive, of
     NC where it is negative, the stronger the nearer to `full`; none at 0."""
@@ -212,12 +210,11 @@ def plot_overlay(path, pixels, values, full, mark=""):
 
 def plot_legend(path, title):
     """What the colours of an overlay mean."""
-    with _figure(path, title, height=2.1, width=6) as ((axes,),):
+    with _figure(path, title, height=2.1, width=6, grid=False) as ((axes,),):
         bar = np.linspace(-1, 1, 256)[None].repeat(24, 0)
         axes.imshow(blend(np.full(bar.shape, 120), bar, 1), aspect="auto", extent=(-1, 1, 0, 1))
         axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"],
                  xlabel="full colour: the 99.5 % quantile of the scan's maps (full_colour in explanations.csv)")
-        axes.grid(False)
 
 
 def plot_scan_map(path, pixels, mean, slices, title):
@@ -262,7 +259,8 @@ def montage_rows(index, images, change=lambda pixels: pixels, subjects=5, slices
 def plot_montage(path, rows, title):
     """A contact sheet of `montage_rows`."""
     most = max(len(slices) for _, slices in rows)
-    with _figure(path, title, height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows)) as axes:
+    size = dict(height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows))
+    with _figure(path, title, **size, grid=False) as axes:
         for axis, (text, slices) in zip(axes[:, 0], rows):
             height, width = slices.shape[1:]
             sheet = np.zeros((height, most * width), slices.dtype)
@@ -270,12 +268,11 @@ def plot_montage(path, rows, title):
             axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(printable(text).replace("$", r"\$"), rotation=0, ha="right", va="center")
-            axis.grid(False)
 
 
 def plot_means(path, means, title):
     """The mean slice of each class and their difference, pixel by pixel, from {class: (H, W) of grey levels}."""
-    with _figure(path, title, 3, height=3.2, width=3.4) as ((left, middle, right),):
+    with _figure(path, title, 3, width=3.4, grid=False) as ((left, middle, right),):
         for axes, name in ((left, "AD"), (middle, "NC")):
             axes.imshow(means[name], cmap="gray", vmin=0, vmax=255)
             axes.set_title(f"mean of {name}")
@@ -286,4 +283,3 @@ def plot_means(path, means, title):
         right.figure.colorbar(drawn, ax=right, shrink=0.8)
         for axes in (left, middle, right):
             axes.set(xticks=[], yticks=[])
-            axes.grid(False)

@@ -80,14 +80,6 @@ def warn_of_rows(predictions, column, what):
         yield f"{len(rows)} of {len(predictions)} files {what} (column {column} of predictions.csv)"
 
 
-def warn_of_checkpoint(checkpoint, coverage):
-    if "calibration" not in checkpoint:
-        yield "the run did not finish: its p_AD are not calibrated"
-    elif coverage is not None and (most := most_coverage(checkpoint, coverage)) is not None:
-        subjects = checkpoint["calibration"]["groups"]
-        yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
-
-
 def format_scans(scans):
     """A line for each of the first ten scans."""
     for row in scans.head(10).itertuples():
@@ -102,7 +94,11 @@ def format_scans(scans):
 def warn(predictions, checkpoint, coverage):
     """Warnings about predictions as `calibrated` gives them."""
     read = predictions[predictions.p_AD.notna()]
-    yield from warn_of_checkpoint(checkpoint, coverage)
+    if "calibration" not in checkpoint:
+        yield "the run did not finish: its p_AD are not calibrated"
+    elif coverage is not None and (most := most_coverage(checkpoint, coverage)) is not None:
+        subjects = checkpoint["calibration"]["groups"]
+        yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
     if 0 < read.label.isna().sum() < len(read):
         yield f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed"
     yield from warn_of_rows(predictions, "error", "could not be read")
