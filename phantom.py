@@ -220,12 +220,9 @@ def draw_volumes(out, count, seed=0, every=1):
     import pandas as pd
     from tqdm import tqdm
 
-    try:
-        import nibabel
-    except ImportError:
-        raise InputError("--volumes needs nibabel; install it with python -m pip install -r requirements-volumes.txt"
-                         ) from None
-    out = Path(out)
+    import readers
+
+    out, nib = Path(out), readers.nibabel()
     first = [scan for scan in plan(max(10, 4 * count), seed) if scan.visit == 0]
     classes = [[scan for scan in first if scan.label == label] for label in ("NC", "AD")]
     scans = [classes[i % 2][i // 2] for i in range(count)]
@@ -236,11 +233,10 @@ def draw_volumes(out, count, seed=0, every=1):
         for number, scan in enumerate(tqdm(scans, "phantom", unit=" heads", disable=None)):
             head, brain, affine = render_head(scan, seed, every)
             stored, subject = STORED[number % len(STORED)], "sub-" + scan.subject.replace("_", "")
-            to = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine),
-                                                     nibabel.orientations.axcodes2ornt(stored))
+            to = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(stored))
             for name, pixels, kind in (("heads", head, "T1w"), ("brains", brain, "desc-brain_T1w")):
-                image = nibabel.Nifti1Image(pixels, affine).as_reoriented(to)
-                nibabel.save(image, draft / name / f"{subject}_{kind}.nii.gz")
+                image = nib.Nifti1Image(pixels, affine).as_reoriented(to)
+                nib.save(image, draft / name / f"{subject}_{kind}.nii.gz")
             litres = 1e-6 * float(np.count_nonzero(brain) * np.prod(np.diag(affine)[:3]))
             rows.append((f"{subject}_T1w", subject, scan.label, scan.atrophy, stored, litres))
         columns = ["scan", "subject", "label", "atrophy", "orientation", "brain_litres"]
