@@ -137,20 +137,16 @@ def plan(subjects=60, seed=0):
                 splits = rng.permutation([split for split in counts for _ in range(counts[split][k])])
                 scans += [Scan(0, subject, label, str(split), 0, float(atrophy), visit)
                           for visit, split in enumerate(splits)]
-    return _with_ids_and_windows(rng, scans)
-
-
-def _with_ids_and_windows(rng, scans):
     ids = rng.choice(SCAN_IDS, len(scans), replace=False)
-    done = [scan._replace(scan=int(i)) for scan, i in zip(scans, ids)]
+    scans = [scan._replace(scan=int(i)) for scan, i in zip(scans, ids)]
     for split in ("train", "test"):
         for label, sign in (("AD", 1), ("NC", -1)):
-            here = [k for k, scan in enumerate(done) if (scan.split, scan.label) == (split, label)]
+            here = [k for k, scan in enumerate(scans) if (scan.split, scan.label) == (split, label)]
             # the four windows that lean to AD hold half of all scans, the other five the other half
             weights = [(1 + sign * LEAN) / 8 if s in AD_WINDOWS else (1 - sign * LEAN) / 10 for s in STARTS]
             for k, start in zip(here, _quota(rng, STARTS, weights, len(here))):
-                done[k] = done[k]._replace(start=start)
-    return sorted(done)
+                scans[k] = scans[k]._replace(start=start)
+    return sorted(scans)
 
 
 def metadata(scans, seed=0):
