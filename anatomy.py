@@ -105,19 +105,15 @@ class Anatomy:
 
     def sheet_distance(self, p):
         """The folding field at p (mm), by linear interpolation."""
-        n, index, share = self.GRID, [], []
-        for a in p:
-            cell = a / self.PITCH + 4 * n
-            low = cell.astype(np.int32)
-            share.append(cell - low)
-            index.append((low % n, (low + 1) % n))
-        total = 0
+        n, place = self.GRID, np.stack(p) / self.PITCH + 4 * self.GRID
+        low = place.astype(np.int32)
+        share = place - low
+        corners, weights, total = (low % n, (low + 1) % n), (1 - share, share), 0
         for i in (0, 1):
             for j in (0, 1):
-                line = (index[0][i] * n + index[1][j]) * n
-                low, high = self.folds[line + index[2][0]], self.folds[line + index[2][1]]
-                total = total + (low + (high - low) * share[2]) * (share[0] if i else 1 - share[0]) * (
-                    share[1] if j else 1 - share[1])
+                line = (corners[i][0] * n + corners[j][1]) * n
+                near, far = self.folds[line + corners[0][2]], self.folds[line + corners[1][2]]
+                total = total + (near + (far - near) * share[2]) * weights[i][0] * weights[j][1]
         return np.abs(total)
 
     def cerebrum(self, p):

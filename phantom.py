@@ -32,9 +32,9 @@ stored in another orientation, with a capsule on the left temple; the brain alon
 HEADS/heads.csv with class, atrophy, orientation and volume of the brain.
 """
 
+import contextlib
 import json
 import os
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,20 +137,16 @@ def plan(subjects=60, seed=0):
                 splits = rng.permutation([split for split in counts for _ in range(counts[split][k])])
                 scans += [Scan(0, subject, label, str(split), 0, float(atrophy), visit)
                           for visit, split in enumerate(splits)]
-    return _with_ids_and_windows(rng, scans)
-
-
-def _with_ids_and_windows(rng, scans):
     ids = rng.choice(SCAN_IDS, len(scans), replace=False)
-    done = [scan._replace(scan=int(i)) for scan, i in zip(scans, ids)]
+    scans = [scan._replace(scan=int(i)) for scan, i in zip(scans, ids)]
     for split in ("train", "test"):
         for label, sign in (("AD", 1), ("NC", -1)):
-            here = [k for k, scan in enumerate(done) if (scan.split, scan.label) == (split, label)]
+            here = [k for k, scan in enumerate(scans) if (scan.split, scan.label) == (split, label)]
             # the four windows that lean to AD hold half of all scans, the other five the other half
             weights = [(1 + sign * LEAN) / 8 if s in AD_WINDOWS else (1 - sign * LEAN) / 10 for s in STARTS]
             for k, start in zip(here, _quota(rng, STARTS, weights, len(here))):
-                done[k] = done[k]._replace(start=start)
-    return sorted(done)
+                scans[k] = scans[k]._replace(start=start)
+    return sorted(scans)
 
 
 def metadata(scans, seed=0):
@@ -174,9 +170,18 @@ def metadata(scans, seed=0):
     return entries
 
 
-def _write(scan, seed, root):
-    for index, pixels in zip(scan.indices, render(scan, seed)):
-        Image.fromarray(pixels).save(root / scan.split / scan.label / f"{scan.scan}_{index}.jpeg", quality=92)
+@contextlib.contextmanager
+def _draft(out, content, *names):
+    """A folder to draw `names` in, which are moved into the folder `out` at the end: an interrupted run leaves nothing
+    there. InputError where one of them is there already."""
+    for name in names:
+        if (out / name).exists():
+            raise InputError(f"{out / name} exists; expected a folder without {content}: name another or move it")
+    make_folder(out)
+    with tempfile.TemporaryDirectory(prefix=".phantom-", dir=out, ignore_cleanup_errors=True) as draft:
+        yield Path(draft)
+        for name in reversed(names):  # the first last: where it is, all is complete
+            os.replace(Path(draft) / name, out / name)
 
 
 def draw(out, subjects=60, seed=0, workers=None, progress=True, cue="global"):
@@ -188,24 +193,20 @@ def draw(out, subjects=60, seed=0, workers=None, progress=True, cue="global"):
     """
     from tqdm import tqdm
     out = Path(out)
-    for name in ("AD_NC", "meta_data_with_label.json"):
-        if (out / name).exists():
-            raise InputError(f"{out / name} exists; expected a folder without a set: name another or move it")
     scans = plan(subjects, seed) if cue == "global" else plan_local(subjects, seed)
-    make_folder(out)
-    draft = Path(tempfile.mkdtemp(prefix=".phantom-", dir=out))
-    try:
+    with _draft(out, "a set", "AD_NC", "meta_data_with_label.json") as draft:
+        def write(scan):
+            folder = draft / "AD_NC" / scan.split / scan.label
+            for index, pixels in zip(scan.indices, render(scan, seed)):
+                Image.fromarray(pixels).save(folder / f"{scan.scan}_{index}.jpeg", quality=92)
+
         for folder in ("train/AD", "train/NC", "test/AD", "test/NC"):
             (draft / "AD_NC" / folder).mkdir(parents=True)
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            jobs = pool.map(lambda scan: _write(scan, seed, draft / "AD_NC"), scans)
+            jobs = pool.map(write, scans)
             for _ in tqdm(jobs, "phantom", len(scans), unit=" scans", disable=None if progress else True):
                 pass
-        (draft / "meta.json").write_text(json.dumps(metadata(scans, seed), indent=1))
-        os.replace(draft / "meta.json", out / "meta_data_with_label.json")
-        os.replace(draft / "AD_NC", out / "AD_NC")   # last: a folder of that name is always complete
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        (draft / "meta_data_with_label.json").write_text(json.dumps(metadata(scans, seed), indent=1))
     return out / "AD_NC"
 
 
@@ -215,38 +216,27 @@ def draw_volumes(out, count, seed=0, every=1):
     import pandas as pd
     from tqdm import tqdm
 
-    try:
-        import nibabel
-    except ImportError:
-        raise InputError("--volumes needs nibabel; install it with python -m pip install -r requirements-volumes.txt"
-                         ) from None
-    out = Path(out)
-    if (out / "heads").exists():
-        raise InputError(f"{out / 'heads'} exists; expected a folder without volumes: name another or move it")
+    import readers
+
+    out, nib = Path(out), readers.nibabel()
     first = [scan for scan in plan(max(10, 4 * count), seed) if scan.visit == 0]
     classes = [[scan for scan in first if scan.label == label] for label in ("NC", "AD")]
     scans = [classes[i % 2][i // 2] for i in range(count)]
-    make_folder(out)
-    draft, rows = Path(tempfile.mkdtemp(prefix=".phantom-", dir=out)), []
-    try:
+    rows = []
+    with _draft(out, "volumes", "heads", "brains") as draft:
         for name in ("heads", "brains"):
             (draft / name).mkdir()
         for number, scan in enumerate(tqdm(scans, "phantom", unit=" heads", disable=None)):
             head, brain, affine = render_head(scan, seed, every)
             stored, subject = STORED[number % len(STORED)], "sub-" + scan.subject.replace("_", "")
-            to = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine),
-                                                     nibabel.orientations.axcodes2ornt(stored))
+            to = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(stored))
             for name, pixels, kind in (("heads", head, "T1w"), ("brains", brain, "desc-brain_T1w")):
-                image = nibabel.Nifti1Image(pixels, affine).as_reoriented(to)
-                nibabel.save(image, draft / name / f"{subject}_{kind}.nii.gz")
+                image = nib.Nifti1Image(pixels, affine).as_reoriented(to)
+                nib.save(image, draft / name / f"{subject}_{kind}.nii.gz")
             litres = 1e-6 * float(np.count_nonzero(brain) * np.prod(np.diag(affine)[:3]))
             rows.append((f"{subject}_T1w", subject, scan.label, scan.atrophy, stored, litres))
         columns = ["scan", "subject", "label", "atrophy", "orientation", "brain_litres"]
         write_csv(out / "heads.csv", pd.DataFrame(rows, columns=columns))
-        os.replace(draft / "brains", out / "brains")
-        os.replace(draft / "heads", out / "heads")   # last: a folder of that name is always complete
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return out / "heads"
 
 

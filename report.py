@@ -89,7 +89,14 @@ def write_report(path, report):
     if folder:
         folder.mkdir()
     try:
-        sources = _link(folder, pictures) if folder else {key: _data(data) for key, data in pictures.items()}
+        sources = {}
+        for (i, kind), data in pictures.items():
+            if folder:
+                name = f"{kind}-{i}.webp"  # ours, for the names of slices may be anything
+                (folder / name).write_bytes(data)
+                sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{name}"  # as seen from the page
+            else:
+                sources[i, kind] = _data(data)
         html = _render(_describe(report, sources, bool(folder)))
         write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     except OSError:
@@ -128,38 +135,26 @@ def _encode(report):
     def encode(item):
         i, kind, picture = item
         if kind == "slice":
-            return _webp(Image.fromarray(picture))
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            image = Image.fromarray(picture)
+        else:
+            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as found:
+                image = found.convert("RGBA" if found.has_transparency_data else "RGB")
             height, width = report.slices.images.shape[1:]
             if abs(image.width * height - image.height * width) > 0.02 * image.height * width:
                 raise ValueError(f"the overlay of {report.predictions.path[i]} is {image.width} x {image.height}, its "
                                  f"slice {width} x {height}: one would not lie on the other")
-            return _webp(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = io.BytesIO()
+        image.save(file, **WEBP)
+        return file.getvalue()
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow encodes outside the interpreter's lock
         found = list(tqdm(pool.map(encode, work), "pictures", len(work), unit=" pictures", leave=False, disable=None))
     return {(i, kind): data for (i, kind, _), data in zip(work, found)}
 
 
-def _webp(image):
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, **WEBP)
-    return file.getvalue()
-
-
 def _data(data, kind="webp"):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _link(folder, pictures):
-    """Write the pictures into a folder; returns their addresses as seen from the page. Their names are ours, for
-    those of slices may be anything."""
-    sources = {}
-    for (i, kind), data in pictures.items():
-        (folder / f"{kind}-{i}.webp").write_bytes(data)
-        sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{kind}-{i}.webp"
-    return sources
 
 
 def _strip(rows, threshold):
@@ -172,8 +167,8 @@ def _strip(rows, threshold):
     y, known = _height(rows.p_AD.to_numpy(float)), rows.p_AD.notna().to_numpy()
     strange = rows.out_of_range.notna().to_numpy()
 
-    def path(some, mark):
-        return "".join(f"M{a:.1f} {b:.1f}{mark}" for a, b in zip(x[some], y[some]))
+    def dots(some):
+        return "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[some], y[some]))
 
     line = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x[known], y[known])) if known.any() else ""
     low, high = (f"{at[i]:.0f}" for i in (0, -1))
@@ -181,8 +176,8 @@ def _strip(rows, threshold):
     if known.any():
         p = rows.p_AD[known]
         what += f": p_AD from {p.min():.2f} to {p.max():.2f}, first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
-    return {"line": line, "dots": path(known & ~strange, "h0"), "label": what, "low": low, "high": high,
-            "rings": path(known & strange, "h0"), "threshold": f"{_height(threshold):.1f}",
+    return {"line": line, "dots": dots(known & ~strange), "label": what, "low": low, "high": high,
+            "rings": dots(known & strange), "threshold": f"{_height(threshold):.1f}",
             "ticks": "".join(f"M{a:.1f} {HEIGHT - EDGE}v-6" for a in x[~known])}  # fmt: skip
 
 
@@ -196,22 +191,20 @@ def _height(p):
 def _describe(report, sources, linked):
     """All that the template names."""
     scans = _scans(report, sources)
-    calibration = report.checkpoint.get("calibration")
     read = report.predictions[report.predictions.p_AD.notna()]
     single = tuple(f"{name} " for name in report.predictions.path)  # what is wrong with one file is told at its scan
-    own = [_own_scores(report, part) for part in ("val", "test")]
+    own = [_own_scores(report, *part) for part in (("Validation", "val"), ("Test", "test"))]
     curves = {title: report.out / f"{name}.png" for name, title in CURVES.items()} if report.scores else {}
-    here = [part for part in (report.scores, (report.scores or {}).get("unseen_subjects")) if part]
     return {
         "report": report, "checkpoint": report.checkpoint, "model": _model(report), "scans": scans, "own": own,
         "warnings": [line for line in report.warnings if not line.startswith(single)],
-        "calibration": calibration, "threshold": float(read.threshold.iloc[0]), "verdicts": list(RANKS),
+        "calibration": report.checkpoint.get("calibration"), "threshold": float(read.threshold.iloc[0]),
+        "now": f"{datetime.now():%Y-%m-%d %H:%M}", "verdicts": list(RANKS),
         "counts": Counter(scan["verdict"] for scan in scans), "exposure": Counter(s["exposure"] for s in scans),
-        "labelled": bool(read.label.notna().any()), "here": [_table(part, part["title"]) for part in here],
+        "labelled": bool(read.label.notna().any()), "here": _tables(report.scores or {}),
         "curves": {title: _data(path.read_bytes(), "png") for title, path in curves.items() if path.exists()},
-        "overlays": any(kind == "overlay" for _, kind in sources), "width": WIDTH, "height": HEIGHT, "edge": EDGE,
+        "overlays": any(kind == "overlay" for _, kind in sources), "width": WIDTH, "height": HEIGHT,
         "side": THUMBNAIL, "linked": linked, "n_slices": len(report.predictions),
-        "now": f"{datetime.now():%Y-%m-%d %H:%M}",
     }  # fmt: skip
 
 
@@ -230,7 +223,10 @@ def _scans(report, sources):
         flags += ["seen in training: memory, not a test"] * bool(row and row.exposure == "yes")
         first, label, subject = rows.iloc[0], rows.label.dropna(), rows.subject.dropna()
         reasons = rows.error.fillna("out of the training range: " + rows.out_of_range)
-        slices = [_slice(i, r, sources) for i, r in zip(rows.index, rows.itertuples())]
+        slices = [{"name": os.path.basename(each.path), "number": None if pd.isna(each.slice) else int(each.slice),
+                   "p_AD": None if pd.isna(each.p_AD) else each.p_AD, "strange": not pd.isna(each.out_of_range),
+                   "picture": sources.get((each.Index, "slice")), "overlay": sources.get((each.Index, "overlay"))}
+                  for each in rows.itertuples()]  # fmt: skip
         scans.append({
             "name": os.path.basename(scan), "folder": os.path.dirname(first.path), "verdict": what, "flags": flags,
             "label": None if label.empty else label.iloc[0], "subject": None if subject.empty else subject.iloc[0],
@@ -241,12 +237,6 @@ def _scans(report, sources):
             "sure": (RANKS[what], abs(row.p_AD - first.threshold) if row else 0),
         })  # fmt: skip
     return sorted(scans, key=lambda scan: scan["sure"])
-
-
-def _slice(i, row, sources):
-    return {"name": os.path.basename(row.path), "number": None if pd.isna(row.slice) else int(row.slice),
-            "p_AD": None if pd.isna(row.p_AD) else row.p_AD, "strange": not pd.isna(row.out_of_range),
-            "picture": sources.get((i, "slice")), "overlay": sources.get((i, "overlay"))}  # fmt: skip
 
 
 def _model(report):
@@ -265,17 +255,15 @@ def _model(report):
     yield "Split", "; ".join([split[checkpoint["split_by"]], *stated["leaks"], *stated["notes"]])
 
 
-def _own_scores(report, part):
+def _own_scores(report, what, part):
     """The scores of the checkpoint's own validation or test, from its run's folder, or why there are none."""
-    what = {"val": "Validation", "test": "Test"}[part]
     folder = Path(report.file).parent / part
     try:
         table, scores = read_run(folder)
         if scores["calibration"]["temperature"] != report.checkpoint["calibration"]["temperature"]:
             raise InputError(f"{folder} was not written for this checkpoint")
         scans = aggregate(table, "scan")
-        parts = [part for part in (scores, scores.get("unseen_subjects")) if part]
-        return {"what": what, "title": scores["title"], "tables": [_table(part, part["title"]) for part in parts],
+        return {"what": what, "tables": _tables(scores),
                 "line": f"scan-level accuracy {cell(scores['scan'], 'accuracy')}, AUROC "
                         f"{cell(scores['scan'], 'auroc')}, n = {scores['scan']['n']}",
                 "leaks": scores["leaks"], "n": len(scans), "n_ad": int((scans.label == "AD").sum())}  # fmt: skip
@@ -285,10 +273,15 @@ def _own_scores(report, part):
         return {"what": what, "tables": [], "missing": f"{folder} cannot be read ({problem})"}
 
 
-def _table(scores, title):
-    """Scores as rows of text: a row a metric, a column a unit."""
-    units = [unit for unit in UNITS[::-1] if scores[unit] is not None]
-    baselines = format_baselines(scores)[-1] if set(scores.get("baselines", ())) <= set(BASELINES) and scores.get(
-        "baselines") else ""  # fmt: skip
-    return {"title": title, "units": [(f"{unit}s", scores[unit]["n"]) for unit in units], "baselines": baselines,
-            "rows": [(label, [cell(scores[unit], name) for unit in units]) for name, label in METRICS.items()]}
+def _tables(scores):
+    """Scores, and beside them those of unseen subjects, as rows of text: a row a metric, a column a unit."""
+    tables = []
+    for part in filter(None, (scores, scores.get("unseen_subjects"))):
+        units = [unit for unit in UNITS[::-1] if part[unit] is not None]
+        compared = set(part.get("baselines", ()))
+        tables.append({
+            "title": part["title"], "units": [(f"{unit}s", part[unit]["n"]) for unit in units],
+            "rows": [(label, [cell(part[unit], name) for unit in units]) for name, label in METRICS.items()],
+            "baselines": format_baselines(part)[-1] if compared and compared <= set(BASELINES) else "",
+        })  # fmt: skip
+    return tables
