@@ -53,7 +53,8 @@ def list_folder(folder):
     images, folders, others = [], [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not is_junk(entry.name):
-            kind = folders if entry.is_dir() else images if entry.name.lower().endswith(EXTENSIONS) else others
+            image = entry.name.lower().endswith(EXTENSIONS)
+            kind = folders if os.path.isdir(entry.path) else images if image else others  # a link to itself is no folder
             kind.append(entry.path)
     return images, folders, others
 
@@ -201,6 +202,7 @@ def _decode(path, size):
     """(pixels of `decode`, their STATS)"""
     with _open(path) as image:
         sixteen = any(";16" in str(tile[3]) for tile in image.tile)  # of colours, Pillow keeps the upper 8
+        image.load()  # before the metadata: PNG's are read by way of the pixels, and an error there is no error
         turn = TURNS.get(orientation(image))
         image = image.transpose(Image.Transpose[turn]) if turn else image
         colour = 0.0

@@ -124,8 +124,9 @@ def read_table(path, columns):
     except ValueError as problem:
         reason = str(problem).strip()
         raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
-    if not set(columns) <= set(table.columns):
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}")
+    if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
+        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}, and "
+                         "none twice")
     return table.apply(lambda column: column if column.name == "scan" else
                        column.where(~column.str.lower().isin(MISSING)))
 

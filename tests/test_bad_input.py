@@ -205,12 +205,14 @@ def spoiled(tmp_path):
         path.write_bytes(data)
         bad.add(path.name)
     (root / "test" / "NC" / "400_99.jpeg").symlink_to("nowhere")
+    (root / "test" / "NC" / "400_98.jpeg").symlink_to("400_98.jpeg")
     (root / "test" / "NC" / "4 00.jpeg").mkdir()
     write_slice(root / "train" / "AD" / "a holiday\n.jpeg", True, 1)
     write_slice(root / "train" / "NC" / "101_70.png", False, 1)  # scan 101 is AD
     write_slice(root / "train" / "NC" / "200_70.png", False, 1)  # there as 200_70.jpeg
     write_slice(root / "test" / "NC" / "205_99.jpeg", False, 1)  # scan 205 is in train
-    bad |= {"400_99.jpeg", "4 00.jpeg", "a holiday\n.jpeg", "101_70.png", "200_70.png", "205_99.jpeg", "200_70.jpeg"}
+    bad |= {"400_98.jpeg", "400_99.jpeg", "4 00.jpeg", "a holiday\n.jpeg"}
+    bad |= {"101_70.png", "200_70.png", "205_99.jpeg", "200_70.jpeg"}
     bad |= {f"{scan}_{number}.jpeg" for scan in (101, 205) for number in range(70, 75)}
     return root, bad
 

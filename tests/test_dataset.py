@@ -161,6 +161,9 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
     (tmp_path / "subjects.csv").write_text("image,patient\n1,2\n")
     with pytest.raises(ValueError, match="has the columns image, patient; expected scan and subject"):
         read_index(root)
+    (tmp_path / "subjects.csv").write_text("scan,subject,Subject\n100,a0,b0\n")
+    with pytest.raises(ValueError, match="has the columns scan, subject, subject; expected .*, and none twice"):
+        read_index(root)
     (tmp_path / "subjects.csv").write_text("scan,subject\n 100 ,a0 \nNA,\n101,None\n")  # blanks of a spreadsheet
     subjects = read_index(root).set_index("scan").subject
     assert subjects["100"].iloc[0] == "a0" and subjects[["101", "102"]].isna().all()

@@ -25,6 +25,24 @@ def test_decoding_gives_the_files_pixels_and_reports_what_it_cannot_read(ad_nc, 
     assert errors[:4] == [None] * 4 and "cannot be read" in errors[4] and images[4].max() == 0
 
 
+@pytest.mark.parametrize("form", ["png", "tiff", "webp", "bmp"])
+def test_pixels_that_are_damaged_are_refused_and_never_guessed(tmp_path, form):
+    """Whatever Pillow refuses is refused, although its reader of metadata meets the error first."""
+    noise, path = np.random.default_rng(0), tmp_path / f"1_70.{form}"
+    slope = np.add.outer(np.arange(120), np.arange(100)) + noise.integers(0, 30, (120, 100))
+    Image.fromarray(slope.astype(np.uint8)).save(path, **{"compression": "tiff_lzw"} if form == "tiff" else {})
+    good, refused = path.read_bytes(), 0
+    for at in noise.integers(60, len(good) - 20, 40):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :])
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception:
+            refused += 1
+            assert "cannot be read" in slices.load_slices([str(path)], (120, 100), bar=None)[2][0]
+    assert refused == 40 or form != "png"  # which has a checksum
+
+
 def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(tmp_path):
     Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (40, 1))).save(tmp_path / "a.png")
     image = slices.decode(tmp_path / "a.png", (40, 60))
