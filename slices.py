@@ -54,7 +54,7 @@ def list_folder(folder):
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not is_junk(entry.name):
             image = entry.name.lower().endswith(EXTENSIONS)
-            kind = folders if os.path.isdir(entry.path) else images if image else others  # a link to itself is no folder
+            kind = folders if os.path.isdir(entry.path) else images if image else others  # a link to itself: no folder
             kind.append(entry.path)
     return images, folders, others
 
