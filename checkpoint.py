@@ -85,7 +85,8 @@ def load_tensors(path):
             raise InputError(f"{path} holds {found[1]}, which cannot be read without running code of the file, and "
                              "that is not done; where it was made, save the weights alone: "
                              "torch.save(model.state_dict(), FILE)") from None
-        reason = re.split(r"[.:]\s|\n", text)[0] or type(problem).__name__
+        reason = re.split(r"[.:]\s|\n", text)[0]
+        reason = reason if " " in reason else "it is of another kind"  # of text pickle says nothing but a number
         raise InputError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save, or .safetensors"
                          ) from None
 

@@ -53,7 +53,7 @@ class SliceSet:
     """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a
     slice are images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and
     no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
-    --drop-test-subjects left out, or None, `source` the file that the subjects came from, or None, `passed` lines on
+    --drop-test-subjects left out, or None, `sources` the files that the subjects came from, `passed` lines on
     what is in the folder and no slice."""
 
     index: pd.DataFrame
@@ -61,7 +61,7 @@ class SliceSet:
     root: str = ""
     bad: list = field(default_factory=list)
     dropped: int | None = None
-    source: Path | None = None
+    sources: list[Path] = field(default_factory=list)
     passed: list = field(default_factory=list)
 
     def __len__(self):
@@ -98,7 +98,7 @@ def decode_set(root, keep=True, bar="decoding", pattern=None):
     images, known, errors = cache.decode(paths, lambda: common_size(train), listing.root if keep else None, bar)
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
     index, unread = usable(pd.concat([index, known], axis=1))
-    return SliceSet(assign_groups(index), images, listing.root, bad + unread, source=listing.source,
+    return SliceSet(assign_groups(index), images, listing.root, bad + unread, sources=listing.sources,
                     passed=listing.warnings)
 
 
@@ -242,11 +242,11 @@ class _OnDevice(_InMemory):
 
 def audit(slices):
     """What a SliceSet of `decode_set` holds and where it leaks, as lines of text."""
-    index, source = slices.index, slices.source
+    index, sources = slices.index, " and ".join(map(str, slices.sources))
     yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     unmapped = index.scan[index.subject.isna()].nunique()
     yield from slices.passed
-    yield f"subjects from {source}" if source else "no meta_data_with_label.json or subjects.csv"
+    yield f"subjects from {sources}" if sources else "no meta_data_with_label.json or subjects.csv"
     yield ""
     yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
     for (split, label), part in index.groupby(["split", "label"]):

@@ -25,12 +25,12 @@ COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
 @dataclass
 class Listing:
     """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
-    used or <NA>; `source` is the file that the subjects came from, or None; `warnings` are lines on what was passed
-    over or not understood."""
+    used or <NA>; `sources` are the files that the subjects came from; `warnings` are lines on what was passed over
+    or not understood."""
 
     index: pd.DataFrame
     root: str
-    source: Path | None
+    sources: list[Path]
     warnings: list[str]
 
 
@@ -127,17 +127,17 @@ def list_set(root, pattern=None):
             rows += [(path, label, split, None if parse_name(path) else
                       "is not named <scan>_<slice>, as 218391_78.jpeg is") for path in images]
     table = _tabulate(rows)
-    who, labels, source = read_subjects(root)
+    who, labels, sources = read_subjects(root)
     told = table.scan.map(labels)
     wrong = told.notna() & (told != table.label) & table.error.isna()
     table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
                                  for label, other in zip(table.label[wrong], told[wrong])]
-    subjects.check_match(table.scan, who, source)
+    subjects.check_match(table.scan, who, sources)
     who, lines = subjects.add_names(table.scan, who, pattern)
     if pattern and not table.scan.isin(who.keys()).any():
         raise InputError(f"{lines[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
-    lines += passed_over(root, [*table.path, root / subjects.METADATA, source or ""])
-    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), source, lines)
+    lines += passed_over(root, [*table.path, *sources])
+    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), sources, lines)
 
 
 def _complete(table, who, order):
@@ -186,21 +186,24 @@ def list_inputs(inputs, pattern=None):
     What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
     folders, and metadata that cannot be read, is listed in `warnings`.
     """
-    ignored, warnings, files = [], [], {}
+    ignored, warnings, files, again = [], [], {}, []
     found = [row for given in map(Path, inputs) for row in _list_input(given, ignored, warnings)]
     for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
-        files.setdefault(os.path.realpath(path), (path, label, "", error))
+        if files.setdefault(os.path.realpath(path), (path, label, "", error))[0] != path:
+            again.append(path)
     table = _tabulate(files.values())
     if table.error.notna().all():
         more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
         raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
+    if again:
+        warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
     if ignored:
         warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
     who, classes = {}, {}
     for root in sorted({_set_root(given) for given in inputs}):
         try:
-            known, labels, source = read_subjects(root)
-            subjects.check_match(table.scan, known, source)
+            known, labels, sources = read_subjects(root)
+            subjects.check_match(table.scan, known, sources)
             who, classes = who | known, classes | labels
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
@@ -209,7 +212,7 @@ def list_inputs(inputs, pattern=None):
     if wrong:
         warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
     who, lines = subjects.add_names(table.scan, who, pattern)
-    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", None, warnings + lines)
+    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", [], warnings + lines)
 
 
 def _list_input(given, ignored, warnings):

@@ -55,7 +55,9 @@ def aggregate(predictions, unit):
         return with_predictions(counts)
     carried = ["label", "threshold", "exposure", "group", "prediction_set"] + ["subject"] * (unit == "scan")
     columns = {"p_AD": "mean", "n_slices": "sum", "n_out_of_range": "sum", **dict.fromkeys(carried, "first")}
-    table = with_predictions(counts.groupby(unit).agg(columns).reset_index())
+    table = counts.groupby(unit).agg(columns).reset_index()
+    # rounded, since means of the same numbers, of 19 slices and of 20, may differ in the last bit, and no rank may
+    table = with_predictions(table.assign(p_AD=table.p_AD.round(12)))
     return table if unit == "scan" else table.assign(prediction_set=pd.array([None] * len(table), "string"))
 
 

@@ -3,58 +3,57 @@
 Not run by itself. All but the reading of metadata is a function of the index, a table with a row a slice.
 """
 
-import io
 import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from utils import InputError, fingerprint, read_csv
+from utils import MISSING, InputError, fingerprint, read_bytes, read_table
 
 # ---------------------------------------------------------------- who is in a scan
 
 
 METADATA = "meta_data_with_label.json"
-MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "unk", "missing", "?", "-", "--", "."}  # in any case
+CODES = {"0": "NC", "1": "label 1 (MCI)", "2": "AD", "NC": "NC", "CN": "NC", "MCI": "MCI", "AD": "AD"}  # of `label`
 
 
 def read_subjects(root):
     """Who is in each scan, from a file in `root`, beside it, or beside what `root` is a link to.
 
-    Returns (subjects, labels, source): two dicts from scan id to subject and to class name, and the path of the file
-    that the subjects are from: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the
-    entry; labels come from it alone), or else subjects.csv (columns scan and subject), or None. InputError if a file
-    cannot be read.
+    Returns (subjects, labels, sources): two dicts from scan id to subject and to class name, and the paths of the
+    files: meta_data_with_label.json (ADNI; the subject is the `ddd_S_dddd` in a file name of the entry; `label` is 0
+    for NC, 1 for MCI, 2 for AD), and subjects.csv (columns scan and subject), which names the subjects of scans that
+    the first does not. InputError if a file cannot be read, or they contradict each other.
     """
     root = Path(root)
     folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
-    found = {name: next((folder / name for folder in folders if (folder / name).is_file()), None)
-             for name in (METADATA, "subjects.csv")}
-    subjects, labels, source = {}, {}, found[METADATA]
-    if source:
-        subjects, labels = _subjects_from_json(source)
-    if not subjects and found["subjects.csv"]:
-        source = found["subjects.csv"]
-        table = read_table(source, ("scan", "subject"))
-        known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
-        twice = known.scan[known.scan.duplicated()]
-        if len(twice):
-            raise InputError(f"{source} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
-        subjects = dict(zip(known.scan, known.subject))
-    return subjects, labels, source
+    subjects, labels, sources = {}, {}, []
+    for name in (METADATA, "subjects.csv"):
+        path = next((folder / name for folder in folders if os.path.lexists(folder / name)), None)
+        if not path:
+            continue
+        known, told = (_subjects_from_json if name == METADATA else _subjects_from_table)(path)
+        for scan in known.keys() & subjects.keys():
+            if spelling(known[scan]) != spelling(subjects[scan]):
+                raise InputError(f"scan {scan} is of {known[scan]} in {path}, and of {subjects[scan]} in {sources[0]}; "
+                                 "correct one of them, or move it away")
+        subjects, labels, sources = known | subjects, labels | told, [*sources, path]
+    return subjects, labels, sources
 
 
-def check_match(scans, subjects, source):
-    """InputError where a table of subjects is empty, or knows none of the scans, with an id of each side."""
-    if source and source.name == "subjects.csv" and not subjects:
-        raise InputError(f"{source} names the subject of no scan; expected a row a scan, or no such file")
+def check_match(scans, subjects, sources):
+    """InputError where the tables of subjects name nobody, or know none of the scans, with an id of each side."""
+    names = " and ".join(map(str, sources))
+    if sources and not subjects:
+        raise InputError(f"{names} name{'s' * (len(sources) == 1)} the subject of no scan; expected scan,subject in "
+                         f"each row of subjects.csv, or in each entry of {METADATA} a file name with ADNI_ddd_S_dddd_, "
+                         "or no such file")
     if subjects and len(scans) and not scans.isin(subjects.keys()).any():
-        raise InputError(f"{source} knows {len(subjects):,} scans and none of those in the folder: its ids are such as "
-                         f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file <scan>_<slice>.jpeg)"
-                         "; write the ids as the files have them, or move the table away")
+        raise InputError(f"{names}: {len(subjects):,} scans are known, and none of those in the folder: the ids are "
+                         f"such as {next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file "
+                         "<scan>_<slice>.jpeg); write the ids as the files have them, or move the table away")
 
 
 # What the names of scans say by themselves, in the forms that archives give them; the first group is the subject.
@@ -108,32 +107,38 @@ def add_names(scans, who, pattern=None):
                              f"{' and '.join(list(same.values())[:2])}, of which the table makes two subjects; name in "
                              "the table who is in each scan")
         named[scan] = next(iter(same), name)
-    return named | who, lines
+    who, spelled = one_spelling(who | named)
+    return who, lines + spelled
 
 
-def read_table(path, columns):
-    """A table that people made, as text: separated by commas, semicolons or tabs, in UTF-8 or UTF-16, with names of
-    columns in any case. Words that mean "missing" are missing, but not in the column scan: one may be named NA.
-    InputError where it cannot be read or lacks one of the `columns`."""
-    try:
-        raw = Path(path).read_bytes()
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        first = text.split("\n", 1)[0]
-        table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
-        table = table.apply(lambda column: column.str.strip()).rename(columns=lambda name: name.strip().lower())
-    except ValueError as problem:
-        reason = str(problem).strip()
-        raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
-    if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}, and "
-                         "none twice")
-    return table.apply(lambda column: column if column.name == "scan" else
-                       column.where(~column.str.lower().isin(MISSING)))
+def spelling(subject):
+    """What is the same in all spellings of a subject: 002_S_0295 is 2_s_295, 001 and 1.0 are 1."""
+    subject = re.sub(r"\.0+$", "", re.sub(r"[\s_-]+", "_", str(subject).casefold()))
+    return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", subject)
+
+
+def one_spelling(who):
+    """`who`, a dict from scan to subject, with the first of the spellings of a subject for all: (dict, lines). To take
+    one person for two would be a leak, to take two for one costs a little."""
+    first = {}
+    same = {scan: first.setdefault(spelling(name), name) for scan, name in who.items()}
+    others = {name: same[scan] for scan, name in who.items() if name != same[scan]}
+    return same, [f"SUSPICIOUS: {len(others)} subjects have another spelling, such as {other} of {name}; each is taken "
+                  f"for one person, {name}" for other, name in [*others.items()][:1]]
+
+
+def _subjects_from_table(path):
+    table = read_table(path, ("scan", "subject"))
+    known = table[table.scan != ""].dropna(subset=["subject"]).drop_duplicates(["scan", "subject"])
+    twice = known.scan[known.scan.duplicated()]
+    if len(twice):
+        raise InputError(f"{path} gives scan {twice.iloc[0]} to two subjects; expected one row a scan")
+    return dict(zip(known.scan, known.subject)), {}
 
 
 def _subjects_from_json(path):
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_bytes(path))
         if not isinstance(entries, dict):
             raise ValueError(f"but a {type(entries).__name__}")
     except (ValueError, RecursionError) as problem:
@@ -147,8 +152,9 @@ def _subjects_from_json(path):
             raise InputError(f"{path} names two subjects in scan {scan} ({', '.join(sorted(found))}); expected one")
         if found:
             subjects[scan] = found.pop()
-        if "label" in entry:
-            labels[scan] = {"0": "NC", "1": "neither", "2": "AD"}.get(str(entry["label"]), f"label {entry['label']}")
+        label = re.sub(r"\.0+$", "", str(entry.get("label")).strip())  # a table with gaps makes 2.0 of 2
+        if label.lower() not in MISSING:
+            labels[scan] = CODES.get(label.upper(), f"label {label}, which is none of 0 (NC), 1 (MCI) and 2 (AD)")
     return subjects, labels
 
 
@@ -263,13 +269,8 @@ def read_split(index, file, root):
     The file may be of an earlier run or made by hand; of its columns path and split are read. InputError where it does
     not name the slices of the index, each once, or where a group is in both train and val.
     """
-    try:
-        given = read_csv(file)
-    except (ValueError, OSError) as problem:
-        raise InputError(f"--split {file} cannot be read ({str(problem).strip()}); expected the split.csv of a run"
-                         ) from None
-    if not {"path", "split"} <= set(given):
-        raise InputError(f"--split {file} has the columns {', '.join(given)}; expected path and split")
+    given = read_table(file, ("path", "split"))
+    given["path"], given["split"] = given.path.map(os.path.normpath, na_action="ignore"), given.split.str.lower()
     wrong = given[~given.split.isin(["train", "val", "test"]) | given.path.isna() | given.path.duplicated()]
     if len(wrong):
         raise InputError(f"--split {file}: {len(wrong)} rows, first {wrong.path.iloc[0]} with split "
@@ -367,6 +368,11 @@ def describe_copies(index):
     if found.empty:
         return
     leak = found.groupby("pixel_hash").filter(lambda copies: {"test"} < set(copies.split))  # in test and elsewhere
+    both = found.groupby("pixel_hash").filter(lambda copies: copies.label.nunique() > 1)
+    if len(both):
+        one, other = both[both.pixel_hash == both.pixel_hash.iloc[0]].drop_duplicates("label").path
+        yield (f"SUSPICIOUS: {both.pixel_hash.nunique()} slices are in both classes, pixel for pixel, first {one} and "
+               f"{other}; one of the two labels is wrong")
     part = leak if len(leak) else found
     one, other = part[part.pixel_hash == part.pixel_hash.iloc[0]].path.iloc[:2]
     where = "LEAK: slices of test are copies, pixel for pixel, of slices in train" if len(leak) else (
@@ -383,7 +389,7 @@ def record_exposure(index):
     subjects, scans and slices, not names (which spares the reader the names, but does not hide them from somebody who
     tries all ids), and whether a subject is unknown."""
     return {
-        "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
+        "subjects": sorted(map(fingerprint, index.subject.dropna().map(spelling).unique())),
         "scans": sorted(map(fingerprint, index.scan.unique())),
         "slices": sorted(set(index.pixel_hash) - {""}),
         "unknown": bool(index.subject.isna().any()),
@@ -403,7 +409,9 @@ def find_exposure(table, recorded):
     its group is among them; unknown if its own subject, or that of any training scan, is not known.
     """
     known = table.subject.notna()
-    seen = table.subject.map(fingerprint, na_action="ignore").isin(recorded["subjects"]) & known
+    names = table.subject.astype(object)
+    seen = known & (names.map(spelling).map(fingerprint).isin(recorded["subjects"])
+                    | names.map(fingerprint).isin(recorded["subjects"]))  # as older checkpoints have them
     seen |= table.scan.map(fingerprint).isin(recorded["scans"]) | table.pixel_hash.isin(recorded["slices"])
     seen = table.group.isin(table.group[seen])
     return np.select([seen.to_numpy(bool), (~known | recorded["unknown"]).to_numpy(bool)], ["yes", "unknown"], "no")

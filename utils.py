@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -174,7 +175,11 @@ def run_script(main, args):
             finally:
                 sys.stdout.flush()
         except (InputError, OSError, MemoryError) as problem:
-            said = f"memory ran out ({problem or 'no more is said'})" if isinstance(problem, MemoryError) else problem
+            said = problem
+            if isinstance(problem, MemoryError):
+                said = f"memory ran out ({problem or 'no more is said'})"
+            elif isinstance(problem, OSError) and problem.filename:
+                said = f"{os.fsdecode(problem.filename)} cannot be used: {problem.strerror}"
             print(f"error: {printable(said)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -269,6 +274,42 @@ def read_csv(path):
 
     table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
     return table.mask(table == "").replace(f"^'{FORMULA}", r"\1", regex=True).astype("string")
+
+
+def read_bytes(path):
+    """All of a file that people made. ValueError where it is none: a pipe would be waited for without limit."""
+    if not os.path.isfile(path):
+        raise ValueError("it is a folder or a pipe" if os.path.exists(path) else "there is no such file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise ValueError(problem.strerror) from None
+
+
+MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "unk", "missing", "?", "-", "--", "."}  # in any case
+
+
+def read_table(path, columns):
+    """A table that people made, as text: separated by commas, semicolons or tabs, in UTF-8 or UTF-16, with names of
+    columns in any case. Words that mean "missing" are missing, but not in the column scan: one may be named NA.
+    InputError where it cannot be read or lacks one of the `columns`."""
+    import pandas as pd
+
+    try:
+        raw = read_bytes(path)
+        # names of files may hold bytes that are not UTF-8
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
+        first = text.split("\n", 1)[0]
+        table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
+        table = table.apply(lambda column: column.str.strip()).rename(columns=lambda name: name.strip().lower())
+    except ValueError as problem:
+        reason = str(problem).strip()
+        raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
+    if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
+        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}, and "
+                         "none twice")
+    return table.apply(lambda column: column if column.name == "scan" else
+                       column.where(~column.str.lower().isin(MISSING)))
 
 
 def make_log(path):

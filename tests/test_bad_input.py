@@ -1,6 +1,7 @@
 """Files that people copied by hand: each is used as documented, or refused with a reason, and nothing else happens."""
 
 import io
+import json
 import os
 import random
 import re
@@ -243,9 +244,13 @@ def test_skip_bad_continues_without_them_and_records_them(tmp_path):
 
 
 def test_a_label_that_is_not_known_is_named(tmp_path):
-    root = write_set(tmp_path, subjects=False)
-    (tmp_path / "meta_data_with_label.json").write_text('{"100": {"label": 7}, "101": {"label": null}, "102": 3}')
-    with pytest.raises(ValueError, match=r"(?s)10 files cannot .*100_70.jpeg is in folder AD, but .* says label 7"):
+    root = write_set(tmp_path)
+    labels = {"100": 2, "101": "2.0", "102": 2.0, "103": None, "104": "AD", "200": 0, "201": "CN", "202": 7, "203": 1}
+    entries = {scan: {"label": label} for scan, label in labels.items()} | {"204": 3}
+    (tmp_path / "meta_data_with_label.json").write_text(json.dumps(entries))
+    with pytest.raises(utils.InputError, match=r"(?s)^10 files cannot .*202_70.jpeg is in folder NC, but meta_data_with"
+                       r"_label.json says label 7, which is none of 0 \(NC\), 1 \(MCI\) and 2 \(AD\)\n.*203_70.* says "
+                       r"label 1 \(MCI\)"):
         dataset.read_index(root)
 
 

@@ -197,7 +197,7 @@ def test_a_table_that_knows_none_of_the_scans_is_an_error_with_an_id_of_each_sid
     root = write_set(tmp_path)
     table = pd.read_csv(tmp_path / "subjects.csv", dtype=str)
     table.assign(scan=table.scan.map(change)).to_csv(tmp_path / "subjects.csv", index=False)
-    with pytest.raises(InputError, match=f"none of those in the folder: its ids are such as {change('100')}, the "
+    with pytest.raises(InputError, match=f"none of those in the folder: the ids are such as {change('100')}, the "
                                          "folder's such as 100 "):  # fmt: skip
         read_index(root)
 
@@ -449,6 +449,18 @@ def test_a_split_that_leaks_or_does_not_fit_is_refused_in_a_sentence(given, tmp_
             load(wrong)
     with pytest.raises(InputError, match="nowhere.csv cannot be read"):
         subjects.read_split(table, tmp_path / "nowhere.csv", tmp_path)
+
+
+@pytest.mark.parametrize("change, form", [
+    (lambda table: table.rename(columns=str.upper), dict(sep=";")),
+    (lambda table: table.assign(split=table.split.str.upper(), path="./" + table.path), dict(sep="\t")),
+    (lambda table: table.assign(path=" " + table.path + " ", split=table.split + " "), dict(encoding="utf-16")),
+])  # fmt: skip
+def test_a_split_may_come_from_a_spreadsheet(ad_nc, given, tmp_path, change, form):
+    run, table, _ = given
+    change(table[["path", "split"]]).to_csv(tmp_path / "mine.csv", index=False, **form)
+    index = subjects.read_split(read_index(ad_nc), tmp_path / "mine.csv", ad_nc)
+    assert subjects.split_hash(index) == load_checkpoint(run / "last.pth")["split_hash"]
 
 
 def test_a_given_split_does_not_go_with_flags_that_split(capsys):

@@ -105,6 +105,8 @@ def test_a_defect_of_ours_keeps_its_traceback_and_what_the_user_can_fix_is_one_l
     for problem in ("utils.InputError('no such thing')", "OSError('no such thing')"):
         done = command.run(script, problem)
         assert (done.returncode, done.stderr) == (2, "error: no such thing\n")
+    done = command.run(script, "PermissionError(13, 'Permission denied', 'AD_NC/train/AD')")
+    assert (done.returncode, done.stderr) == (2, "error: AD_NC/train/AD cannot be used: Permission denied\n")
     script = "import utils, warnings; utils.run_script(lambda args: warnings.warn('slower'), None)"
     done = command.run(script)
     assert (done.returncode, done.stderr) == (0, "warning: slower\n")

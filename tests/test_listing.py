@@ -1,8 +1,11 @@
 """What people call their folders and files: an answer that says what to do, and nobody taken for somebody else."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import command
 import pytest
@@ -167,6 +170,91 @@ def test_a_table_that_says_nothing_of_the_scans_is_refused_for_a_set_and_reporte
     with pytest.raises(utils.InputError, match=said):
         listing.list_set(root)
     assert any(said in line for line in listing.list_inputs([root / "test" / "AD"]).warnings)
+
+
+@pytest.mark.parametrize("others", [("A0", "a0"), ("a_0", "A-0"), ("0", "00", "0.0"), ("002_S_0295", "2_s_295")])
+def test_one_person_in_several_spellings_is_one_and_said_to_be(tmp_path, others):
+    scans = {str(100 + i): ("train", "AD", other) for i, other in enumerate(others)}
+    root = write_set(tmp_path, SCANS | scans | {"300": ("test", "AD", others[-1])}, slices=range(2))
+    found = listing.list_set(root)
+    (said,) = [line for line in found.warnings if line.startswith("SUSPICIOUS")]
+    assert f"{len(set(others)) - 1} subjects have another spelling" in said
+    assert f"taken for one person, {others[0]}" in said
+    assert set(found.index.group[found.index.scan.isin([*scans, "300"])]) == {others[0]}
+    assert found.index.subject.nunique() == 18 - len(scans)
+    train = found.index.assign(pixel_hash="")
+    record = subjects.record_exposure(train[train.split == "train"])
+    for name in others:  # nor does another table make a stranger of somebody whom training has seen
+        table = train[train.scan.isin(["300", "301"])].assign(subject=[name] * 2 + [None] * 2, group=[1, 1, 2, 2])
+        assert subjects.find_exposure(table, record).tolist() == ["yes", "yes", "unknown", "unknown"]
+        old = {**record, "subjects": [utils.fingerprint(name)]}  # a checkpoint from before
+        assert subjects.find_exposure(table, old)[0] == "yes"
+
+
+@pytest.mark.parametrize("one, other", [("OAS1_0001", "OAS1_0010"), ("002_S_0295", "022_S_0295"), ("1.5", "15"),
+                                        ("a1", "a11"), ("1_12", "11_2"), ("s10", "s1")])  # fmt: skip
+def test_two_people_with_similar_names_stay_two(one, other):
+    assert subjects.one_spelling({"x": one, "y": other}) == ({"x": one, "y": other}, [])
+
+
+def adni(scan, subject):
+    return {"label": 2, "file": f"/a/ADNI_{subject}_MR_I{scan}.nii"}
+
+
+def test_two_tables_of_subjects_complete_each_other_and_must_not_disagree(tmp_path):
+    root = write_set(tmp_path)
+    table, entries = tmp_path / "subjects.csv", tmp_path / "meta_data_with_label.json"
+    entries.write_text(json.dumps({"100": adni(100, "002_S_0001"), "101": adni(101, "002_S_0002")}))
+    with pytest.raises(utils.InputError, match="scan 10[01] is of a[01] in .*csv, and of 002_S_000[12] in .*json; c"):
+        read_index(root)
+    rows = [row for row in table.read_text().splitlines() if row[:3] not in ("100", "101")]
+    table.write_text("\n".join([*rows, "100,2_s_1"]))
+    found = listing.list_set(root)
+    assert found.index.subject.notna().all() and found.sources == [entries, table]
+    assert found.index.subject[found.index.scan == "100"].iloc[0] == "002_S_0001"
+    assert f"subjects from {entries} and {table}" in list(dataset.audit(dataset.decode_set(root, bar=None)))
+    for content in ("{}", '{"100": 3}', '{"100": {"label": 2}}'):
+        entries.write_text(content)
+        assert listing.list_set(root).index.subject.notna().sum() == 85  # the table knows all but scan 101
+    table.unlink()
+    for content in ("{}", '{"100": 3}', '{"100": {"label": 2}}'):
+        entries.write_text(content)
+        with pytest.raises(utils.InputError, match="names the subject of no scan; expected scan,subject in each row"):
+            read_index(root)
+        assert any("names the subject of no" in line for line in listing.list_inputs([root / "test"]).warnings)
+    entries.write_text(json.dumps({"I100": adni(100, "002_S_0001")}))
+    with pytest.raises(utils.InputError, match="none of those in the folder: the ids are such as I100, the folder's"):
+        read_index(root)
+
+
+@pytest.mark.parametrize("name", ["subjects.csv", "meta_data_with_label.json"])
+@pytest.mark.parametrize("kind, said", [(Path.mkdir, "a folder or a pipe"), (os.mkfifo, "a folder or a pipe"),
+                                        (lambda path: path.symlink_to("nowhere"), "there is no such file")])
+def test_what_is_called_like_a_table_and_is_none_is_refused_and_not_waited_for(tmp_path, name, kind, said):
+    root = write_set(tmp_path, slices=[1], subjects=False)
+    kind(tmp_path / name)
+    with pytest.raises(utils.InputError, match=f"{name} .*{said}"):
+        read_index(root)
+    assert any(said in line for line in listing.list_inputs([root / "test"]).warnings)
+
+
+def test_inputs_that_are_links_to_others_count_once_and_are_said(tmp_path):
+    root = write_set(tmp_path, slices=[1])
+    (root / "test" / "AD" / "999_1.jpeg").symlink_to(root / "test" / "AD" / "300_1.jpeg")
+    found = list_inputs([root / "test"])
+    assert len(found.index) == 6 and any(line == f"1 inputs are links to others, first {root}/test/AD/999_1.jpeg; each "
+                                         "file counts once" for line in found.warnings)
+    assert not any("links" in line for line in list_inputs([root / "test" / "NC", root / "test" / "NC"]).warnings)
+
+
+def test_the_same_picture_in_both_classes_is_a_contradiction(tmp_path):
+    root = write_set(tmp_path)
+    for number in (70, 71):
+        shutil.copy(root / "train" / "AD" / f"100_{number}.jpeg", root / "train" / "NC" / f"200_{number}.jpeg")
+    slices = dataset.decode_set(root, bar=None)
+    (said,) = [line for line in dataset.audit(slices) if "SUSPICIOUS: 2 slices are in both classes" in line]
+    assert f"first {root}/train/AD/100_70.jpeg and {root}/train/NC/200_70.jpeg; one of the two labels is wrong" in said
+    assert said in list(subjects.describe_split(slices.index, "subject"))
 
 
 @pytest.mark.parametrize("pattern, groups", [(r"(.+)-\d+$", 8), (r"^(?P<site>r|e)(?P<subject>AD0)", 1), ("^(.)", 2)])

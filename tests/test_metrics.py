@@ -151,6 +151,18 @@ def test_a_scan_and_a_subject_get_the_mean_over_their_slices():
     assert subjects.n_slices.sum() == len(table)
 
 
+def test_scans_of_other_numbers_of_equal_slices_have_equal_scores():
+    """Or the majority class would rank scans by the rounding of their means: of 0.3, seven and eight times, too."""
+    table = random_predictions()
+    names = pd.Series([f"s{n}" for n in range(1, 60) for _ in range(n)])
+    table = table.iloc[[0] * len(names)].assign(scan=names.to_numpy(), subject=names.to_numpy())
+    table["label"] = np.where(table.scan.str[1:].astype(int) % 2, "AD", "NC")
+    for share in (0.3, 0.52, 1 / 3):
+        for unit in ("scan", "subject"):
+            units = metrics.aggregate(table.assign(p_AD=share), unit)
+            assert units.p_AD.nunique() == 1 and sk.roc_auc_score(units.label == "AD", units.p_AD) == 0.5
+
+
 def test_a_threshold_moves_the_predictions_of_all_units_and_no_probability():
     table = random_predictions()
     strict = metrics.with_predictions(table.assign(threshold=0.8))
