@@ -58,7 +58,7 @@ import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
-from utils import open_out, read_csv, write_csv, write_json
+from utils import open_out, read_csv, read_table, write_csv, write_json
 
 # ---------------------------------------------------------------- finished runs
 

@@ -203,8 +203,9 @@ def list_inputs(inputs, pattern=None):
     for root in sorted({_set_root(given) for given in inputs}):
         try:
             known, labels, sources = read_subjects(root)
+            classes |= labels
             subjects.check_match(table.scan, known, sources)
-            who, classes = who | known, classes | labels
+            who |= known
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
     told = table.scan.map(classes)
