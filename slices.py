@@ -49,13 +49,12 @@ def parse_name(path):
 
 
 def list_folder(folder):
-    """What is right in `folder`, by name and without junk: (paths of image files, of folders, of other files)."""
+    """What is right in `folder`, by name: (paths of image files, of folders, of other files, junk of any kind too)."""
     images, folders, others = [], [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not is_junk(entry.name):
-            image = entry.name.lower().endswith(EXTENSIONS)
-            kind = folders if os.path.isdir(entry.path) else images if image else others  # a link to itself: no folder
-            kind.append(entry.path)
+        kind = images if entry.name.lower().endswith(EXTENSIONS) else others
+        kind = folders if os.path.isdir(entry.path) else kind  # a link to itself is no folder
+        (others if is_junk(entry.name) else kind).append(entry.path)
     return images, folders, others
 
 

@@ -183,8 +183,9 @@ def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
     write_slice(tmp_path / "in" / "1_1.png", True, 0)
     write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
     (tmp_path / "in" / "3_3.dcm").write_bytes(b"")
+    write_slice(tmp_path / "in" / ".4_4.png", True, 0)
     assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
-    assert "ignored 2 files and folders that are not slices, first " in capsys.readouterr().err
+    assert "ignored 3 files and folders that are not slices, first " in capsys.readouterr().err
 
 
 def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
