@@ -44,10 +44,10 @@ def test_imports_only_go_down_and_no_command_imports_a_command(script):
 
 
 def test_no_file_function_or_list_of_parameters_is_too_long():
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 450, path.name
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(text)) if path.parent == ROOT else ():  # a test's fixtures are parameters
             if isinstance(node, ast.FunctionDef):
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 own = [argument for argument in arguments if argument.arg != "self"]
