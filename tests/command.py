@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,13 @@ def start(script, *words, cwd=".", env=None, file_size=None):
         return subprocess.CompletedProcess([script, *words], process.exitcode, *said)
 
     return wait
+
+
+def run_printed(line, *more, **where):
+    """`run` of a command that a script printed: this Python, a script, and its words."""
+    python, *words = shlex.split(line)
+    assert os.path.samefile(python, sys.executable)
+    return run(*words, *more, **where)
 
 
 def run(script, *words, timeout=300, **where):

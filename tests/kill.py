@@ -37,7 +37,7 @@ def main(folder, kills, *flags):
         out, start = folder / str(run), time.monotonic()
         child = live(out, flags)
         in_a_save = killed % 2 == 1
-        after = random.uniform(0.2, 1.8)
+        after = random.uniform(0.1, 1.2)
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:

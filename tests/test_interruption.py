@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -205,9 +204,8 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in err and f"stopped by {number.name}; resume with:" in out
-    words = shlex.split(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1])
     epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"]
-    again = subprocess.run([*words, "--epochs", str(epochs + 1)], capture_output=True, text=True, timeout=120)
+    again = command.run_printed(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1], "--epochs", epochs + 1)
     assert again.returncode == 0, again.stderr
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 

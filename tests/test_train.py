@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -302,8 +301,8 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
     """`python train.py --demo` as a newcomer runs it, and then the commands that it prints."""
     here = os.getcwd()
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": here}
-    common = dict(capture_output=True, text=True, cwd=tmp_path, env=environment)
-    demo = subprocess.run([sys.executable, f"{here}/train.py", "--demo"], **common)
+    where = dict(cwd=tmp_path, env=environment)
+    demo = subprocess.run([sys.executable, f"{here}/train.py", "--demo"], capture_output=True, text=True, **where)
     assert demo.returncode == 0, demo.stderr
     (run,) = (tmp_path / "runs").iterdir()
     scores = json.loads((run / "test" / "metrics.json").read_text())
@@ -311,8 +310,8 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
     assert scores["subject"]["accuracy"] < 1  # the phantom's classes overlap
 
     predict, draw, volumes = re.findall(r"^  (.*(?:predict|phantom)\.py .*)$", demo.stdout, re.MULTILINE)
-    for words in (f"{predict} --out again", draw, f"{volumes} --out heads"):
-        done = subprocess.run(shlex.split(words), **common)
+    for line in (f"{predict} --out again", draw, f"{volumes} --out heads"):
+        done = command.run_printed(line, **where)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "again" / "scans.csv").read_text() == (run / "test" / "scans.csv").read_text()
     assert "2 of 2 volumes cut: sagittal" in done.stdout and (tmp_path / "heads.html").stat().st_size > 50_000
