@@ -115,17 +115,21 @@ def format_baselines(scores):
     return ["", *format_table(rows), "", " ".join(said)]
 
 
+def format_sets(scores):
+    """What the prediction sets achieved, a sentence."""
+    sets = scores["prediction_sets"]
+    return (f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
+            f"{cell(sets, 'covered')} hold the label, {cell(sets, 'uncertain')} are AD|NC; accuracy of the other "
+            f"{sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}")
+
+
 def format_assessment(scores):
     """`score`'s dict as lines for people."""
     lines = []
     for part in filter(None, (scores, scores.get("unseen_subjects"))):
         lines += format_scores(part, part["title"])
         lines += format_baselines(part) if "baselines" in part else []
-        if "prediction_sets" in part:
-            sets = part["prediction_sets"]
-            lines += ["", f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
-                      f"{cell(sets, 'covered')} hold the label, {cell(sets, 'uncertain')} are AD|NC; "
-                      f"accuracy of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}"]  # fmt: skip
+        lines += ["", format_sets(part)] if "prediction_sets" in part else []
         lines.append("")
     return lines[:-1]
 

@@ -219,9 +219,6 @@ def restore_run(state, last, args, run, runtime):
         steps = f" and {last['step']} steps of the next" * (last["step"] > 0)
         raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}{steps}; expected no "
                          "fewer")
-    if (run.out / "test" / "metrics.json").exists():
-        run.log(f"this run had come to its end: what {run.out / 'test'} holds is replaced, and if it trains on, its "
-                "test scores are no longer the first")
     if last["split_hash"] != run.card["split_hash"]:
         raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and split")
     changed = [name for name, pixels in run.pixels.items() if last["pixels"].get(name) != pixels]
@@ -233,6 +230,9 @@ def restore_run(state, last, args, run, runtime):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
         raise InputError(f"{run.last} does not fit the run ({str(problem).splitlines()[0]}); expected its own last.pth"
                          ) from None
+    if (run.out / "test" / "metrics.json").exists():
+        run.log(f"this run had come to its end: what {run.out / 'test'} holds is replaced, and if it trains on, its "
+                "test scores are no longer the first")
     run.log(f"resumed after epoch {state.epoch}" + f" and {state.step} steps of the next" * (state.step > 0))
     if last["flags"]["epochs"] != args.epochs:
         run.log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "

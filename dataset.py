@@ -120,8 +120,9 @@ def check_classes(index, root, val_fraction=0.1):
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
-            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two subjects or "
-                             f"more of each class in train/ and a --val-fraction over 0 (it is {val_fraction})")
+            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; after what --subjects, "
+                             "--fold and --drop-test-subjects take away, train/ needs two subjects or more of each "
+                             f"class, and --val-fraction (it is {val_fraction}) more than 0")
 
 
 def load_inputs(listing, size, bar="decoding"):

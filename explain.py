@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.special import expit
 from tqdm import tqdm
 
 import plots
@@ -31,9 +32,8 @@ from utils import CLASSES, InputError, make_folder, printable, read_csv, write_a
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that
 LIMIT = 0.5  # a method whose maps correlate so much, or more, with those of random weights is unusable
-CAUTION = ("A colour says where the model looks, not which class it sees: the same one can lie there in slices of "
-           "either class (docs/explain.md). The prediction is p_AD.")
 CHECKED = 8  # slices that the weights are randomised for, step by step
+DRAWS = 3  # of random weights for all parts, of which the mean decides
 SMOOTH = 64  # pictures (not arrays) are smoothed by a Gaussian whose SD is the side divided by so much
 AT_ONCE = 256  # images, at most: on a GPU, where `micro_batch` knows no limit
 
@@ -117,11 +117,11 @@ def parts(model):
     return [("head", (f"{len(model) - 1}.",)), *reversed(blocks)]
 
 
-def randomised(checkpoint, seed=0):
-    """The model of a checkpoint with ever more parts as they were before training: (name of the part, model) from the
-    head alone to all of them."""
+def randomised(checkpoint, draw=0):
+    """The model of a checkpoint with ever more parts drawn like those of an untrained one: (name of the part, model)
+    from the head alone to all of them."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(1000 + draw)  # not of a run: one that began with these weights might keep some of them
         fresh = make_model(**checkpoint["model"]).state_dict()
     weights = dict(checkpoint["weights"])
     for name, begin in parts(build_model(checkpoint)):
@@ -151,32 +151,40 @@ def compare(maps, others, where):
     return float(abs(pairs[:, 0]).mean()), float(pairs[:, 1].mean())
 
 
-def check(method, checkpoint, x, baseline, seed=0, bar=None):
-    """The cascading randomisation of a checkpoint's model on images (N, 1, S, S). Returns a table, a row a part: part
-    (randomised with all parts before it), signed and absolute (see `compare`); usable where both of the last row, of
-    which no trained weight is left, are below LIMIT."""
+def check(method, checkpoint, x, baseline, bar=None):
+    """The cascading randomisation of a checkpoint's model on images (N, 1, S, S). Returns a table: part (randomised
+    with all parts before it), draw (of random weights, from 0), signed and absolute (see `compare`); a row a part, and
+    for the last, with which no trained weight is left, one for each of DRAWS."""
     model, where = build_model(checkpoint).to(x.device).eval(), inside_head(x, baseline)
     maps = attribute(method, model, x, baseline)
-    steps = tqdm(randomised(checkpoint, seed), bar, len(parts(model)), unit=" steps", leave=False,
-                 disable=None if bar else True)
-    rows = [(name, *compare(maps, attribute(method, other.to(x.device).eval(), x, baseline), where))
-            for name, other in steps]
-    return pd.DataFrame(rows, columns=["part", "signed", "absolute"])
+    others = [(0, *step) for step in randomised(checkpoint)]
+    others += [(draw, *deque(randomised(checkpoint, draw), maxlen=1)[0]) for draw in range(1, DRAWS)]
+    rows = [(name, draw, *compare(maps, attribute(method, other.to(x.device).eval(), x, baseline), where))
+            for draw, name, other in tqdm(others, bar, unit=" steps", leave=False, disable=None if bar else True)]
+    return pd.DataFrame(rows, columns=["part", "draw", "signed", "absolute"])
+
+
+def without_weights(table):
+    """The rows of `check` of which no trained weight is left, signed and absolute."""
+    return table.loc[table.part == table.part.iloc[-1], ["signed", "absolute"]]
 
 
 def is_usable(table):
-    """Whether a method passes, from the table of `check`."""
-    return bool(table.signed.iloc[-1] < LIMIT and table.absolute.iloc[-1] < LIMIT)
+    """Whether a method passes, from the table of `check`: both means over the draws are below LIMIT."""
+    return bool((without_weights(table).mean() < LIMIT).all())
 
 
 def describe(method, table, n):
-    """The sentence that stands beside each map."""
-    last = table.iloc[-1]
+    """The sentence that appears beside each map."""
+    last = without_weights(table)
+    mean, low, high = last.mean(), last.absolute.min(), last.absolute.max()
     found = (f"with all weights randomised, its maps of {n} slice{'s' * (n > 1)} keep a rank correlation of "
-             f"{last.signed:.2f} with the true ones, {last.absolute:.2f} without signs")
+             f"{mean.signed:.2f} with the true ones, {mean.absolute:.2f} without signs ({low:.2f} to {high:.2f} in "
+             f"{len(last)} draws)")
     if is_usable(table):
-        return f"{method} passes its check on this model: {found} (unusable from {LIMIT:g})"
-    return f"UNUSABLE: {method} does not depend enough on this model's weights: {found} (expected below {LIMIT:g})"
+        return (f"{method} passes its check, that its maps depend on this model's weights (no proof that they are "
+                f"right): {found}; unusable from {LIMIT:g}")
+    return f"UNUSABLE: {method} does not depend enough on this model's weights: {found}; expected below {LIMIT:g}"
 
 
 def inside_head(x, baseline):
@@ -225,12 +233,13 @@ class Explained(NamedTuple):
     predictions.csv), scan, slice, overlay (the name of a PNG in the folder), maps and place (the file of arrays, and
     which of them), for_AD and for_NC (the sums of its positive and negative values), full_colour (the value that is
     drawn in full colour), signed and absolute (rank correlation with the map of random weights). `sentence` says
-    whether the method passed its check, `usable` whether it did."""
+    whether the method passed its check, `usable` whether it did, `caution` what a colour does not say."""
 
     folder: Path
     table: pd.DataFrame
     sentence: str
     usable: bool
+    caution: str
 
     @property
     def overlays(self):
@@ -251,6 +260,9 @@ class Explainer:
         self.checkpoint, self.device = checkpoint, device
         self.model = build_model(checkpoint).to(device).eval()
         self.baseline = self.view(checkpoint["mean_slice"].numpy()[None])
+        with torch.inference_mode():
+            logit = float(margin(self.model)(self.baseline))
+        self.start = float(expit(logit / checkpoint.get("calibration", {}).get("temperature", 1)))  # p_AD of it
 
     def view(self, images):
         """uint8 (N, H, W) -> float32 (N, 1, S, S), as the model sees them."""
@@ -278,10 +290,19 @@ class Explainer:
                 tables.append(write_scan(images, part, maps[0], out, method, mark))
                 bar.update(len(part))
         table = pd.concat(tables)
-        plots.plot_legend(out / "legend.png", f"{sentence}. {CAUTION}")
+        caution = self.caution(method)
+        plots.plot_legend(out / "legend.png", f"{sentence}. {caution}")
         write_csv(out / "explanations.csv", table)
-        write_json(out / "summary.json", {"method": method, "usable": usable, "sentence": sentence})
-        return Explained(out, table, sentence, usable)
+        write_json(out / "summary.json", {"method": method, "usable": usable, "sentence": sentence,
+                                          "caution": caution, "mean_slice_p_AD": self.start})
+        return Explained(out, table, sentence, usable, caution)
+
+    def caution(self, method):
+        """What a colour does not say."""
+        start = ("" if method == "grad-cam" else "It is relative to the mean training slice, to which this model gives "
+                 f"a p_AD of {self.start:.2f}, so that one colour may prevail in all slices. ")
+        return ("A colour says where the model's output reacts, not where disease is, and not which class the model "
+                f"sees: the same one can lie there in slices of either class. {start}The prediction is p_AD.")
 
     def choose(self, images, out):
         """Check the method, or with "auto" one after the other until one passes, on some slices uint8 (n, H, W).
@@ -293,7 +314,7 @@ class Explainer:
             if is_usable(checked):
                 break
             failed.append(method)
-        write_csv(out / "checks.csv", pd.concat(tables)[["method", "part", "signed", "absolute"]])
+        write_csv(out / "checks.csv", pd.concat(tables)[["method", "part", "draw", "signed", "absolute"]])
         others = ", ".join(name for name in failed if name != method)
         sentence = describe(method, checked, len(x)) + f"; {others} failed it" * bool(others)
         return method, method not in failed, sentence
@@ -330,7 +351,7 @@ def read_explained(folder):
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     table = read_csv(folder / "explanations.csv").astype({"slice": "Int64", "place": int, **dict.fromkeys(
         ("for_AD", "for_NC", "full_colour", "signed", "absolute"), float)})
-    return Explained(folder, table, summary["sentence"], summary["usable"])
+    return Explained(folder, table, summary["sentence"], summary["usable"], summary["caution"])
 
 
 def save_arrays(path, **arrays):

@@ -34,32 +34,36 @@ if __name__ == "__main__":
 import volumes
 from readers import files_of
 from slices import load_slices, out_of_range, passed_over
+from utils import clear_folder
 
 
 def main(args):
-    checkpoint = None
+    checkpoint, warnings = None, []
     if args.like and args.like != "ADNI":
         from checkpoint import load_checkpoint  # PyTorch: seconds that other volumes need not wait
 
         checkpoint = load_checkpoint(args.like)
-        look, known = volumes.look_of(checkpoint, args)
+        look, known, warnings = volumes.look_of(checkpoint, args)
     else:
         look, known = replace(volumes.ADNI if args.like else volumes.Look(), **volumes.flags_given(args)), args.like
+    found, made = volumes.find_all(args.inputs), not (args.out and os.path.exists(args.out))
     out = open_out(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{look}" + f" ({known})" * bool(known))
-    table = volumes.extract(args.inputs, look, out, args.workers)
+    table = volumes.extract(found, look, out, args.workers)
 
     used = [file for source in table.source for file in files_of(source)]
-    warnings = [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
+    warnings += [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
     noted, bad = table[table.notes.notna()], table[table.error.notna()]
     warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
-    warnings += [f"{row.source} {row.error}" for row in bad.head(10).itertuples()]
-    if len(bad):
+    all_bad = len(bad) == len(table)
+    warnings += [f"{row.source} {row.error}" for row in bad.head(len(bad) if all_bad else 10).itertuples()]
+    if len(bad) and not all_bad:
         warnings.append(f"{len(bad)} of {len(table)} volumes were skipped (column error of extraction.csv)")
     for warning in warnings:
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
-    if len(bad) == len(table):
-        raise InputError(f"none of the {len(table)} volumes could be cut; {out / 'extraction.csv'} says why")
+    if all_bad:
+        clear_folder(out, made)  # so that the corrected command can be given
+        raise InputError(f"none of the {len(table)} volumes could be cut, and nothing is left in {out}")
     if checkpoint:  # do the slices resemble those that it was trained on?
         paths = sorted(map(str, (out / "slices").rglob("*.png")))
         _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")

@@ -247,7 +247,8 @@ def _list_input(given, ignored, warnings):
         hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
         hints += [folder for folder in folders_here if list_folder(folder)[0]]
         hint = f"; did you mean {hints[0]}{f' and {len(hints) - 1} others' * (len(hints) > 1)}?" if hints else ""
-        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), nor do AD/ and NC/ in it{hint}")]
+        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), no volume and no "
+                 f"DICOM files, nor do AD/ and NC/ in it{hint}")]
     return found
 
 

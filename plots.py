@@ -105,7 +105,7 @@ def plot_calibration(path, tables, title):
         axes.legend(loc="upper left")
         unit = "scan" if "scan" in tables else "slice"
         below.hist(tables[unit].p_AD, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
-        below.set(xlabel="predicted probability of AD", ylabel=f"{unit}s", xlim=(-0.03, 1.03))
+        below.set(xlabel="p_AD", ylabel=f"{unit}s", xlim=(-0.03, 1.03))
 
 
 def plot_windows(path, predictions, title):
@@ -227,14 +227,14 @@ def plot_scan_map(path, pixels, mean, slices, title):
         left.grid(False)
         known = slices.slice.notna().all()
         at = np.arange(len(slices))
-        for name, colour in (("for_AD", AD_COLOUR), ("for_NC", NC_COLOUR)):
-            right.barh(at, slices[name], color=np.array(colour) / 255, label=name.replace("_", " "))
+        for name, colour, label in (("for_AD", AD_COLOUR, "towards AD"), ("for_NC", NC_COLOUR, "towards NC")):
+            right.barh(at, slices[name], color=np.array(colour) / 255, label=label)
         step = max(1, len(slices) // 20)
         right.set_yticks(at[::step], slices.slice.astype(str)[::step] if known else at[::step] + 1)
         right.axvline(0, color="black", linewidth=0.8)
-        right.set(xlabel="sum of the map", ylabel="slice number" if known else "slice", title="by slice")
+        right.set(xlabel="sum of the map", ylabel="slice number" if known else "slice")
         right.invert_yaxis()
-        right.legend()
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)  # beside the bars
 
 
 # ---------------------------------------------------------------- looking at the data

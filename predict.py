@@ -53,7 +53,7 @@ if __name__ == "__main__":
 from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import load_inputs
-from explain import CAUTION, Explainer
+from explain import Explainer
 from inference import calibrated, most_coverage, predict_slices
 from listing import list_inputs
 from metrics import aggregate, verdict
@@ -70,23 +70,23 @@ def newest_checkpoint():
     return found[-1]
 
 
-def warn_of_rows(predictions, column, what):
-    """Warnings of the rows that have something in a column: the first ten, and how many there are."""
+def warn_of_rows(predictions, column, kind, what):
+    """Warnings of the rows, of some kind, that have something in a column: the first ten, and how many there are."""
     rows = predictions[predictions[column].notna()]
     for row in rows.head(10).itertuples():
         text = "is out of the training range: " * (column == "out_of_range") + getattr(row, column)
         yield f"{row.path} {text}"
     if len(rows):
-        yield f"{len(rows)} of {len(predictions)} files {what} (column {column} of predictions.csv)"
+        yield f"{len(rows)} of {len(predictions)} {kind} {what} (column {column} of predictions.csv)"
 
 
 def format_scans(scans):
-    """A line for each of the first ten scans."""
+    """A line for each of the first ten scans; where there is no verdict, p_AD means nothing."""
     for row in scans.head(10).itertuples():
-        said = verdict(row)
-        said += " (uncertain)" * (said == "AD|NC")
+        said = {"AD|NC": "AD|NC (uncertain)"}.get(verdict(row), verdict(row))
+        said += f", p_AD {row.p_AD:.3f}, mean of" * (said != "no verdict") + ":" * (said == "no verdict")
         strange = f", {row.n_out_of_range} of them out of the training range" * (row.n_out_of_range > 0)
-        yield printable(f"scan {row.scan}: {said}, p_AD {row.p_AD:.3f} (mean of {row.n_slices} slices{strange})", "")
+        yield printable(f"scan {row.scan}: {said} {row.n_slices} slices{strange}", "")
     if len(scans) > 10:
         yield f"... and {len(scans) - 10} more scans"
 
@@ -101,8 +101,9 @@ def warn(predictions, checkpoint, coverage):
         yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
     if 0 < read.label.isna().sum() < len(read):
         yield f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed"
-    yield from warn_of_rows(predictions, "error", "could not be read")
-    yield from warn_of_rows(predictions, "out_of_range", "are out of the training range, do not rely on their p_AD")
+    yield from warn_of_rows(predictions, "error", "files", "could not be read")
+    yield from warn_of_rows(read, "out_of_range", "slices", "are out of the training range, do not rely on their p_AD; "
+                            "if they show skulls and training did not, strip volumes with --strip")
     seen, scans = read.scan[read.exposure == "yes"].nunique(), read.scan.nunique()
     if seen:
         yield (f"{seen} of {scans} scans are of subjects seen in training: memory, not a test (column exposure of "
@@ -149,7 +150,7 @@ def main(args):
         print("warning: " * (not explained.usable) + explained.sentence,
               file=sys.stdout if explained.usable else sys.stderr)
         print(f"attribution maps in {explained.folder}")
-        overlays = {"overlays": explained.overlays, "overlay_note": f"{explained.sentence}. {CAUTION}"}
+        overlays = {"overlays": explained.overlays, "overlay_note": f"{explained.caution} {explained.sentence}."}
     if args.report:
         print(write_report(args.report, Report(path, checkpoint, args.inputs, args.coverage, slices, predictions, out,
                                                scores, warnings, cut.lines, **overlays)))

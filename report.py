@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from assess import cell, format_baselines, read_run, statements
+from assess import cell, format_baselines, format_sets, read_run, statements
 from dataset import SliceSet
-from metrics import BASELINES, METRICS, UNITS, aggregate, verdict
+from metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
 from modules import describe_model
 from utils import InputError, printable, write_atomically
 
@@ -194,11 +194,15 @@ def _describe(report, sources, linked):
     read = report.predictions[report.predictions.p_AD.notna()]
     single = tuple(f"{name} " for name in report.predictions.path)  # what is wrong with one file is told at its scan
     own = [_own_scores(report, *part) for part in (("Validation", "val"), ("Test", "test"))]
+    calibration, both = report.checkpoint.get("calibration"), None
+    if calibration and report.coverage is not None:
+        quantile = conformal_quantile(calibration, report.coverage)  # see metrics.prediction_sets
+        both = (1 - quantile, quantile) if 0.5 <= quantile < 1 else None
     curves = {title: report.out / f"{name}.png" for name, title in CURVES.items()} if report.scores else {}
     return {
         "report": report, "checkpoint": report.checkpoint, "model": _model(report), "scans": scans, "own": own,
         "warnings": [line for line in report.warnings if not line.startswith(single)],
-        "calibration": report.checkpoint.get("calibration"), "threshold": float(read.threshold.iloc[0]),
+        "calibration": calibration, "both": both, "threshold": float(read.threshold.iloc[0]),
         "now": f"{datetime.now():%Y-%m-%d %H:%M}", "verdicts": list(RANKS),
         "counts": Counter(scan["verdict"] for scan in scans), "exposure": Counter(s["exposure"] for s in scans),
         "labelled": bool(read.label.notna().any()), "here": _tables(report.scores or {}),
@@ -264,13 +268,19 @@ def _own_scores(report, what, part):
             raise InputError(f"{folder} was not written for this checkpoint")
         scans = aggregate(table, "scan")
         return {"what": what, "tables": _tables(scores),
-                "line": f"scan-level accuracy {cell(scores['scan'], 'accuracy')}, AUROC "
-                        f"{cell(scores['scan'], 'auroc')}, n = {scores['scan']['n']}",
-                "leaks": scores["leaks"], "n": len(scans), "n_ad": int((scans.label == "AD").sum())}  # fmt: skip
+                "line": _line(scores), "unseen": _line(scores.get("unseen_subjects")),
+                "calibration": cell(scores["scan"], "calibration_error"), "leaks": scores["leaks"],
+                "n": len(scans), "n_ad": int((scans.label == "AD").sum())}  # fmt: skip
     except InputError as problem:
         return {"what": what, "tables": [], "missing": str(problem)}
     except (KeyError, TypeError, ValueError) as problem:
         return {"what": what, "tables": [], "missing": f"{folder} cannot be read ({problem})"}
+
+
+def _line(scores):
+    """Scores in short; "" of None."""
+    return (f"scan-level accuracy {cell(scores['scan'], 'accuracy')}, AUROC {cell(scores['scan'], 'auroc')} (95 % "
+            f"intervals), n = {scores['scan']['n']}") if scores else ""
 
 
 def _tables(scores):
@@ -282,6 +292,7 @@ def _tables(scores):
         tables.append({
             "title": part["title"], "units": [(f"{unit}s", part[unit]["n"]) for unit in units],
             "rows": [(label, [cell(part[unit], name) for unit in units]) for name, label in METRICS.items()],
-            "baselines": format_baselines(part)[-1] if compared and compared <= set(BASELINES) else "",
+            "lines": [format_baselines(part)[-1]] * bool(compared and compared <= set(BASELINES))
+                     + ([format_sets(part)] if "prediction_sets" in part else []),
         })  # fmt: skip
     return tables

@@ -60,7 +60,7 @@ def check_match(scans, subjects, sources):
 NAMES = {
     "OASIS-1, OASIS-2": r"(OAS[12]_\d{4})_MR\d+(_.+)?",  # subject, session, acquisition
     "OASIS-3": r"(?:sub-)?(OAS3\d{4})_.+",
-    "ADNI": r"(?:.*_)?(\d{3}_S_\d{4,5})_.+",
+    "ADNI": r"(?:.*[_-])?(\d{3}_S_\d{4,5})(?:_.+)?",
     "BIDS": r"(sub-[A-Za-z0-9]+)(_ses-[A-Za-z0-9]+)?(_.+)?",
 }
 
@@ -112,8 +112,10 @@ def add_names(scans, who, pattern=None):
 
 
 def spelling(subject):
-    """What is the same in all spellings of a subject: 002_S_0295 is 2_s_295, 001 and 1.0 are 1."""
-    subject = re.sub(r"\.0+$", "", re.sub(r"[\s_-]+", "_", str(subject).casefold()))
+    """What is the same in all spellings of a subject: 002_S_0295 and sub-ADNI002S0295 are 2_s_295, 001, 1.0 and sub-1
+    are 1."""
+    subject = re.sub(r"\.0+$", "", re.sub(r"[\s_-]+", "_", str(subject).casefold())).removeprefix("sub_")
+    subject = re.sub(r"(?:adni)?_?(\d{3})_?s_?(\d{4,5})", r"\1_s_\2", subject)
     return re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", subject)
 
 

@@ -2,7 +2,7 @@
 
     python train.py --demo                             # no data needed: draws a phantom set, under 2 minutes on a CPU
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
-    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny   # the same on four
+    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny   # a quarter of each batch on each
 
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
@@ -102,6 +102,12 @@ def make_parser():
     return parser
 
 
+def changed_flags(saved, args):
+    """The flags, as words, that a run must keep when it is resumed and that are other ones now."""
+    return ", ".join(f"--{name.replace('_', '-')} was {value}" for name, value in saved.items()
+                     if name not in FREE_ON_RESUME and getattr(args, name, value) != value)
+
+
 def parse_args(argv=None):
     """The flags; where not given, those of --demo, or on --resume those of the run."""
     parser = make_parser()
@@ -125,11 +131,12 @@ def parse_args(argv=None):
                                if name not in ("resume", "out") and value is not None})
     args = parser.parse_args(argv)
     if args.resume:
-        changed = [name for name, value in saved.items()
-                   if name not in FREE_ON_RESUME and getattr(args, name, value) != value]
+        changed = changed_flags(saved, args)
         if changed:
-            words = ", ".join(f"--{name.replace('_', '-')} was {saved[name]}" for name in changed)
-            parser.error(f"a resumed run keeps its flags ({words}); leave them out, or start a new run")
+            parser.error(f"a resumed run keeps its flags ({changed}); leave them out, or start a new run")
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup-epochs is {args.warmup_epochs:g}, longer than --epochs {args.epochs}: the learning "
+                     "rate would never reach --lr")
     if args.demo and args.data:
         parser.error("--demo draws its own data; leave out --data, or --demo")
     if (args.fold is None) != (args.folds is None):
@@ -165,7 +172,7 @@ from inference import COVERAGE
 from modules import VARIANTS, describe_model
 from runtime import Stopped, StopRequest, explain_end, seed_everything, start
 from subjects import describe_split, describe_transfer
-from utils import fingerprint, locked, make_log, near, open_out, seed_of, write_csv
+from utils import clear_folder, fingerprint, locked, make_log, near, open_out, seed_of, write_csv
 
 # ---------------------------------------------------------------- data and run folder
 
@@ -228,16 +235,6 @@ def open_run(args, held):
     return Path(out), made
 
 
-def clear_folder(out, made):
-    """A run that failed before its first step leaves nothing, so that the corrected command can be given; a folder that
-    was there stays, and so does a link to it."""
-    with contextlib.suppress(OSError):  # what went wrong before counts more
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if made:
-            out.rmdir()
-
-
 def join(words):
     return shlex.join(map(str, words))
 
@@ -252,8 +249,8 @@ def what_is_left(run):
         return f"nothing is left of the run: {run.last} is gone"
     epoch = load_checkpoint(run.last)["epoch"]
     best = f", and {run.best} the best epoch so far" * run.best.exists()
-    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, so for "
-            f"another --batch-size start a new one, or {how_to_resume(run.out)}")
+    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, so to "
+            f"change them start a new one, or {how_to_resume(run.out)}")
 
 
 # ---------------------------------------------------------------- the loop
@@ -396,6 +393,10 @@ def prepare(args, slices, out, runtime):
     lines = runtime.from_rank_0(lambda: check_batches(state, len(slices.part("train")), args))
     run = Run(out, log, checkpoint.model_card(args, slices, runtime, init), checkpoint.record_pixels(slices))
     if last:
+        changed = changed_flags(last["flags"] | {"split": args.split}, args)  # its own split.csv, by another name
+        if changed:
+            raise InputError(f"{out / 'config.json'} has other flags than {run.last}, in which {changed}; restore it, "
+                             "or start a new run")
         checkpoint.restore_run(state, last, args, run, runtime)
         if runtime.is_rank_0:
             checkpoint.write_start(out, args, slices, runtime)

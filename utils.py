@@ -41,6 +41,16 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--subject-pattern", type=regex, metavar="REGEX", help="finds the subject in names of scans "
                            "that no metadata know, with the first group of a regular expression, e.g. '(sub\\d+)_'")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, which takes a value such as -10mm:10mm for a flag."""
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            if re.match(r"-\.?\d", word) and words and re.fullmatch("--[a-z-]+", words[-1]):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_known_args(words, namespace)
+
     def error(self, message):
         self.exit(2, f"error: {printable(message)}\n")
 
@@ -353,6 +363,18 @@ def open_out(path, default, or_else=""):
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
     return folder
+
+
+def clear_folder(out, made):
+    """Empty the folder of work that failed at its start, so that the corrected command can be given; it is removed
+    where it was `made` for that: what was there stays, and so does a link to it."""
+    import shutil
+
+    with contextlib.suppress(OSError):  # what went wrong before counts more
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made:
+            out.rmdir()
 
 
 @contextlib.contextmanager

@@ -73,8 +73,9 @@ def flags_given(args):
 
 
 def look_of(checkpoint, args):
-    """(Look, sentence): how the training slices of a checkpoint were cut, with the flags that were given. What the
-    checkpoint does not record is assumed, and the sentence says so; InputError where nothing can be assumed."""
+    """(Look, sentence, warnings): how the training slices of a checkpoint were cut, with the flags that were given.
+    What the checkpoint does not record is assumed, and the sentence says so; InputError where nothing can be assumed.
+    The warnings name flags that make other slices than those in training, which the range check may not notice."""
     height, width = checkpoint["slice_size"]
     recorded = checkpoint.get("extraction")
     if recorded:
@@ -86,9 +87,15 @@ def look_of(checkpoint, args):
     else:
         raise InputError(f"the checkpoint does not record of which plane its training slices ({width} x {height} "
                          "pixels) are; name it with --plane axial, coronal or sagittal")
+    asked = flags_given(args)
+    trained = asdict(look) if recorded or look is ADNI else asked
+    other = [f"--{name} {asked[name]}, those in training with {trained[name]}"
+             for name in ("plane", "turn", "spacing", "step") if name in asked and asked[name] != trained[name]]
     if not recorded:
         look = replace(look, brightest=float(np.mean(checkpoint["slice_stats"]["brightest"])))
-    return replace(look, **{"size": (width, height), **flags_given(args)}), known
+    known += f", with the flags that are given ({', '.join(asked)})" * bool(asked)
+    return (replace(look, **{"size": (width, height), **asked}), known,
+            [f"the slices are cut with {'; with '.join(other)}: p_AD may mean nothing"] if other else [])
 
 
 def recorded_look(root):
@@ -225,17 +232,8 @@ def extract_volume(path, look):
 # ---------------------------------------------------------------- many volumes to a folder of slices
 
 
-def extract(inputs, look, out, workers=None, bar="extracting"):
-    """Cut the volumes in files and folders into out/slices/<scan>_<slice>.png, in parallel, and write
-    out/extraction.csv (a row a volume, COLUMNS, with an `error` where it was skipped), out/extraction.json (the Look)
-    and, where BIDS names know subjects, out/subjects.csv. Where all volumes are in folders AD/ and NC/ (or in those of
-    train/ and test/), so are the slices.
-
-    Returns the table of extraction.csv. InputError if there is no volume. out/slices is moved into its place last, so
-    that a folder of that name is always complete.
-    """
-    from tqdm import tqdm
-
+def find_all(inputs):
+    """The volumes in files and folders, each once, as `extract` takes them. InputError where one holds none."""
     found = []
     for given in map(str, inputs):
         if not os.path.exists(given):
@@ -244,7 +242,21 @@ def extract(inputs, look, out, workers=None, bar="extracting"):
         if not here:
             raise InputError(f"{given} holds no volume ({', '.join(EXTENSIONS[:5])}) and no DICOM file")
         found += here
-    table, out = name_scans(list({os.path.realpath(row[0]): row for row in found}.values())), Path(out)
+    return name_scans(list({os.path.realpath(row[0]): row for row in found}.values()))
+
+
+def extract(table, look, out, workers=None, bar="extracting"):
+    """Cut the volumes of `find_all` into out/slices/<scan>_<slice>.png, in parallel, and write
+    out/extraction.csv (a row a volume, COLUMNS, with an `error` where it was skipped), out/extraction.json (the Look)
+    and, where BIDS names know subjects, out/subjects.csv. Where all volumes are in folders AD/ and NC/ (or in those of
+    train/ and test/), so are the slices.
+
+    Returns the table of extraction.csv. out/slices is moved into its place last, so
+    that a folder of that name is always complete.
+    """
+    from tqdm import tqdm
+
+    out = Path(out)
     classes = all(re.fullmatch(r"((train|test)[/\\])?(AD|NC)", folder) for folder in table.folder)
 
     def work(row):
@@ -287,16 +299,16 @@ class CutInputs:
     def __init__(self, args, checkpoint):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
-        self.temporary, self.table = None, pd.DataFrame(columns=COLUMNS)
+        self.temporary, self.warnings, self.table = None, [], pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
                 raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
             return
-        look, known = look_of(checkpoint, args)
+        look, known, self.warnings = look_of(checkpoint, args)
         if not args.keep_slices:
             self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
-        self.table, self.folder = extract(volumes, look, folder), folder / "slices"
+        self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
             raise InputError("; ".join(f"{row.source} {row.error}" for row in bad.itertuples()))
@@ -309,7 +321,7 @@ class CutInputs:
         known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
         listing.index["error"] = listing.index.path.map(known).astype("string").fillna(listing.index.error)
         noted = self.table[self.table.notes.notna()]
-        listing.warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
+        listing.warnings += self.warnings + [f"{row.source}: {row.notes}" for row in noted.itertuples()]
         return listing
 
     def finish(self, index):

@@ -50,7 +50,7 @@ from utils import CLASSES, write_atomically
 # cue: (subjects of the phantom, how its scans are planned, recipe)
 PHANTOMS = {"local": (200, plan_local, "small"), "global": (100, plan, "demo")}
 CHANGED = 5  # grey levels: pixels that atrophy changes by more are the altered region
-DRAWS = 3  # random maps for each map, and models with random weights
+DRAWS = 3  # random maps for each map
 
 
 def shuffle_labels(data, out, seed=0):
@@ -113,6 +113,14 @@ def edges(model, x, baseline):
     return (dx**2 + dy**2).sqrt()
 
 
+def distance(model, x, baseline):
+    """Not an attribution: how far each pixel is from the mean training slice. It shows what deletion gains by that."""
+    return (x - baseline).abs()
+
+
+CONTROLS = {"edges (no attribution)": edges, "distance to mean (no attribution)": distance}
+
+
 def measure(name, method, checkpoint, shuffled, x, baseline, region, scans, is_ad):
     """The rows of a method in the three tables of the page, and the parts of the model."""
     model, other = (build_model(each).eval() for each in (checkpoint, shuffled))
@@ -120,9 +128,9 @@ def measure(name, method, checkpoint, shuffled, x, baseline, region, scans, is_a
     maps = explain.attribute(method, model, x, baseline, bar=name)
     on_shuffled = explain.compare(maps, explain.attribute(method, other, x, baseline, bar=name), where)
     some = np.unique(np.linspace(0, len(x) - 1, explain.CHECKED).round().astype(int))
-    cascades = [explain.check(method, checkpoint, x[some], baseline, seed, name) for seed in range(DRAWS)]
-    cascade = pd.concat(cascades).groupby("part", sort=False)[["signed", "absolute"]].mean()
-    usable = max(*on_shuffled, *cascade.iloc[-1]) < explain.LIMIT
+    checked = explain.check(method, checkpoint, x[some], baseline, name)
+    cascade = checked.groupby("part", sort=False)[["signed", "absolute"]].mean()
+    usable = explain.is_usable(checked) and max(on_shuffled) < explain.LIMIT
     first = [name, *(f"{row.signed:.2f}, {row.absolute:.2f}" for row in cascade.itertuples()),
              "{:.2f}, {:.2f}".format(*on_shuffled), "yes" if usable else "UNUSABLE"]
 
@@ -205,7 +213,7 @@ def assess(work, cue, args):
 
     rows = {name: measure(name, method, checkpoint, shuffled, x, explainer.baseline, seen, index.scan.to_numpy(str),
                           slices.is_ad)
-            for name, method in {**explain.METHODS, "edges (no attribution)": edges}.items()}
+            for name, method in {**explain.METHODS, **CONTROLS}.items()}
     firsts, seconds, thirds, names = zip(*rows.values())
     print(f"\n{cue} cue: {len(index)} slices of {index.scan.nunique()} test scans, {slices.is_ad.sum()} of them AD\n")
     steps = ["head", *(f"+ {name}" for name in names[0][1:])]

@@ -390,7 +390,7 @@ def test_an_input_out_of_the_training_range_gets_a_warning_and_no_verdict(brains
     words = [str(tmp_path), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path / "out")]
     predict.main(predict.parse_args([*words, "--coverage", "0.5"]))
     printed = capsys.readouterr()
-    assert "40 of 40 files are out of the training range" in printed.err
+    assert "40 of 40 slices are out of the training range" in printed.err
     assert printed.err.count("is out of the training range: ") == 10  # each has its row, ten a line
     assert printed.out.count("no verdict") == 2 and "AD," not in printed.out
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")

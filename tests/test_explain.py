@@ -128,8 +128,13 @@ def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_t
     silent = explain.check(lambda model, x, baseline: torch.zeros_like(x), atto[0], x, BLACK)
     assert not explain.is_usable(silent)
     for method in (drawn_from_weights, "integrated-gradients", "grad-cam"):
-        assert explain.is_usable(explain.check(method, atto[0], x, BLACK)), method
+        found = explain.check(method, atto[0], x, BLACK)
+        assert explain.is_usable(found) and found.absolute.tail(explain.DRAWS).is_unique, method
     assert "UNUSABLE" in explain.describe("edges", ignoring, 2)
+    one_of_three = found.assign(absolute=[0, 0, 0, 0, 0.4, 0.4, 0.6])  # the mean decides, and the spread is said
+    assert explain.is_usable(one_of_three) and "0.47 without signs (0.40 to 0.60 in 3 draws)" in explain.describe(
+        "m", one_of_three, 8)
+    assert not explain.is_usable(one_of_three.assign(absolute=[0, 0, 0, 0, 0.4, 0.5, 0.6]))
 
 
 def test_only_the_head_is_compared(atto):
@@ -222,7 +227,8 @@ def test_each_slice_gets_an_overlay_and_arrays_whatever_it_is_named(run_folder, 
     out = capsys.readouterr()
     assert found.sentence in out.out + out.err
     checks = pd.read_csv(folder / "checks.csv")
-    assert checks.part.tolist() == ["head", "stage 4", "stage 3", "stage 2", "stage 1"]
+    assert checks.part.tolist() == ["head", "stage 4", "stage 3", "stage 2", *["stage 1"] * explain.DRAWS]
+    assert checks.draw.tolist() == [0, 0, 0, 0, *range(explain.DRAWS)]
     assert (checks.method == "grad-cam").all()
 
 
@@ -244,7 +250,7 @@ def test_auto_takes_the_first_method_that_passes_on_the_model(run_folder, ad_nc,
     monkeypatch.setitem(explain.METHODS, "occlusion", drawn_from_weights)
     found = explained(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg", "auto")
     checks = pd.read_csv(found.folder / "checks.csv")
-    assert checks.method.tolist() == ["integrated-gradients"] * 5 + ["occlusion"] * 5
+    assert checks.method.tolist() == ["integrated-gradients"] * 7 + ["occlusion"] * 7
     assert found.usable and json.loads((found.folder / "summary.json").read_text())["method"] == "occlusion"
     assert found.sentence.startswith("occlusion passes") and found.sentence.endswith("; integrated-gradients failed it")
 

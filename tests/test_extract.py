@@ -126,7 +126,11 @@ def test_nothing_is_overwritten_and_nothing_found_is_an_error(tmp_path):
     (tmp_path / "h.nii").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 1 volumes could be cut"):
         run_extract(tmp_path / "h.nii", "--out", tmp_path / "c")
-    assert not any((tmp_path / "c" / "slices").iterdir())
+    assert not any((tmp_path / name).exists() for name in "abc")  # so that the corrected command can be given
+    (tmp_path / "d").mkdir()
+    with pytest.raises(InputError, match="nothing is left in"):
+        run_extract(tmp_path / "h.nii", "--out", tmp_path / "d")
+    assert not any((tmp_path / "d").iterdir())
 
 
 def test_a_missing_package_is_an_error_that_says_how_to_install_it(tmp_path, monkeypatch):
@@ -195,20 +199,25 @@ def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assume
     with pytest.raises(InputError, match="does not record of which plane .* name it with --plane"):
         run_predict(run_folder, tmp_path / "a", tmp_path / "h.nii")
     record = {"plane": "coronal", "count": 3, "size": (48, 40), "spacing": 5.0, "turn": 90}
-    known = with_record(run_folder, tmp_path / "known.pth", extraction=vars(Look(**record)))
-    run_predict(run_folder, tmp_path / "b", tmp_path / "h.nii", checkpoint=known)
+    known_file = with_record(run_folder, tmp_path / "known.pth", extraction=vars(Look(**record)))
+    run_predict(run_folder, tmp_path / "b", tmp_path / "h.nii", checkpoint=known_file)
     assert ("coronal, 3 central slices every 5 mm, 48 x 40, 5 mm a pixel, turned by 90 degrees (as the checkpoint's "
             "training slices were cut)") in capsys.readouterr().out
     with pytest.raises(InputError, match="need a volume among the inputs"):
         run_predict(run_folder, tmp_path / "c", run_folder, "--plane", "axial")
     args = predict.parse_args(["h.nii", "--turn", "0", "--count", "7"])
-    look, _ = volumes.look_of({"slice_size": [40, 48], "extraction": vars(Look(**record))}, args)
+    look, _, _ = volumes.look_of({"slice_size": [40, 48], "extraction": vars(Look(**record))}, args)
     assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)  # a flag that is given wins
     args = predict.parse_args(["h.nii", "--turn", "180"])
     content = {"slice_size": [240, 256], "slice_stats": {"brightest": [150, 190]}}
-    look, known = volumes.look_of(content, args)
+    look, known, warnings = volumes.look_of(content, args)
     assert (look.plane, look.size, look.step, look.turn, look.brightest) == ("sagittal", (256, 240), 1.2, 180, 170)
-    assert known == "assumed from the size of the checkpoint's training slices, that of AD_NC"
+    assert known == ("assumed from the size of the checkpoint's training slices, that of AD_NC, with the flags that "
+                     "are given (turn)")
+    assert warnings == ["the slices are cut with --turn 180, those in training with 0: p_AD may mean nothing"]
+    assert volumes.look_of(content, predict.parse_args(["h.nii", "--plane", "sagittal"]))[2] == []
+    run_predict(run_folder, tmp_path / "d", tmp_path / "h.nii", "--plane", "axial", checkpoint=known_file)
+    assert "warning: the slices are cut with --plane axial, those in training with coronal" in capsys.readouterr().err
 
 
 def test_training_records_how_its_slices_were_cut(tmp_path, run_folder, ad_nc):

@@ -304,6 +304,15 @@ def test_fewer_epochs_than_there_are_is_refused(run_folder, tmp_path):
     assert (run / "config.json").read_bytes() == before
 
 
+def test_an_edited_config_is_not_what_a_run_is_resumed_with(run_folder, tmp_path):
+    run, text = shutil.copytree(run_folder, tmp_path / "run"), (run_folder / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"lr": 0.002', '"lr": 0.02'))
+    with pytest.raises(utils.InputError, match="config.json has other flags than .*last.pth, in which --lr was 0.002;"):
+        resume(run)
+    (run / "config.json").write_text(text)
+    resume(run, "--epochs", "7")
+
+
 def test_a_run_on_a_relative_path_is_resumed_with_it(ad_nc, tmp_path, monkeypatch):
     monkeypatch.chdir(ad_nc.parent)
     run = train_small(ad_nc.name, tmp_path / "run", "--epochs", "1")

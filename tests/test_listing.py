@@ -101,7 +101,8 @@ def test_folders_beside_slices_are_no_classes_and_folders_of_patients_are_propos
     ("sub-OAS30001_ses-d0129_run-01_T1w", "OASIS-3", "OAS30001"), ("OAS30027_MR_d1300", "OASIS-3", "OAS30027"),
     ("ADNI_002_S_0295_MR_MP-RAGE__br_raw_20060418_I13722", "ADNI", "002_S_0295"),
     ("941_S_10001_I99", "ADNI", "941_S_10001"), ("sub-07_ses-1_T1w", "BIDS", "sub-07"), ("sub-X1", "BIDS", "sub-X1"),
-    ("218391", None, None), ("OAS1_1_MR1", None, None), ("002_S_0295", None, None), ("sub_07", None, None),
+    ("218391", None, None), ("OAS1_1_MR1", None, None), ("sub_07", None, None),
+    *((scan, "ADNI", "002_S_0295") for scan in ("002_S_0295", "sub-002_S_0295_T1w", "002_S_0295_bl")),
 ])  # fmt: skip
 def test_names_of_the_usual_archives_say_who_is_in_a_scan(scan, form, subject):
     who, lines = subjects.subjects_from_names([scan])
@@ -172,7 +173,9 @@ def test_a_table_that_says_nothing_of_the_scans_is_refused_for_a_set_and_reporte
     assert any(said in line for line in listing.list_inputs([root / "test" / "AD"]).warnings)
 
 
-@pytest.mark.parametrize("others", [("A0", "a0"), ("a_0", "A-0"), ("0", "00", "0.0"), ("002_S_0295", "2_s_295")])
+@pytest.mark.parametrize("others", [("A0", "a0"), ("a_0", "A-0"), ("0", "00", "0.0"), ("002_S_0295", "2_s_295"),
+                                    ("053_S_3884", "sub-053S3884", "sub-ADNI053S3884", "ADNI_053_S_3884"),
+                                    ("sub-01", "1")])  # fmt: skip
 def test_one_person_in_several_spellings_is_one_and_said_to_be(tmp_path, others):
     scans = {str(100 + i): ("train", "AD", other) for i, other in enumerate(others)}
     root = write_set(tmp_path, SCANS | scans | {"300": ("test", "AD", others[-1])}, slices=range(2))

@@ -317,6 +317,13 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path):
     assert "2 of 2 volumes cut: sagittal" in done.stdout and (tmp_path / "heads.html").stat().st_size > 50_000
 
 
+def test_a_warm_up_that_never_ends_is_refused(capsys):
+    train.parse_args(["--epochs", "3", "--warmup-epochs", "3"])
+    with pytest.raises(SystemExit):
+        train.parse_args(["--epochs", "3", "--warmup-epochs", "3.5"])
+    assert "--warmup-epochs is 3.5, longer than --epochs 3" in capsys.readouterr().err
+
+
 def test_parts_of_a_batch_add_up_to_the_step_of_the_whole(ad_nc, tmp_path, monkeypatch):
     assert engine.micro_batch(torch.device("cpu"), 224, 224) == 8 < engine.micro_batch(torch.device("cpu"), 64, 64)
     flags = ["--epochs", "2", "--amp", "off"]

@@ -101,3 +101,15 @@ def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_taken_again(tmp_p
     with utils.locked(tmp_path):
         assert len(locks) == 2 and command.run(script, tmp_path).returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_begins_with_a_minus_is_a_value(capsys):
+    parser = utils.Parser("")
+    utils.add_volume_flags(parser)
+    parser.add_argument("words", nargs="*")
+    for words in (["--slices", "-10mm:10.5mm"], ["--slices=-10mm:10.5mm"], ["--sl", "-10mm:10.5mm"]):
+        assert parser.parse_args(words).slices == (-10, 10.5, "mm")
+    for words in (["--count", "-5"], ["--slices", "-x"], ["--strip", "-5"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert capsys.readouterr().err.startswith("error: argument --")
