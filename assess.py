@@ -193,6 +193,12 @@ def read_run(folder, part="test"):
             raise ValueError("its predictions.csv and metrics.json are not of the same slices")
         if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all() and table.group.notna().all()):
             raise ValueError("expected a p_AD from 0 to 1, a group and a label AD or NC in each row of predictions.csv")
+        whole = ["label", "subject", "group", "threshold", "exposure", "prediction_set"]
+        differ = table.groupby("scan")[whole].nunique(dropna=False).gt(1).any(axis=1)
+        if differ.any() or not (table.exposure.isin(["yes", "no", "unknown"]).all()
+                                and table.prediction_set.dropna().isin(["AD", "NC", "AD|NC"]).all()):
+            raise ValueError(f"expected one of {', '.join(whole)} for each scan, as predict.py writes them"
+                             + f"; not so for scan {differ.idxmax()}" * bool(differ.any()))
         if (metrics.with_predictions(table).prediction != table.prediction).any():
             raise ValueError("its predictions do not follow from p_AD at its threshold")
     except OSError:

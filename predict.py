@@ -86,7 +86,7 @@ def format_scans(scans):
         said = {"AD|NC": "AD|NC (uncertain)"}.get(verdict(row), verdict(row))
         said += f", p_AD {row.p_AD:.3f}, mean of" * (said != "no verdict") + ":" * (said == "no verdict")
         strange = f", {row.n_out_of_range} of them out of the training range" * (row.n_out_of_range > 0)
-        yield printable(f"scan {row.scan}: {said} {row.n_slices} slices{strange}", "")
+        yield printable(f"scan {row.scan}: {said} {row.n_slices} slice{'s' * (row.n_slices > 1)}{strange}", "")
     if len(scans) > 10:
         yield f"... and {len(scans) - 10} more scans"
 

@@ -167,7 +167,8 @@ def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_
     ("predictions.csv", ""), ("predictions.csv", 10), ("metrics.json", ('"n": 30', '"n": 31')),
     ("predictions.csv", (",tn0,NC,", ",tn0,XX,")), ("predictions.csv", (",tn0,NC,", ",tn0,,")),
     ("predictions.csv", (",NC,no,,,tn0,", ",AD,no,,,tn0,")), ("predictions.csv", (",no,,,tn0,", ",no,,,,")),
-    ("predictions.csv", (",threshold", ",cut")),
+    ("predictions.csv", (",threshold", ",cut")), ("predictions.csv", (",tn0,NC,", ",tn0,AD,", 1)),  # of one slice
+    ("predictions.csv", (",NC,no,,,tn0,", ",NC,maybe,,,tn0,")), ("predictions.csv", ("AD|NC", "both")),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, text):
     shutil.copytree(run_folder / "test", tmp_path / "x")
