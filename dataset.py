@@ -111,18 +111,19 @@ def load_set(args, root, bar="decoding"):
     if slices.bad and not args.skip_bad:
         raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
     index, dropped = subjects.split_as_asked(slices.index, args, slices.root)
-    check_classes(index, slices.root, args.val_fraction)
+    how = (f"{args.split} needs both classes in train and in val" if args.split else
+           "after what --subjects, --fold and --drop-test-subjects take away, train/ needs two subjects or more of "
+           f"each class, and --val-fraction (it is {args.val_fraction}) more than 0")
+    check_classes(index, slices.root, how)
     return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
 
 
-def check_classes(index, root, val_fraction=0.1):
-    """InputError where train or val lacks a class."""
+def check_classes(index, root, how):
+    """InputError where train or val lacks a class; `how` says what it takes."""
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
-            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; after what --subjects, "
-                             "--fold and --drop-test-subjects take away, train/ needs two subjects or more of each "
-                             f"class, and --val-fraction (it is {val_fraction}) more than 0")
+            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; {how}")
 
 
 def load_inputs(listing, size, bar="decoding"):
@@ -299,7 +300,7 @@ def main(args):
         advice = "fix or remove them, or train without them with --skip-bad"
         sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage
     try:
-        check_classes(split_index(slices.index), slices.root)
+        check_classes(split_index(slices.index), slices.root, "train/ needs two subjects or more of each class")
     except InputError as problem:
         sys.exit(f"error: training would refuse this set: {problem}")
 

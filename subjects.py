@@ -79,7 +79,8 @@ def subjects_from_names(scans, pattern=None):
         found = {scan: match[at] for scan, match in matches.items() if match and match[at]}
         if found:
             scan, subject = next(iter(found.items()))
-            lines.append(f"subjects of {len(found):,} scans from their names ({form}), such as {subject} of {scan}")
+            lines.append(f"{len(set(found.values())):,} subjects of {len(found):,} scans from their names ({form}), "
+                         f"such as {subject} of {scan}")
         who |= found
     return who, lines
 
@@ -282,7 +283,8 @@ def read_split(index, file, root):
     for names, where in ((missing, f"of the slices under {root} are not in it"),
                          (unknown, f"of its slices are not under {root}, or not usable")):
         if names:
-            raise InputError(f"--split {file}: {len(names):,} {where}, first {names[0]}; expected the same slices")
+            raise InputError(f"--split {file}: {len(names):,} {where}, first {names[0]}; expected the same slices, by "
+                             f"paths such as {paths.iloc[0]} (in the file: {next(iter(given.path), 'none')})")
     index = index.assign(split=paths.map(dict(zip(given.path, given.split))).to_numpy(str))
     shared = _shared(index, "group", "train", "val")
     if shared:

@@ -202,6 +202,8 @@ def test_a_split_that_leaks_or_does_not_fit_is_refused_in_a_sentence(given, tmp_
             [table, table.iloc[-1:].assign(path="train/AD/9_9.jpeg")]),
         "first test/AD/300_70.jpeg with split valid": table.assign(split=table.split.mask(table.index == 0, "valid")),
         "90 rows, first test/AD/300_70.jpeg with split test, are not usable": pd.concat([table, table]),
+        "in the file: /x/test/AD/300_70.jpeg": table.assign(path="/x/" + table.path),
+        "no AD or NC is left for val; .*mine.csv needs both": table.assign(split=table.split.replace("val", "train")),
         "has the columns file, split; expected": table[["path", "split"]].rename(columns={"path": "file"}),
         "cannot be read .No columns": pd.DataFrame(),
     }  # fmt: skip
