@@ -119,7 +119,9 @@ def load_set(args, root, bar="decoding"):
 
 
 def check_classes(index, root, how):
-    """InputError where train or val lacks a class; `how` says what it takes."""
+    """InputError where train or val lacks a class, or test is empty; `how` says what it takes."""
+    if not (index.split == "test").any():
+        raise InputError(f"{root}: no slices are left for test, which is read once, at the end; name some as test")
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:

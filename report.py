@@ -247,7 +247,7 @@ def _model(report):
     """(what, text) pairs on the checkpoint, from its model card."""
     checkpoint, flags = report.checkpoint, report.checkpoint["flags"]
     seen, demo = checkpoint["exposure"], flags["demo"]
-    recipe = "demo" if demo and flags["recipe"] == "paper" else flags["recipe"]  # as train.py reads them
+    recipe = "demo" if demo and flags["recipe"] == "default" else flags["recipe"]  # as train.py reads them
     stated = statements(checkpoint)
     split = {"subject": "whole subjects apart", "slice": "slices of one scan on both sides: LEAKY"}
     yield "File", str(report.file)

@@ -270,7 +270,7 @@ def read_split(index, file, root):
     """The index with the split (train, val or test) that a split.csv gives to each file, by its path below `root`.
 
     The file may be of an earlier run or made by hand; of its columns path and split are read. InputError where it does
-    not name the slices of the index, each once, or where a group is in both train and val.
+    not name the slices of the index, each once, or where a group is in both train and val, or a scan also in test.
     """
     given = read_table(file, ("path", "split"))
     given["path"], given["split"] = given.path.map(os.path.normpath, na_action="ignore"), given.split.str.lower()
@@ -290,6 +290,10 @@ def read_split(index, file, root):
     if shared:
         raise InputError(f"--split {file} has {len(shared)} groups in both train and val, first {shared[0]}; expected "
                          "all scans of a subject, and copies of a scan, on one side")
+    shared = _shared(index.assign(split=index.split.replace("val", "train")), "scan", "train", "test")
+    if shared:
+        raise InputError(f"--split {file} has {len(shared)} scans in both test and train or val, first {shared[0]}; "
+                         "expected all slices of a scan on one side")
     return index
 
 

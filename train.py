@@ -2,12 +2,12 @@
 
     python train.py --demo                             # no data needed: draws a phantom set, under 2 minutes on a CPU
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
-    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny   # a quarter of each batch on each
+    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4  # a quarter of each batch on each
 
 A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
-training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val; test is read
-once, at the end. `--out RUN --resume` resumes a run that was stopped, at any moment, and ends where it would have
-ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143, 138, 129).
+training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val (unless --keep
+last); test is read once, at the end. `--out RUN --resume` resumes a run that was stopped, at any moment, and ends where
+it would have ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143, 138, 129).
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from pathlib import Path
 from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
 DEMO_SUBJECTS = 80
-# What the name of a recipe stands for; flags that are given win.
+# The flags of each recipe; explicit flags take precedence.
 RECIPES = {
-    "paper": {},  # the defaults: Liu et al. 2022, from scratch
+    "default": {},  # the documented one: the architecture of Liu et al. 2022, but not their training settings
     # few subjects: chosen on folds of the training set with the local cue, see docs/recipes.md
     "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
     # the small one, in a minute on two cores; with so few steps the last epoch is not reliably the best
@@ -51,7 +51,8 @@ def make_parser():
     add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
     parser.add_subject_pattern(data)
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
-    add("--recipe", choices=RECIPES, default="paper", help="small: for few subjects; sets flags, see RECIPES")
+    add("--recipe", choices=RECIPES, default="default",
+        help="small: narrow, 112 px, 10 epochs, lr 2e-3, for a few hundred subjects")
     add = parser.add_argument_group("split").add_argument
     add("--split", metavar="FILE", help="take who is where from the split.csv of an earlier run, or one made by hand")
     add("--val-fraction", type=SHARE, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
@@ -72,7 +73,7 @@ def make_parser():
     add("--head-norm", choices=("layer", "batch"), help="normalisation of the pooled features (layer)")
     add("--layer-scale", type=AMOUNT, metavar="G", help="start of LayerScale (that of the variant)")
     add("--init-std", type=POSITIVE, metavar="SD", help="of the initial weights (that of the variant)")
-    add("--init", metavar="FILE", help="start from a ConvNeXt state dict of torchvision or timm")
+    add("--init", metavar="FILE", help="start from weights of torchvision, timm, the paper or this project")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, default=100, metavar="N", help="length of the schedule (100)")
     add("--batch-size", type=COUNT, default=64, metavar="N", help="slices a step (64)")
@@ -82,7 +83,7 @@ def make_parser():
     add("--clip-grad", type=POSITIVE, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=AMOUNT, default=1, metavar="N", help="linear warm-up before the cosine (1)")
     add("--patience", type=number(0, 1e6, int), default=20, metavar="N",
-        help="stop after N epochs without a better val (20; 0: never)")
+        help="stop after N epochs without a better val (20; 0, or --keep last: never)")
     add("--keep", choices=("best", "last"), default="best", help="the epoch: best on validation, or the last")
     add("--threshold", choices=("0.5", "youden"), default="0.5", help="p_AD of an AD; youden: from validation (0.5)")
     add("--ema", type=SHARE, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
@@ -111,8 +112,8 @@ def changed_flags(saved, args):
 def parse_args(argv=None):
     """The flags; where not given, those of --demo, or on --resume those of the run."""
     parser = make_parser()
-    args = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES["demo" if args.demo and args.recipe == "paper" else args.recipe])
+    args = parser.parse_args(argv)  # to learn --recipe, --resume and --out; flags that are given win over what they set
+    parser.set_defaults(**RECIPES["demo" if args.demo and args.recipe == "default" else args.recipe])
     if args.resume:
         if not args.out:
             parser.error("--resume needs --out RUN, the folder of the run to resume")
@@ -158,6 +159,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = read_flags(parse_args)
 
+# late, so that --help answers at once
 import pandas as pd
 import torch
 
@@ -291,7 +293,7 @@ def make_batches(state, train, args):
 
 
 def fit(state, slices, args, run):
-    """Train up to args.epochs, keep the best epoch by validation accuracy, stop early. Returns whether training came to
+    """Train up to args.epochs, keep the epoch that --keep names, stop early. Returns whether training came to
     its end; False if a signal stopped it, and last.pth then holds the state after the last step."""
     runtime, train, val = state.runtime, slices.part("train"), slices.part("val")
     batches, order = make_batches(state, train, args)
@@ -310,7 +312,7 @@ def fit(state, slices, args, run):
         order.manual_seed(seed_of(args.seed, state.epoch + 1))
         row = {"epoch": state.epoch + 1} | train_one_epoch(state, batches, len(train), args, mix)
         validated = None if runtime.stop.agreed else validate(state, val, args)
-        if validated is None:
+        if validated is None:  # a stop was requested: all processes agree on it, and hand over what they have summed up
             runtime.stop_requested()
             sums = runtime.gather(state.numbers())
             if runtime.is_rank_0:
@@ -359,7 +361,7 @@ def train(args, stop):
         out, made = runtime.from_rank_0(lambda: open_run(args, held))
         state = None
         try:
-            with explain_end(args):
+            with explain_end(args):  # here, too: memory that runs out arrives below as an OSError
                 state, run = prepare(args, slices, out, runtime)
                 with stop.deferred():
                     done = fit(state, slices, args, run) and not runtime.stop_requested()
@@ -368,7 +370,7 @@ def train(args, stop):
                 runtime.leave()
                 if runtime.is_rank_0:
                     finish(slices, args, run, runtime)
-        except BaseException as problem:
+        except BaseException as problem:  # nothing trained, stopped by a signal, or an error of the user
             if state is None or (isinstance(problem, Exception) and not (state.epoch or state.step)):
                 if runtime.is_rank_0 and not args.resume:
                     clear_folder(out, made)
@@ -404,6 +406,8 @@ def prepare(args, slices, out, runtime):
         run.save(state)
     several = f", {runtime.world} processes" * (runtime.world > 1)
     size = sum(p.numel() for p in model.parameters())
+    if args.model == "cnn" and args.drop_path:
+        log(f"--drop-path {args.drop_path:g} is not used: the plain CNN has none")
     log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
         f"{runtime.precision}{several}; run folder {out}")
     for line in (*slices.passed, *describe_split(slices.index, args.split_by, slices.dropped),

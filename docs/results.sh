@@ -183,8 +183,8 @@ train/ and test/ are pooled; five folds, each subject whole, two seeds (of folds
 chooses nothing but the calibration: `atto` by the documented recipe, the small recipe, and a plain CNN by its flags;
 beside them logistic regression. Pooled out-of-fold scores at subject level, mean over seeds, with a bootstrap over
 subjects, paired differences, and by severity (CDR). Nothing is chosen by these scores. The standard error of an AUROC
-of 0.65 is 0.047 here (Hanley & McNeil 1982: 78 AD, 58 NC); two models whose predictions correlate by a half differ by
-0.047 as well, so that only differences of 0.09 or more could be shown.
+of 0.65 is 0.047 here (Hanley & McNeil 1982: 78 AD, 58 NC); where the errors of two models correlate by a half,
+that of their difference is 0.047 as well, so that only differences of 0.09 or more could be shown.
 TEXT
     local model pair
     for model in paper small cnn; do
@@ -251,7 +251,7 @@ scans, a subject-level score subjects. Each run prints its own tables to `traini
 commands above them. No GPU has been measured.
 
 TEXT
-    section "The positive control: a cue that a blur does not show" '(paper|small|cnn)-n(100|200|400)-s.' \
+    section "The positive control: a cue of which a blur shows little" '(paper|small|cnn)-n(100|200|400)-s.' \
         '(paper|small|cnn)-n.*' local_cue
     section "Where LayerNorm loses the class" 'layer|layer-head-batch|small-n200-s0' none layer_norm
     section "How fragile it is" '(paper|small|cnn)-n400-s0' none fragile

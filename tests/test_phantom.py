@@ -200,7 +200,7 @@ def test_the_best_observer_of_the_local_cue_is_right_on_nine_of_ten_subjects():
     assert not {s.subject for s in scans if s.split == "train"} & {s.subject for s in scans if s.split == "test"}
 
 
-def test_a_blur_does_not_show_the_local_cue():
+def test_a_blur_shows_little_of_the_local_cue():
     """AUROC on the test subjects of a logistic regression on blurred slices of 200 subjects, at the penalty that suits
     test best."""
     scans = phantom.plan_local(250)

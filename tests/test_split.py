@@ -203,6 +203,9 @@ def test_a_split_that_leaks_or_does_not_fit_is_refused_in_a_sentence(given, tmp_
         "first test/AD/300_70.jpeg with split valid": table.assign(split=table.split.mask(table.index == 0, "valid")),
         "90 rows, first test/AD/300_70.jpeg with split test, are not usable": pd.concat([table, table]),
         "in the file: /x/test/AD/300_70.jpeg": table.assign(path="/x/" + table.path),
+        "no slices are left for test": table.assign(split=table.split.replace("test", "train")),
+        "has 1 scans in both test and train or val, first 300": table.assign(
+            split=table.split.mask(table.path == "test/AD/300_70.jpeg", "train")),
         "no AD or NC is left for val; .*mine.csv needs both": table.assign(split=table.split.replace("val", "train")),
         "has the columns file, split; expected": table[["path", "split"]].rename(columns={"path": "file"}),
         "cannot be read .No columns": pd.DataFrame(),
