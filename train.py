@@ -51,8 +51,7 @@ def make_parser():
     add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
     parser.add_subject_pattern(data)
     add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
-    add("--recipe", choices=RECIPES, default="default",
-        help="small: narrow, 112 px, 10 epochs, lr 2e-3, for a few hundred subjects")
+    add("--recipe", choices=RECIPES, default="default", help="small: narrow, 112 px, 10 epochs, for few subjects")
     add = parser.add_argument_group("split").add_argument
     add("--split", metavar="FILE", help="take who is where from the split.csv of an earlier run, or one made by hand")
     add("--val-fraction", type=SHARE, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
