@@ -111,7 +111,8 @@ def format_baselines(scores):
         verbs["beats" if metrics.is_better(minus, "accuracy") else "is NOT shown to beat"].append(BASELINES[name])
     said = [f"In scan-level accuracy, the model {verb}: {', '.join(names)}." for verb, names in verbs.items() if names]
     if groups < metrics.FEWEST:
-        said = [f"{groups} subjects are too few for a verdict; it takes {metrics.FEWEST}."]
+        who = "subjects" if scores["subject"] else "scans of unknown subjects"
+        said = [f"{groups} {who} are too few for a verdict; it takes {metrics.FEWEST}."]
     return ["", *format_table(rows), "", " ".join(said)]
 
 
@@ -245,8 +246,9 @@ def assess_run(slices, args, run, runtime):
         if split == "val":
             checkpoint["calibration"] = metrics.calibrate(predictions, args.threshold)
             save_checkpoint(run.best, **checkpoint)
-            run.log("calibrated on the {groups} subjects of validation: temperature {temperature:.3f}, threshold "
-                    "{threshold:.3f}".format(**checkpoint["calibration"]))
+            who = "subjects" if predictions.subject.notna().all() else "subjects (or scans, where they are unknown)"
+            run.log("calibrated on the {groups} {who} of validation: temperature {temperature:.3f}, threshold "
+                    "{threshold:.3f}".format(who=who, **checkpoint["calibration"]))
             if most_coverage(checkpoint, COVERAGE):
                 run.log(f"too few subjects to promise a coverage of {COVERAGE}: every prediction set is AD|NC")
         stated = statements(checkpoint)

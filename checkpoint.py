@@ -214,9 +214,26 @@ def write_start(out, args, slices, runtime):
         write_csv(out / "skipped.csv", pd.DataFrame(slices.bad, columns=["path", "reason"]))
 
 
+def check_best(run, last):
+    """InputError where best_model.pth is gone, or of another run than last.pth, as loaded."""
+    if not last["history"]:
+        return
+    if not run.best.exists():
+        raise InputError(f"{run.best} is gone, and {run.last} cannot give the best epoch back; restore it, or start a "
+                         "new run")
+    best, rows = load_checkpoint(run.best), {row["epoch"]: row for row in last["history"]}
+    ahead = best["epoch"] == last["epoch"] + 1  # killed between the two: the epoch is repeated
+    if not (ahead or str(rows.get(best["epoch"])) == str(best.get("val"))) or any(
+            best[name] != last[name] for name in ("model", "split_hash", "image_size")):
+        raise InputError(f"{run.best} is of another run than {run.last}; restore its own, or start a new run")
+
+
 def restore_run(state, last, args, run, runtime):
     """Put last.pth, as loaded, back into `state` and log what will differ. InputError where it is of other slices, or
     does not fit."""
+    if "optimizer" not in last:
+        raise InputError(f"{run.last} holds a model and not a training to resume; restore it, or start a new run")
+    check_best(run, last)
     if args.epochs < last["epoch"] + (last["step"] > 0):
         steps = f" and {last['step']} steps of the next" * (last["step"] > 0)
         raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}{steps}; expected no "

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, STOP_SIGNALS, InputError, Parser, read_flags, run_script
+from utils import CLASSES, STOP_SIGNALS, InputError, Parser, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -297,7 +297,8 @@ def draw(slices, args):
 
 def main(args):
     slices = decode_set(args.root, pattern=args.subject_pattern)
-    print(*audit(slices), *draw(slices, args), sep="\n")
+    for line in (*audit(slices), *draw(slices, args)):
+        print(printable(line, ""))
     if slices.bad:
         advice = "fix or remove them, or train without them with --skip-bad"
         sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage

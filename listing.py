@@ -125,7 +125,8 @@ def list_set(root, pattern=None):
             reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
             rows += [(path, label, split, reason) for path in folders]
             rows += [(path, label, split, None if parse_name(path) else
-                      "is not named <scan>_<slice>, as 218391_78.jpeg is") for path in images]
+                      "is not named <scan>_<slice>, as 218391_78.jpeg is (a whole number of 9 digits or fewer)")
+                     for path in images]
     table = _tabulate(rows)
     who, labels, sources = read_subjects(root)
     told = table.scan.map(labels)

@@ -31,7 +31,8 @@ def read_subjects(root):
     folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
     subjects, labels, sources = {}, {}, []
     for name in (METADATA, "subjects.csv"):
-        path = next((folder / name for folder in folders if os.path.lexists(folder / name)), None)
+        path = next((folder / found for folder in folders for found in _names_in(folder)
+                     if found.lower() == name.lower()), None)  # Subjects.csv, too
         if not path:
             continue
         known, told = (_subjects_from_json if name == METADATA else _subjects_from_table)(path)
@@ -41,6 +42,13 @@ def read_subjects(root):
                                  "correct one of them, or move it away")
         subjects, labels, sources = known | subjects, labels | told, [*sources, path]
     return subjects, labels, sources
+
+
+def _names_in(folder):
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:  # who needs what is in it says so
+        return []
 
 
 def check_match(scans, subjects, sources):

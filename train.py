@@ -125,7 +125,7 @@ def parse_args(argv=None):
             if saved["split"]:
                 saved["split"] = str(Path(args.out) / "split.csv")  # which holds the same
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            parser.error(f"{args.out} holds no run to resume ({problem})")
+            parser.error(f"{args.out} holds no run to resume (config.json: {problem!r})")
         # as words, which are checked like those of the command line
         parser.set_defaults(**{name: value if isinstance(value, bool) else str(value) for name, value in saved.items()
                                if name not in ("resume", "out") and value is not None})

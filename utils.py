@@ -307,11 +307,16 @@ def read_table(path, columns):
 
     try:
         raw = read_bytes(path)
-        # names of files may hold bytes that are not UTF-8
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
-        first = text.split("\n", 1)[0]
-        table = pd.read_csv(io.StringIO(text), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False)
-        table = table.apply(lambda column: column.str.strip()).rename(columns=lambda name: name.strip().lower())
+        if raw[:4] == b"PK\3\4":
+            raise ValueError("it is a workbook; save it as CSV")
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raw = raw.decode("utf-16").encode()
+        first = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
+        # names of files may hold bytes that are not UTF-8; the header is read as a row, for pandas renames twins in it
+        table = pd.read_csv(io.BytesIO(raw), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False,
+                            header=None, encoding="utf-8-sig", encoding_errors="surrogateescape")
+        table = table.apply(lambda column: column.str.strip())
+        table = table[1:].set_axis(table.iloc[0].str.lower(), axis=1).reset_index(drop=True).rename_axis(columns=None)
     except ValueError as problem:
         reason = str(problem).strip()
         raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None

@@ -3,13 +3,14 @@
 import argparse
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import command
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, train_steps, without_report
 from safetensors.torch import save_file
 
 import checkpoint
@@ -162,3 +163,19 @@ def test_a_state_that_does_not_fit_is_refused_on_resume(run_folder, tmp_path):
     with pytest.raises(ValueError, match="last.pth does not fit the run"):
         train.main(train.parse_args(["--out", str(run), "--resume"]))
     assert (run / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("name, source, said", [
+    ("best_model.pth", "another run", "is of another run than"), ("best_model.pth", None, "is gone"),
+    ("last.pth", "best_model.pth", "holds a model and not a training"),
+])  # fmt: skip
+def test_a_run_is_resumed_with_its_own_files_or_not_at_all(ad_nc, run_folder, tmp_path, name, source, said):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (run / name).unlink()
+    if source == "another run":
+        shutil.copy(train_steps(ad_nc, tmp_path / "other", "--epochs", "1") / name, run)
+    elif source:
+        shutil.copy(run / source, run / name)
+    with pytest.raises(utils.InputError, match=said), without_report():
+        train.main(train.parse_args(["--out", str(run), "--resume", "--epochs", "7"]))
+    assert (run / "training_history.csv").read_text() == (run_folder / "training_history.csv").read_text()

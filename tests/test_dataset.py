@@ -201,12 +201,34 @@ def test_a_table_that_knows_none_of_the_scans_is_an_error_with_an_id_of_each_sid
 @pytest.mark.parametrize("change, encoding", [
     (lambda text: text.replace(",", ";"), "utf-8"), (lambda text: text.replace(",", "\t"), "utf-16"),
     (lambda text: text.replace("scan,subject", "Scan , SUBJECT"), "utf-8-sig"),
+    (lambda text: text.replace("\n", ",Jörg\n"), "cp1252"),  # in a column that nobody asks for
 ])  # fmt: skip
 def test_tables_of_spreadsheets_are_read(tmp_path, change, encoding):
     root = write_set(tmp_path)
     expected, path = read_index(root), tmp_path / "subjects.csv"
     path.write_bytes(change(path.read_text()).encode(encoding))
     assert read_index(root).equals(expected)
+    path.rename(tmp_path / "Subjects.CSV")
+    assert read_index(root).equals(expected)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("scan,subject,subject\n100,a,b\n", "has the columns scan, subject, subject; expected .*, and none twice"),
+    ("scan,Subject ,subject\n100,a,b\n", "none twice"), ("PK\3\4\0\0", "it is a workbook; save it as CSV"),
+])  # fmt: skip
+def test_a_table_with_a_column_twice_and_a_workbook_are_refused(tmp_path, text, said):
+    root = write_set(tmp_path)
+    (tmp_path / "subjects.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_index(root)
+
+
+def test_the_audit_writes_no_control_characters(tmp_path):
+    root = write_set(tmp_path, subjects=False, slices=[70])
+    for path in (root / "test" / "AD").iterdir():
+        path.rename(path.with_name(f"\x1b[31m5\r\n{path.name}"))
+    said = command.run("dataset.py", root).stdout
+    assert "\\x1b[31m5\\r\\n" in said and not set(said) & set("\x1b\r")
 
 
 def test_metadata_beside_the_target_of_a_link_and_behind_a_json_without_patients_are_found(tmp_path):
