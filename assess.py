@@ -7,6 +7,8 @@ folders again. All scores are those of metrics.py; what is decided here is how t
 import json
 from pathlib import Path
 
+import numpy as np
+
 import metrics
 import plots
 import subjects
@@ -200,6 +202,9 @@ def read_run(folder, part="test"):
                                 and table.prediction_set.dropna().isin(["AD", "NC", "AD|NC"]).all()):
             raise ValueError(f"expected one of {', '.join(whole)} for each scan, as predict.py writes them"
                              + f"; not so for scan {differ.idxmax()}" * bool(differ.any()))
+        right = (table.label == table.prediction).mean()
+        if not np.isfinite(table.logit).all() or abs(right - scores["slice"]["accuracy"]) > 1e-6:
+            raise ValueError("its logits are not finite, or its labels not those of metrics.json")
         if (metrics.with_predictions(table).prediction != table.prediction).any():
             raise ValueError("its predictions do not follow from p_AD at its threshold")
     except OSError:

@@ -16,16 +16,17 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, STOP_SIGNALS, InputError, Parser, printable, read_flags, run_script
+from utils import CLASSES, STOP_SIGNALS, InputError, Parser, picture, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
     parser.add_subject_pattern(parser)
-    parser.add_argument("--montage", metavar="PNG", help="save a contact sheet of train/, by class and subject")
-    parser.add_argument("--augmented", metavar="PNG", help="save the same slices as the network sees them in training")
-    parser.add_argument("--mean", metavar="PNG", help="save the mean training slice of AD, of NC, and their difference")
+    for flag, what in (("--montage", "a contact sheet of train/, by class and subject"),
+                       ("--augmented", "the same slices as the network sees them in training"),
+                       ("--mean", "the mean training slice of AD, of NC, and their difference")):
+        parser.add_argument(flag, type=picture, metavar="PNG", help=f"save {what}")
     return parser.parse_args(argv)
 
 

@@ -14,11 +14,10 @@ scan- and subject-level metrics, the baselines beside them, prediction sets and 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import InputError, Parser, read_flags, run_script
+from utils import InputError, Parser, picture, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -27,7 +26,7 @@ def parse_args(argv=None):
     parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
     parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
     parser.add_argument("--stress", action="store_true", help="change the test slices a little, and look at each stage")
-    parser.add_argument("--curve", metavar="PNG", help="AUROC by number of training subjects, table and picture")
+    parser.add_argument("--curve", type=picture, metavar="PNG", help="AUROC by training subjects, and a picture of it")
     parser.add_argument("--by", nargs=2, metavar=("CSV", "COLUMN"),
                         help="AD of each value of a column, such as the severity, against all NC")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
@@ -41,8 +40,6 @@ def parse_args(argv=None):
         parser.error("--by goes with the scores of pooled runs; leave out --each and --stress")
     if args.curve and (args.against or args.each or args.stress or args.out or args.by):
         parser.error("--curve writes its table and picture only; it goes with --part only")
-    if args.curve and not os.access(Path(args.curve).parent, os.W_OK):
-        parser.error(f"--curve is {args.curve}, but there is no folder {Path(args.curve).parent} to write into")
     return args
 
 
@@ -97,8 +94,9 @@ def pool_seeds(folders, part):
     """The Pool of runs that share no scan; of others a Pool for each --seed."""
     found, seeds = [(folder, *read_run(folder, part)) for folder in folders], {}
     shared = pd.concat([table.scan.drop_duplicates() for _, table, _ in found]).duplicated().any()
-    for run in found:
-        seeds.setdefault(read_config(run[0]).get("seed") if shared else None, []).append(run)
+    named = [read_config(folder).get("seed") for folder in folders]
+    for run, seed in zip(found, named):  # a folder of predict.py has none
+        seeds.setdefault(seed if shared and None not in named else None, []).append(run)
     return [pool(members) for members in seeds.values()]
 
 
@@ -303,8 +301,8 @@ def show_stress(args):
     names = dict.fromkeys(name for scores in known.values() for name in scores)
     rows = [["linear read-out", *(f"{folder}: {what}" for folder in known for what in ("AUROC", "spread"))]]
     for name in names:
-        cells = ([f"{scores[name][0]:.3f}", f"{scores[name][1]:.2g}"] if name in scores else ["", ""]
-                 for scores in known.values())  # fmt: skip
+        cells = (["undefined" if scores[name][0] != scores[name][0] else f"{scores[name][0]:.3f}",
+                  f"{scores[name][1]:.2g}"] if name in scores else ["", ""] for scores in known.values())  # fmt: skip
         rows.append([f"after {name}", *sum(cells, [])])
     title = ("scan-level AUROC of a linear read-out of the mean over the map, cross-validated by group; and the "
              "spread: the SD of that mean over slices, relative to its size")  # fmt: skip

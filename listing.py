@@ -15,7 +15,7 @@ import pandas as pd
 import subjects
 from slices import EXTENSIONS, list_folder, parse_name, passed_over
 from subjects import assign_groups, read_subjects
-from utils import InputError, printable
+from utils import CLASSES, InputError, printable
 
 # ---------------------------------------------------------------- index
 
@@ -196,6 +196,10 @@ def list_inputs(inputs, pattern=None):
     if table.error.notna().all():
         more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
         raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
+    beside = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
+    if len({given.name for given in beside}) > 1 and found and all(label is None for _, label, _ in found):
+        warnings.append(f"folders of classes that are given one by one are no labels; for scores give the folder that "
+                        f"holds them, such as {beside[0].parent}")
     if again:
         warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
     if ignored:

@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
-from utils import SEED, InputError, Parser, number, read_flags, run_script
+from utils import SEED, InputError, Parser, number, picture, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=SEED, default=0, help="another seed, another set (0)")
     parser.add_argument("--volumes", type=number(1, 100, int), metavar="N", help="draw N heads as NIfTI, not slices")
     parser.add_argument("--workers", type=number(1, 1024, int), help="threads; no influence on the result (one a core)")
-    parser.add_argument("--sheet", metavar="FILE", help="save a contact sheet (PNG), too; without OUT, that alone")
+    parser.add_argument("--sheet", type=picture, metavar="PNG", help="save a contact sheet; without OUT, that alone")
     return parser.parse_args(argv)
 
 
@@ -261,7 +261,7 @@ def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105
 
 def main(args):
     if not (args.out or args.sheet):
-        raise InputError("nothing to do: expected OUT, a folder to draw into, or --sheet FILE")
+        raise InputError("nothing to do: expected OUT, a folder to draw into, or --sheet PNG")
     if args.volumes:
         if not args.out:
             raise InputError("--volumes needs OUT, a folder to draw into")

@@ -213,9 +213,9 @@ def _decode(path, size):
             if not 0 <= values.min() <= values.max() <= 65535:
                 raise Unfit(f"holds values from {values.min()} to {values.max()}; expected 16 bits: 0 to 65,535")
             if 0 < values.max() < SIXTEEN_BITS:
-                raise Unfit(f"has 16 bits a pixel and values up to {values.max()} only, so that few of 256 grey levels "
-                            "would be left; expected the full range of 0 to 65,535: rescale the whole set by one "
-                            "factor, or save it with 8 bits")
+                raise Unfit(f"has 16 bits a pixel or more, and values up to {values.max()} only, so that few of "
+                            "256 grey levels would be left; expected the full range of 0 to 65,535: rescale the whole "
+                            "set by one factor, or save it with 8 bits")
         if image.mode[0] == "I":  # convert("L") would clip at 255
             image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
         elif image.mode != "L":

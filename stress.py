@@ -5,6 +5,7 @@ to the decoded slices, so that everything behind it is the road of any predictio
 """
 
 import io
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,8 @@ def score_change(plain, other):
 def probe(checkpoint, slices, runtime, batch_size=64):
     """What a model knows after the stem, each stage and the head's norm, from the mean x over the map: {place: (auroc,
     spread)}. `auroc` is that at scan level of a logistic regression on x, cross-validated over groups of labelled
-    slices; `spread` how far slices differ: the norm of the SD of x over slices, over the norm of its mean."""
+    slices, NaN where these are too few; `spread` how far slices differ: the norm of the SD of x over slices, over the
+    norm of its mean."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
@@ -158,16 +160,18 @@ def probe(checkpoint, slices, runtime, batch_size=64):
                                                                     if out.ndim == 4 else out.float().cpu())))
     for x, _ in make_loader(slices, batch_size):
         model(eval_transform(x.to(runtime.device), checkpoint["image_size"]))
-    index, scores = slices.index, {}
+    index, scores, n = slices.index, {}, min(FOLDS, slices.index.group.nunique())
+    folds = list(GroupKFold(n).split(index, index.label, index.group)) if n > 1 else []
+    known = bool(folds) and all(0 < slices.is_ad[train].mean() < 1 for train, _ in folds)
     for name, parts in seen.items():
         x, p = torch.cat(parts).numpy(), np.zeros(len(index))
-        for train, test in GroupKFold(min(FOLDS, index.group.nunique())).split(x, index.label, index.group):
+        for train, test in folds if known else ():
             line = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
             p[test] = line.fit(x[train], slices.is_ad[train]).predict_proba(x[test])[:, 1]
         table = pd.DataFrame({"scan": index.scan, "ad": slices.is_ad, "p": p}).groupby("scan").mean()
         y, p = table.ad.to_numpy() == 1, table.p.to_numpy()
         spread = np.linalg.norm(x.std(0)) / max(np.linalg.norm(x.mean(0)), 1e-12)
-        scores[name] = metrics.point_scores(y, p, p >= 0.5)["auroc"], float(spread)
+        scores[name] = metrics.point_scores(y, p, p >= 0.5)["auroc"] if known else math.nan, float(spread)
     return scores
 
 

@@ -103,6 +103,18 @@ def size(word):
     return int(match[1]), int(match[2])
 
 
+def picture(word):
+    """A `type` for argparse: a PNG file to write, which is not there yet."""
+    path = Path(word)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{word} does not end in .png")
+    if os.path.lexists(path):
+        raise argparse.ArgumentTypeError(f"{word} is already there, and nothing is overwritten; choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write into")
+    return word
+
+
 def add_volume_flags(parser, default="those in brackets"):
     """The flags that say how a volume is cut into slices, of extract.py and predict.py; None where not given. Returns
     their group."""

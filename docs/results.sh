@@ -136,6 +136,7 @@ TEXT
     commands '(paper|small|cnn)-n200-s0'
     echo
     echo "and so on for 50 to 800 subjects and seeds 0 and 1."
+    rm -f figures/learning_curve.png
     tables python evaluate.py $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?') --curve figures/learning_curve.png
     printf '\n![Learning curves](../figures/learning_curve.png)\n'
     local model n
@@ -275,6 +276,7 @@ P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382
 TEXT
 } > "$runs/results.md"
 mv "$runs/results.md" docs/results.md
+rm -f figures/phantom.png
 python phantom.py --sheet figures/phantom.png
 # the documented recipe on AD_NC: 90 % of its 21,520 training slices in batches of 64
 python -c "import plots; plots.plot_lr('figures/lr_schedule.png', steps_per_epoch=303, epochs=100, warmup_epochs=1, lr=1e-4)"

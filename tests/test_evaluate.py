@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from conftest import SCANS, train_small, write_set, write_slice
 
+import dataset
 import evaluate
+import phantom
 import predict
 
 
@@ -89,7 +91,13 @@ def test_scores_of_two_seeds_are_averaged_and_paired(sizes, tmp_path, capsys):
 def test_a_curve_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.parse_args(["run", "--curve", str(tmp_path / "none" / "curve.png")])
-    assert end.value.code == 2 and "but there is no folder" in capsys.readouterr().err
+    assert end.value.code == 2 and "there is no folder" in capsys.readouterr().err
+    (tmp_path / "mine.png").write_text("precious")
+    for script, flag in ((evaluate, "--curve"), (dataset, "--mean"), (dataset, "--montage"), (phantom, "--sheet")):
+        for name, said in (("mine.png", "nothing is overwritten"), ("mine.csv", "does not end in .png")):
+            with pytest.raises(SystemExit):
+                script.parse_args(["run", flag, str(tmp_path / name)])
+            assert said in capsys.readouterr().err
 
 
 def test_a_learning_curve_has_a_row_a_size_with_the_baseline_beside_it(sizes, tmp_path, capsys, pictures):
@@ -108,7 +116,9 @@ def test_what_is_averaged_must_fit_and_leaks_are_named(sizes, ad_nc, tmp_path, c
         text = run_evaluate(capsys, *words)
         assert "warning: the runs differ in --lr, --split-by" in text and "LEAKY: of a run split by slice" in text
     with pytest.raises(ValueError, match="which share none, or runs of other seeds"):
-        run_evaluate(capsys, sizes[0], sizes[0], "--curve", tmp_path / "curve.png")
+        run_evaluate(capsys, sizes[0], sizes[0], "--curve", tmp_path / "again.png")
+    with pytest.raises(ValueError, match="which share none, or runs of other seeds"):
+        run_evaluate(capsys, sizes[0], sizes[0] / "test")  # no second seed, but the same run once more
 
 
 def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
@@ -165,6 +175,7 @@ def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_
 @pytest.mark.parametrize("file, text", [
     ("metrics.json", "[]"), ("metrics.json", "{}"), ("metrics.json", "{"), ("predictions.csv", "scan,slice\n1,2\n"),
     ("predictions.csv", ""), ("predictions.csv", 10), ("metrics.json", ('"n": 30', '"n": 31')),
+    ("predictions.csv", (",NC,", ",AD,")),
     ("predictions.csv", (",tn0,NC,", ",tn0,XX,")), ("predictions.csv", (",tn0,NC,", ",tn0,,")),
     ("predictions.csv", (",NC,no,,,tn0,", ",AD,no,,,tn0,")), ("predictions.csv", (",no,,,tn0,", ",no,,,,")),
     ("predictions.csv", (",threshold", ",cut")), ("predictions.csv", (",tn0,NC,", ",tn0,AD,", 1)),  # of one slice

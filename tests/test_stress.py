@@ -82,6 +82,16 @@ def test_a_read_out_finds_brightness_from_the_stem_on(run_folder):
     assert len(stress.stages(convnext("atto"))) == 6
 
 
+def test_a_read_out_of_a_class_with_one_subject_is_undefined(run_folder, capsys, monkeypatch):
+    one, slices = load(run_folder)
+    few = slices.where(~slices.index.scan.isin(["400", "401"]))
+    assert all(np.isnan(auroc) and spread > 0 for auroc, spread in stress.probe(one, few, CPU).values())
+    monkeypatch.setattr(stress, "CHANGES", {})
+    monkeypatch.setattr(stress, "load_test", lambda *given: (one, few))
+    evaluate.main(evaluate.parse_args([str(run_folder), "--stress"]))
+    assert "| after stage 3   | undefined" in capsys.readouterr().out
+
+
 def test_the_command_prints_tables_and_writes_them(run_folder, tmp_path, capsys, monkeypatch, pictures):
     monkeypatch.setattr(stress, "CHANGES", {"shift": (stress.shift, (1, 8), "px")})
     evaluate.main(evaluate.parse_args([str(run_folder), "--stress", "--out", str(tmp_path / "out")]))
