@@ -202,8 +202,10 @@ def list_inputs(inputs, pattern=None):
                         f"holds them, such as {beside[0].parent}")
     if again:
         warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
+    ignored = [path for path in ignored if os.path.basename(path).lower() not in subjects.TABLES]
     if ignored:
-        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, first {ignored[0]}")
+        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, or not in the folders of the "
+                        f"classes, first {ignored[0]}")
     who, classes = {}, {}
     for root in sorted({_set_root(given) for given in inputs}):
         try:

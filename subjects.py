@@ -16,6 +16,7 @@ from utils import MISSING, InputError, fingerprint, read_bytes, read_table
 
 
 METADATA = "meta_data_with_label.json"
+TABLES = (METADATA, "subjects.csv")
 CODES = {"0": "NC", "1": "label 1 (MCI)", "2": "AD", "NC": "NC", "CN": "NC", "MCI": "MCI", "AD": "AD"}  # of `label`
 
 
@@ -30,7 +31,7 @@ def read_subjects(root):
     root = Path(root)
     folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
     subjects, labels, sources = {}, {}, []
-    for name in (METADATA, "subjects.csv"):
+    for name in TABLES:
         path = next((folder / found for folder in folders for found in _names_in(folder)
                      if found.lower() == name.lower()), None)  # Subjects.csv, too
         if not path:

@@ -184,8 +184,17 @@ def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
     write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
     (tmp_path / "in" / "3_3.dcm").write_bytes(b"")
     write_slice(tmp_path / "in" / ".4_4.png", True, 0)
+    (tmp_path / "in" / "subjects.csv").write_text("scan,subject\n1,somebody\n")  # which is read
     assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
-    assert "ignored 3 files and folders that are not slices, first " in capsys.readouterr().err
+    assert "ignored 3 files and folders that are not slices, or not in the " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="in a folder of slices, where training refuses others"):
+        run_predict(run_folder, tmp_path / "AD" / "out", tmp_path / "in")
+
+
+def test_folders_of_classes_given_one_by_one_are_said_to_be_no_labels(ad_nc):
+    said = "given one by one are no labels; for scores give the folder that holds them"
+    assert any(said in line for line in list_inputs([ad_nc / "test" / "AD", ad_nc / "test" / "NC"]).warnings)
+    assert not any(said in line for line in list_inputs([ad_nc / "test", ad_nc / "test" / "AD"]).warnings)
 
 
 def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
