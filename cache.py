@@ -2,7 +2,7 @@
 
 Not run by itself. The cache holds two files a set: the uint8 array of all its slices (.npy), memory-mapped, so that a
 set larger than memory trains as well, and a .json with the hash and the STATS of each slice. Both are named by the
-files that they were made of (path, size, time) and used only if every slice has its hash; else these are decoded again.
+files that they were made of (path, size, times) and used only if every slice has its hash; else these are decoded again.
 `train.py --no-cache` decodes into memory.
 """
 
@@ -50,14 +50,15 @@ def decode(paths, find_size, root=None, bar="decoding"):
 
 
 def describe_files(paths, root):
-    """What a cache was made of, as text: a line a file with its path below `root`, its size and its time."""
+    """What a cache was made of, as text: a line a file with its path below `root`, its size and its times."""
 
     def line(path):
         try:
             stat = os.stat(path)
         except OSError:  # decoding it says why
             return f"{os.path.relpath(path, root)!r} is not there"
-        return f"{os.path.relpath(path, root)!r} {stat.st_size} {stat.st_mtime_ns}"
+        # the time of the last change of its status, too: of copies and archives, others may be the same
+        return f"{os.path.relpath(path, root)!r} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
     return "\n".join([f"format {FORMAT}", *map(line, paths)])
 
