@@ -2,7 +2,7 @@
 
 Not run by itself. The cache holds two files a set: the uint8 array of all its slices (.npy), memory-mapped, so that a
 set larger than memory trains as well, and a .json with the hash and the STATS of each slice. Both are named by the
-files that they were made of (path, size, times) and used only if every slice has its hash; else these are decoded again.
+files that they were made of (path, size, times) and used only if every slice has its hash; else they are made again.
 `train.py --no-cache` decodes into memory.
 """
 

@@ -266,6 +266,7 @@ def test_a_pattern_of_ones_own(tmp_path, pattern, groups):
     assert read_index(root).subject.isna().all()
     index = listing.list_set(root, pattern).index
     assert index.subject.nunique() == groups
+    assert any("takes the whole name of each" in line for line in listing.list_set(root, "(.*)").warnings)
     with pytest.raises(utils.InputError, match="--subject-pattern .nobody. finds no subject in 16 names"):
         listing.list_set(root, "(nobody)")
 
