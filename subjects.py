@@ -106,8 +106,8 @@ def add_names(scans, who, pattern=None):
         lines.append(f"--subject-pattern {pattern} finds no subject in {len(others) - len(named):,} names of scans, "
                      f"such as {next(scan for scan in others if scan not in named)}")
     if pattern and len(named) > 1 and all(name == scan for scan, name in named.items()):
-        lines.append(f"SUSPICIOUS: --subject-pattern {pattern} takes the whole name of each scan for its subject, so that "
-                     "no two are of one person")
+        lines.append(f"SUSPICIOUS: --subject-pattern {pattern} takes the whole name of each scan for its subject, so "
+                     "that no two are of one person")
     if pattern and not others and len(scans):
         lines.append("--subject-pattern is not used: the subjects of all scans are known from a table")
     tabled = {}
