@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
 os.environ["XDG_CACHE_HOME"] = CACHE.name
+# ignored where nohup or a shell's & started the tests, and then a run ignores them, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
 
 # What takes longest starts first, or the second core waits for it at the end.
