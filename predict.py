@@ -17,6 +17,7 @@ that cannot be read gets a row with the reason; the exit status is 2 if none cou
 training range (a photograph, an inverted picture, a head with its skull) gets a warning.
 """
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -119,6 +120,8 @@ def main(args):
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
     claim(args.report)
+    if args.out and os.path.isdir(args.out) and os.listdir(args.out):
+        open_out(args.out, "")  # says that it is not empty, before volumes are cut
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     cut = CutInputs(args, checkpoint)  # volumes become slices
     listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))

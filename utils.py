@@ -308,7 +308,8 @@ def read_bytes(path):
         raise ValueError(problem.strerror) from None
 
 
-MISSING = {"", "na", "n/a", "nan", "none", "null", "unknown", "unk", "missing", "?", "-", "--", "."}  # in any case
+MISSING = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "not available", "nan", "none", "null", "unknown", "unk",
+           "missing", "?", "-", "--", "."}  # in any case
 
 
 def read_table(path, columns):

@@ -24,8 +24,8 @@ from PIL import Image
 
 import readers
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
-from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit
-from utils import InputError, open_out, write_csv, write_json
+from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
+from utils import InputError, clear_folder, open_out, write_csv, write_json
 
 # world axis of slices, rows, columns, and whether it is counted upwards
 PLANES = {"axial": ((2, 1), (1, -1), (0, 1)), "coronal": ((1, 1), (2, -1), (0, 1)),
@@ -309,8 +309,11 @@ class CutInputs:
             self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
         self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
+        used = [file for source in self.table.source for file in readers.files_of(source)]
+        self.warnings += [line for given in volumes if os.path.isdir(given) for line in passed_over(given, used)]
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
+            clear_folder(folder, made=False)  # so that the corrected command can be given
             raise InputError("; ".join(f"{row.source} {row.error}" for row in bad.itertuples()))
         parts = [self.folder / name for name in ("train", "test") if (self.folder / name).is_dir()]
         self.inputs += [*map(str, parts or [self.folder] * (len(bad) < len(self.table))), *bad.source]

@@ -168,7 +168,7 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
         read_index(root)
 
 
-@pytest.mark.parametrize("word", ["NA", "nan", "Unknown", "-", "n/a", "?", "NULL", ""])
+@pytest.mark.parametrize("word", ["NA", "nan", "Unknown", "-", "n/a", "?", "NULL", "", "#N/A", "<NA>"])
 def test_a_word_that_means_missing_is_no_patient(tmp_path, word):
     root = write_set(tmp_path)
     table = pd.read_csv(tmp_path / "subjects.csv", dtype=str)

@@ -190,8 +190,17 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     monkeypatch.chdir(tmp_path)
     table = run_predict(run_folder, tmp_path / "c", "./bad.nii", ad_nc / "test" / "AD" / "300_70.jpeg", *words)
     assert table.error.dropna().str.startswith("cannot be read as a volume").tolist() == [True]
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "good.nii", tmp_path / "more")
+    (tmp_path / "more" / "notes.txt").write_text("")
+    run_predict(run_folder, tmp_path / "d", tmp_path / "more", *words)
+    assert "passed over: 1 .txt file" in capsys.readouterr().err
+    kept = ["--keep-slices", str(tmp_path / "kept")]  # which is left as it was, so that the corrected command runs
     with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
-        run_predict(run_folder, tmp_path / "b", tmp_path / "bad.nii", *words)
+        run_predict(run_folder, tmp_path / "b", tmp_path / "bad.nii", *words, *kept)
+    with pytest.raises(InputError, match="d is not empty, and nothing is overwritten"):
+        run_predict(run_folder, tmp_path / "d", tmp_path / "good.nii", *words, *kept)
+    assert not any((tmp_path / "kept").iterdir())
 
 
 def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assumes(run_folder, tmp_path, capsys):
