@@ -72,8 +72,10 @@ def load_tensors(path):
                 damaged = file.testzip()
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        elif Path(path).read_bytes()[:4] == b"PK\3\4":  # whose directory is at the end
-            raise ValueError("it is cut off")
+        else:
+            with open(path, "rb") as file:
+                if file.read(4) == b"PK\3\4":  # a zip file, whose directory is at its end
+                    raise ValueError("it is cut off")
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle that is refused in a moment
             return torch.load(path, map_location="cpu", weights_only=True)

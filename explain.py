@@ -10,6 +10,7 @@ were shows the slice, not the model, and is marked UNUSABLE. What the methods ar
 altered anatomy is known, is in docs/explain.md.
 """
 
+import itertools
 import re
 from collections import deque
 from pathlib import Path
@@ -157,10 +158,12 @@ def check(method, checkpoint, x, baseline, bar=None):
     for the last, with which no trained weight is left, one for each of DRAWS."""
     model, where = build_model(checkpoint).to(x.device).eval(), inside_head(x, baseline)
     maps = attribute(method, model, x, baseline)
-    others = [(0, *step) for step in randomised(checkpoint)]
-    others += [(draw, *deque(randomised(checkpoint, draw), maxlen=1)[0]) for draw in range(1, DRAWS)]
-    rows = [(name, draw, *compare(maps, attribute(method, other.to(x.device).eval(), x, baseline), where))
-            for draw, name, other in tqdm(others, bar, unit=" steps", leave=False, disable=None if bar else True)]
+    last = (deque(randomised(checkpoint, draw), maxlen=1)[0] for draw in range(1, DRAWS))
+    others = tqdm(itertools.chain(randomised(checkpoint), last), bar, len(parts(model)) + DRAWS - 1, unit=" steps",
+                  leave=False, disable=None if bar else True)  # one at a time: a large model fits into memory once
+    rows = [(name, max(0, i + 1 - len(parts(model))),
+             *compare(maps, attribute(method, other.to(x.device).eval(), x, baseline), where))
+            for i, (name, other) in enumerate(others)]
     return pd.DataFrame(rows, columns=["part", "draw", "signed", "absolute"])
 
 

@@ -202,19 +202,20 @@ def list_inputs(inputs, pattern=None):
                         f"holds them, such as {beside[0].parent}")
     if again:
         warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
-    ignored = [path for path in ignored if os.path.basename(path).lower() not in subjects.TABLES]
-    if ignored:
-        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, or not in the folders of the "
-                        f"classes, first {ignored[0]}")
-    who, classes = {}, {}
+    who, classes, tables = {}, {}, []
     for root in sorted({_set_root(given) for given in inputs}):
         try:
             known, labels, sources = read_subjects(root)
+            tables += map(os.path.realpath, sources)
             classes |= labels
             subjects.check_match(table.scan, known, sources)
             who |= known
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
+    ignored = [path for path in ignored if os.path.realpath(path) not in tables]
+    if ignored:
+        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, or not in the folders of the "
+                        f"classes, first {ignored[0]}")
     told = table.scan.map(classes)
     wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
     if wrong:

@@ -125,8 +125,6 @@ def main(args):
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     cut = CutInputs(args, checkpoint)  # volumes become slices
     listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))
-    if args.out and Path(args.out).absolute().parent.name in ("train", "test", "AD", "NC"):
-        raise InputError(f"--out is {args.out}, in a folder of slices, where training refuses others; name another")
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}",

@@ -32,8 +32,9 @@ def read_subjects(root):
     folders = [root, root.parent if root.name not in ("", "..") else root.resolve().parent, root.resolve().parent]
     subjects, labels, sources = {}, {}, []
     for name in TABLES:
-        path = next((folder / found for folder in folders for found in _names_in(folder)
-                     if found.lower() == name.lower()), None)  # Subjects.csv, too
+        path = next((folder / found for folder in folders  # Subjects.csv, too, where there is no other
+                     for found in sorted(_names_in(folder), key=lambda found: found != name)
+                     if found.lower() == name.lower()), None)
         if not path:
             continue
         known, told = (_subjects_from_json if name == METADATA else _subjects_from_table)(path)

@@ -187,8 +187,9 @@ def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
     (tmp_path / "in" / "subjects.csv").write_text("scan,subject\n1,somebody\n")  # which is read
     assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
     assert "ignored 3 files and folders that are not slices, or not in the " in capsys.readouterr().err
-    with pytest.raises(ValueError, match="in a folder of slices, where training refuses others"):
-        run_predict(run_folder, tmp_path / "AD" / "out", tmp_path / "in")
+    (tmp_path / "in" / "more" / "subjects.csv").write_text("scan,subject\n")  # which is not
+    assert len(run_predict(run_folder, tmp_path / "again", tmp_path / "in", tmp_path / "in" / "more")) == 2
+    assert "ignored 3 files and folders" in capsys.readouterr().err
 
 
 def test_folders_of_classes_given_one_by_one_are_said_to_be_no_labels(ad_nc):
