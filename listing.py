@@ -179,9 +179,9 @@ def describe_bad(bad, advice="fix or remove them"):
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
-def list_inputs(inputs, pattern=None):
+def list_inputs(inputs, pattern=None, beside=()):
     """The Listing of files and folders to predict; label is None where it is not known, split "". `pattern` as in
-    `list_set`.
+    `list_set`. Tables of subjects are looked for beside the inputs, and beside the paths `beside`, of volumes.
 
     A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
     What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
@@ -196,20 +196,24 @@ def list_inputs(inputs, pattern=None):
     if table.error.notna().all():
         more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
         raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
-    beside = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
-    if len({given.name for given in beside}) > 1 and found and all(label is None for _, label, _ in found):
+    alone = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
+    if len({given.name for given in alone}) > 1 and found and all(label is None for _, label, _ in found):
         warnings.append(f"folders of classes that are given one by one are no labels; for scores give the folder that "
-                        f"holds them, such as {beside[0].parent}")
+                        f"holds them, such as {alone[0].parent}")
     if again:
         warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
     who, classes, tables = {}, {}, []
-    for root in sorted({_set_root(given) for given in inputs}):
+    for root in sorted({_set_root(given) for given in (*inputs, *beside)}):
         try:
             known, labels, sources = read_subjects(root)
             tables += map(os.path.realpath, sources)
             classes |= labels
             subjects.check_match(table.scan, known, sources)
-            who |= known
+            other = [scan for scan in known.keys() & who.keys()
+                     if subjects.spelling(known[scan]) != subjects.spelling(who[scan])]
+            if other:
+                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {sources[0]}")
+            who = known | who
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
     ignored = [path for path in ignored if os.path.realpath(path) not in tables]

@@ -124,7 +124,7 @@ def main(args):
         open_out(args.out, "")  # says that it is not empty, before volumes are cut
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     cut = CutInputs(args, checkpoint)  # volumes become slices
-    listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern")))
+    listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.beside))
     out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}",

@@ -25,6 +25,7 @@ from PIL import Image
 import readers
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
+from subjects import TABLES
 from utils import InputError, clear_folder, open_out, write_csv, write_json
 
 # world axis of slices, rows, columns, and whether it is counted upwards
@@ -294,12 +295,13 @@ def extract(table, look, out, workers=None, bar="extracting"):
 
 class CutInputs:
     """The inputs of predict.py, the volumes among them cut into a folder of slices: `inputs` has that folder in their
-    place, `lines` say how they were cut. The folder is temporary, or --keep-slices, which must be empty."""
+    place, `lines` say how they were cut, `beside` are the volumes and their folders. The folder is temporary, or
+    --keep-slices, which must be empty."""
 
     def __init__(self, args, checkpoint):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
-        self.temporary, self.warnings, self.table = None, [], pd.DataFrame(columns=COLUMNS)
+        self.temporary, self.beside, self.warnings, self.table = None, [], [], pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
                 raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
@@ -309,7 +311,9 @@ class CutInputs:
             self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
         self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
+        self.beside = [*volumes, *self.table.source]
         used = [file for source in self.table.source for file in readers.files_of(source)]
+        used += [os.path.join(given, name) for given in volumes for name in TABLES]  # which list_inputs reads
         self.warnings += [line for given in volumes if os.path.isdir(given) for line in passed_over(given, used)]
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:

@@ -203,6 +203,20 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     assert not any((tmp_path / "kept").iterdir())
 
 
+def test_a_table_beside_volumes_says_who_is_in_them(run_folder, tmp_path, capsys):
+    words = ["--plane", "axial", "--spacing", "4", "--count", "2"]
+    nib.save(head(), tmp_path / "999.nii")
+    (tmp_path / "subjects.csv").write_text("scan,subject\n999,a0\n")  # whom training has seen
+    for out, given in (("file", tmp_path / "999.nii"), ("folder", tmp_path)):
+        table = run_predict(run_folder, tmp_path / "out" / out, given, *words)
+        assert table.subject.tolist() == ["a0"] * 2 and table.exposure.tolist() == ["yes"] * 2
+        assert "subjects.csv" not in capsys.readouterr().err
+    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-07_T1w,somebody\n")
+    shutil.copy(tmp_path / "999.nii", tmp_path / "sub-07_T1w.nii")
+    run_predict(run_folder, tmp_path / "out" / "two", tmp_path / "sub-07_T1w.nii", *words)
+    assert re.search("subjects are not known: scan sub-07_T1w is of .*, and of", capsys.readouterr().err)
+
+
 def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assumes(run_folder, tmp_path, capsys):
     nib.save(head(), tmp_path / "h.nii")
     with pytest.raises(InputError, match="does not record of which plane .* name it with --plane"):
