@@ -105,8 +105,9 @@ def convert_dicom(folder, into):
     except subprocess.TimeoutExpired:
         raise Unfit("keeps dcm2niix busy for more than ten minutes; convert it by hand") from None
     made = sorted(Path(into).glob("*.nii"))
-    if not made:
-        said = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if "rror" in line]
+    said = done.stdout.splitlines() + done.stderr.splitlines()
+    said = [line for word in ("issing", "rror", "arning") for line in said if word in line]
+    if not made or done.returncode:  # where images are missing it makes a volume of wrong distances, with status 1
         raise Unfit(f"cannot be converted by dcm2niix: {(said or ['it makes no volume'])[0].strip()}")
     if len(made) > 1:
         raise Unfit(f"holds {len(made)} series ({', '.join(path.stem for path in made[:5])}); expected one: leave one "

@@ -322,6 +322,10 @@ def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
     write_dicom(tmp_path / "-scan of a head", 2)
     with pytest.raises(Unfit, match=r"holds 2 series \(series1, series2\); expected one"):
         cut(tmp_path / "-scan of a head")
+    gap = write_dicom(tmp_path / "gap")
+    sorted(Path(gap).iterdir())[10].unlink()
+    with pytest.raises(Unfit, match="cannot be converted by dcm2niix: .*(issing|nterslice)"):
+        cut(gap)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1").write_bytes(bytes(128) + b"DICM" + b"rubbish" * 9)
     with pytest.raises(Unfit, match="cannot be converted by dcm2niix"):
