@@ -19,7 +19,7 @@ import pandas as pd
 import slices
 from utils import fingerprint
 
-FORMAT = 4  # raise it when decoding changes
+FORMAT = 5  # raise it when decoding changes
 
 
 def cache_folder():
@@ -30,13 +30,13 @@ def cache_folder():
         raise OSError(f"{problem}; name a folder with XDG_CACHE_HOME") from None
 
 
-def decode(paths, find_size, root=None, bar="decoding"):
+def decode(paths, find_size, root=None, bar="decoding", bits=None):
     """The slices of N files as uint8 (N, H, W), (H, W) being what `find_size()` returns: from the cache of the folder
     `root` where it is right, else decoded and cached; without `root`, or where the cache cannot be written, decoded
-    into memory.
+    into memory, then with `bits` as in `slices.load_slices`.
 
-    Returns (images, known, errors): known is a table of N rows with slices.STATS and pixel_hash, errors[i] is None or
-    the reason why file i cannot be read.
+    Returns (images, known, errors): known is a table of N rows with slices.STATS, bits and pixel_hash, errors[i] is
+    None or the reason why file i cannot be read.
     """
     if root is not None:
         try:
@@ -45,7 +45,7 @@ def decode(paths, find_size, root=None, bar="decoding"):
             return read_cache(file, len(paths)) or write_cache(file, paths, find_size(), bar)
         except OSError as problem:
             print(f"the decoded slices cannot be kept ({problem}); they are decoded into memory", flush=True)
-    images, stats, errors = slices.load_slices(paths, find_size(), bar)
+    images, stats, errors = slices.load_slices(paths, find_size(), bar, bits=bits)
     return images, stats.assign(pixel_hash=slices.hash_slices(images)), errors
 
 

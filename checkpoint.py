@@ -186,6 +186,7 @@ def record_pixels(slices):
 def model_card(args, slices, runtime, init=None):
     """What a checkpoint says about its model beside the weights: all that predict.py needs. `init` is that of
     `start_model`; whom its weights have seen, this model has seen."""
+    deep = slices.index.bits[slices.index.bits > 8]
     exposure = subjects.record_exposure(slices.index[slices.index.split != "test"])  # trained and chosen on
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])
@@ -195,6 +196,7 @@ def model_card(args, slices, runtime, init=None):
         "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
         "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
         "extraction": recorded_look(slices.root),  # None: cut elsewhere
+        "bits": int(deep.max()) if len(deep) else None,  # of files of 16 bits a pixel
         # what attributions compare a slice with; no slice of a person, but an average of all in training
         "mean_slice": torch.from_numpy(
             mean_slice(slices.images, slices.rows[slices.index.split == "train"]).round().astype("uint8")),

@@ -42,7 +42,7 @@ import subjects
 from listing import describe_bad, list_set, usable
 from listing import read_index as read_index
 from metrics import window_vote
-from slices import as_trained, common_size, mean_slice, send
+from slices import as_trained, common_size, describe_bits, mean_slice, send
 from subjects import assign_groups
 from subjects import split_index as split_index
 
@@ -51,11 +51,11 @@ from subjects import split_index as split_index
 
 @dataclass
 class SliceSet:
-    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash and slices.STATS; the pixels of a
-    slice are images[row], uint8 (H, W), whatever the order of the index; a slice that cannot be read has an error and
+    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash, slices.STATS and bits; the pixels
+    of a slice are images[row], uint8 (H, W), whatever the order of the index; one that cannot be read has an error and
     no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
     --drop-test-subjects left out, or None, `sources` the files that the subjects came from, `passed` lines on
-    what is in the folder and no slice."""
+    what was passed over or converted."""
 
     index: pd.DataFrame
     images: np.ndarray
@@ -100,7 +100,7 @@ def decode_set(root, keep=True, bar="decoding", pattern=None):
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
     index, unread = usable(pd.concat([index, known], axis=1))
     return SliceSet(assign_groups(index), images, listing.root, bad + unread, sources=listing.sources,
-                    passed=listing.warnings)
+                    passed=[*listing.warnings, *describe_bits(index)])
 
 
 def load_set(args, root, bar="decoding"):
@@ -129,13 +129,16 @@ def check_classes(index, root, how):
             raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; {how}")
 
 
-def load_inputs(listing, size, bar="decoding"):
-    """Decode the slices of a Listing at size (H, W), into memory; returns a SliceSet with all its rows."""
+def load_inputs(listing, checkpoint, bar="decoding"):
+    """Decode the slices of a Listing like those that a checkpoint was trained on, into memory; returns a SliceSet with
+    all its rows."""
     index, wanted = listing.index, listing.index.error.isna().to_numpy()
-    images, known, errors = cache.decode(index.path[wanted].tolist(), lambda: size, None, bar)
+    size, bits = checkpoint["slice_size"], checkpoint.get("bits")
+    images, known, errors = cache.decode(index.path[wanted].tolist(), lambda: size, None, bar, bits)
     known = known.assign(row=np.arange(len(known)), failed=pd.array(errors, "string")).set_index(index.index[wanted])
     index = index.assign(error=index.error.fillna(known.failed)).join(known[known.failed.isna()].drop(columns="failed"))
-    return SliceSet(assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna(""))), images)
+    return SliceSet(assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna(""))), images,
+                    passed=[*listing.warnings, *describe_bits(index)])
 
 
 # ---------------------------------------------------------------- batches

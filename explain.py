@@ -28,7 +28,7 @@ from checkpoint import build_model
 from inference import micro_batch
 from modules import ConvNeXt, make_model
 from slices import MEAN, NEAR_BLACK, STD, eval_transform
-from utils import CLASSES, InputError, make_folder, printable, read_csv, write_atomically, write_csv, write_json
+from utils import CLASSES, InputError, make_folder, printable, write_atomically, write_csv, write_json
 
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that
@@ -342,19 +342,6 @@ def write_scan(images, part, maps, out, method, mark):
         smooth = to_slice(drawn.mean(0), images.shape[1:])
         plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), smooth, table, title)
     return table
-
-
-def read_explained(folder):
-    """The Explained of a folder that `Explainer.write` wrote, or None where there is none."""
-    import json
-
-    folder = Path(folder)
-    if not (folder / "summary.json").exists():
-        return None
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    table = read_csv(folder / "explanations.csv").astype({"slice": "Int64", "place": int, **dict.fromkeys(
-        ("for_AD", "for_NC", "full_colour", "signed", "absolute"), float)})
-    return Explained(folder, table, summary["sentence"], summary["usable"], summary["caution"])
 
 
 def save_arrays(path, **arrays):

@@ -131,14 +131,14 @@ def main(args):
           *cut.lines, sep="\n")
 
     with explain_end(args):
-        slices = load_inputs(listing, checkpoint["slice_size"])
+        slices = load_inputs(listing, checkpoint)
         cut.finish(slices.index)
         raw = predict_slices(checkpoint, slices, runtime, batch_size=args.batch_size)
     predictions = calibrated(raw, checkpoint, args.coverage)
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
     scores = write_results(predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
                            calibration=checkpoint.get("calibration"))
-    warnings = [*listing.warnings, *warn(predictions, checkpoint, args.coverage)]
+    warnings = [*slices.passed, *warn(predictions, checkpoint, args.coverage)]
     for warning in warnings:
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
     scans = aggregate(predictions[predictions.p_AD.notna()], "scan")

@@ -4,13 +4,15 @@ Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; data
 
 What a file may be: a JPEG, PNG, BMP, TIFF or WebP of one picture, from 16 to 4,096 pixels a side. It is turned as its
 EXIF says; no other metadata are read, and damage in them is no reason against good pixels. Colour (RGB, palette, CMYK)
-becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black, and 16 bits become 8 by
-their full range (0 to 65,535 -> 0 to 255). Anything else is refused, and nothing is guessed.
+becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), what is transparent becomes black. Files of 16 bits become 8
+by the bits that all such files of a set use together (12 of them: 0 to 4,095 -> 0 to 255), or those in training did.
+Anything else is refused, and nothing is guessed.
 """
 
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 import stat
@@ -27,7 +29,6 @@ from utils import InputError, printable
 
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
-SIXTEEN_BITS = 2**14  # a 16-bit slice that stays below holds 12 bits or so: read as 16, it would be nearly black
 NEAR_BLACK = 16  # grey levels below are background
 FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
            "TIFF": (".tif", ".tiff"), "WEBP": (".webp",)}  # fmt: skip
@@ -190,34 +191,47 @@ def hash_slices(images):
 # ---------------------------------------------------------------- decoding
 
 
-def decode(path, size=None):
+def decode(path, size=None, bits=16):
     """One slice as uint8 (H, W). With `size` = (H, W), an image of another size is scaled to cover it and cropped
-    about its centre. Raises OSError or ValueError if the file is not an image as the docstring of this file says."""
+    about its centre; in a file of 16 bits, `bits` are used. Raises OSError or ValueError if the file is not an image as
+    the docstring of this file says."""
     with quiet_pillow():
-        return _decode(path, size)[0]
+        return _decode(path, size, bits)[0]
 
 
-def _decode(path, size):
-    """(pixels of `decode`, their STATS)"""
+class _Deep(Exception):
+    """A file of 16 bits a pixel; `largest` is its largest value."""
+
+    def __init__(self, largest):
+        self.largest = largest
+
+
+def _decode(path, size, bits):
+    """(pixels of `decode`, their STATS and the bits a pixel that they were read from). Where `bits` is None, a file of
+    16 raises _Deep."""
     with _open(path) as image:
-        sixteen = any(";16" in str(tile[3]) for tile in image.tile)  # of colours, Pillow keeps the upper 8
+        deep = any(";16" in str(tile[3]) for tile in image.tile)  # of colours, Pillow keeps the upper 8
         image.load()  # before the metadata: PNG's are read by way of the pixels, and an error there is no error
         turn = TURNS.get(orientation(image))
         image = image.transpose(Image.Transpose[turn]) if turn else image
         colour = 0.0
         if image.mode == "F":
             raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
-        if sixteen or image.mode[0] == "I":
-            grey = image.mode[0] == "I"
+        grey = image.mode[0] == "I"
+        if deep := deep or grey:
             values = np.asarray(image).astype(np.int64) if grey else np.asarray(image.convert("RGB")) * np.int64(257)
             if not 0 <= values.min() <= values.max() <= 65535:
                 raise Unfit(f"holds values from {values.min()} to {values.max()}; expected 16 bits: 0 to 65,535")
-            if 0 < values.max() < SIXTEEN_BITS:
-                raise Unfit(f"has 16 bits a pixel or more, and values up to {values.max()} only, so that few of "
-                            "256 grey levels would be left; expected the full range of 0 to 65,535: rescale the whole "
-                            "set by one factor, or save it with 8 bits")
+            if bits is None:
+                raise _Deep(int(values.max()))
+            white = 2**bits - 1
+            if values.max() > white:
+                raise Unfit(f"holds values up to {values.max():,}; expected {white:,} at most, as the 16-bit slices "
+                            "in training have: rescale it as they were")
+            if bits < 16 and not grey:
+                raise Unfit(f"has 16 bits a colour and uses {bits}, of which few can be read here; save it in grey")
         if image.mode[0] == "I":  # convert("L") would clip at 255
-            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+            image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
         elif image.mode != "L":
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -229,7 +243,7 @@ def _decode(path, size):
         if size is not None and original != tuple(size):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
-        return pixels, (*original, colour, *_describe(pixels, image.histogram()))
+        return pixels, (*original, colour, *_describe(pixels, image.histogram()), bits if deep else 8)
 
 
 # ---------------------------------------------------------------- what a slice looks like
@@ -280,21 +294,34 @@ def out_of_range(stats, training):
     return found.mask(found == "").str.removeprefix("; ")
 
 
-def load_slices(paths, size, bar="decoding", images=None):
-    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given.
+def describe_bits(table):
+    """A line on the files of 16 bits a pixel in a table with path, bits and perhaps label, if there are any."""
+    deep = table[table.bits > 8]
+    if len(deep):
+        bits, labels = int(deep.bits.max()), deep.label.dropna().value_counts()
+        where = f" ({', '.join(f'{label} {n:,}' for label, n in labels.items())})" * bool(len(labels))
+        yield (f"{len(deep):,} of {len(table):,} slices have 16 bits a pixel{where} and are read as of {bits}, all by "
+               f"one rule: 0 to {2**bits - 1:,} becomes 0 to 255")
 
-    Returns (images, stats, errors): stats is a DataFrame of N rows with STATS; errors[i] is None, or the reason why
-    file i could not be read and images[i] is black.
+
+def load_slices(paths, size, bar="decoding", images=None, bits=None):
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given. In files of
+    16 bits a pixel `bits` are used, or else as many as the largest value in all of them takes, at least 8.
+
+    Returns (images, stats, errors): stats is a DataFrame of N rows with STATS and bits, those that the pixels were read
+    from; errors[i] is None, or the reason why file i could not be read and images[i] is black.
     """
     from tqdm import tqdm
 
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
-    stats = np.zeros((len(paths), len(STATS)))
+    stats = np.zeros((len(paths), len(STATS) + 1))
 
-    def load(i):
+    def load(i, bits):
         try:
-            images[i], stats[i] = _decode(paths[i], size)
+            images[i], stats[i] = _decode(paths[i], size, bits)
+        except _Deep as problem:
+            return problem
         except Unfit as problem:
             return str(problem)
         except Exception as problem:  # Pillow raises nearly anything on a damaged file
@@ -303,9 +330,13 @@ def load_slices(paths, size, bar="decoding", images=None):
 
     # Pillow decodes outside the interpreter's lock; more threads than cores only fight for it
     with quiet_pillow(), ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        work = pool.map(load, range(len(paths)))
+        work = pool.map(load, range(len(paths)), itertools.repeat(bits))
         errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
-    return images, pd.DataFrame(stats.round(4), columns=STATS), errors
+        deep = [i for i, error in enumerate(errors) if isinstance(error, _Deep)]
+        bits = max([8, *(errors[i].largest.bit_length() for i in deep)])
+        for i, error in zip(deep, pool.map(load, deep, itertools.repeat(bits))):
+            errors[i] = error
+    return images, pd.DataFrame(stats.round(4), columns=[*STATS, "bits"]), errors
 
 
 def send(tensor, device):

@@ -117,7 +117,7 @@ def load_test(folder, predictions):
         raise InputError(f"{len(missing)} test slices of {folder} are not where they were, first {missing[0]}")
     listing = list_inputs(predictions.path.tolist(), checkpoint["flags"].get("subject_pattern"))
     listing.index["label"] = listing.index.path.map(dict(zip(predictions.path, predictions.label)))
-    slices = load_inputs(listing, checkpoint["slice_size"])
+    slices = load_inputs(listing, checkpoint)
     failed = slices.index[slices.index.error.notna()]
     if len(failed):
         raise InputError(f"{len(failed)} test slices of {folder} cannot be read any more, first {failed.path.iloc[0]}: "

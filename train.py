@@ -111,7 +111,7 @@ def changed_flags(saved, args):
 def parse_args(argv=None):
     """The flags; where not given, those of --demo, or on --resume those of the run."""
     parser = make_parser()
-    args = parser.parse_args(argv)  # to learn --recipe, --resume and --out; flags that are given win over what they set
+    args = parser.parse_args(argv)  # for --recipe, --resume and --out; explicit flags win over what these set
     parser.set_defaults(**RECIPES["demo" if args.demo and args.recipe == "default" else args.recipe])
     if args.resume:
         if not args.out:
@@ -334,6 +334,9 @@ def fit(state, slices, args, run):
     if runtime.is_rank_0:
         title = f"{args.model}{', LEAKY split by slice' if args.split_by == 'slice' else ''}"
         plots.plot_history(run.out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
+        if runtime.device.type == "cuda":
+            most = torch.cuda.max_memory_allocated(runtime.device) / 2**30
+            run.log(f"memory of the GPU used at most: {most:.2f} GiB")
     return True
 
 

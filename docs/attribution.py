@@ -203,7 +203,7 @@ def assess(work, cue, args):
     """Print the tables of a phantom."""
     data, *runs = prepare(work, cue)
     checkpoint, shuffled = (load_checkpoint(folder / "best_model.pth") for folder in runs)
-    slices = load_inputs(list_inputs([data / "test"]), checkpoint["slice_size"])
+    slices = load_inputs(list_inputs([data / "test"]), checkpoint)
     slices = slices.where(some_of(slices.index, args.scans, args.slices))
     explainer, index = explain.Explainer(checkpoint, "auto", torch.device("cpu")), slices.index
     x = explainer.view(slices.images[slices.rows])

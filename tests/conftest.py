@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 # ignored where nohup or a shell's & started the tests, and then a run ignores them, too
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests that need one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
 
 # What takes longest starts first, or the second core waits for it at the end.
@@ -93,12 +94,16 @@ def pictures():
     """To be named by a test that looks for pictures; for the others none is drawn (a second or two each time)."""
 
 
+DRAWING = {}  # the functions of plots.py, where they are replaced
+
+
 @pytest.fixture(autouse=True)
 def _draw_only_what_is_looked_for(request, monkeypatch):
     import plots
 
     if "pictures" not in request.fixturenames:
         for name in [name for name in vars(plots) if name.startswith("plot_")]:
+            DRAWING.setdefault(name, getattr(plots, name))
             monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
 
 
@@ -122,5 +127,10 @@ def train_steps(data, out, *flags):
 
 @pytest.fixture(scope="session")
 def run_folder(ad_nc, tmp_path_factory):
-    """A run of six epochs on `ad_nc`, finished."""
-    return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")
+    """A run of six epochs on `ad_nc`, finished, with its pictures, whichever test asks for it first."""
+    import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in DRAWING.items():
+            patch.setattr(plots, name, draw)
+        return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")

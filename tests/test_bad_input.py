@@ -75,10 +75,8 @@ REFUSED = {  # name: (bytes, what the reason says)
     "animated.png": (encoded(L, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "holds 2 pictures"),
     "1x1.png": (encoded(Image.new("L", (1, 1))), "is 1 x 1 pixels; expected 16 to 4096 a side"),
     "bomb.png": (bomb(), "claims far too many pixels; expected 16 to 4096 a side"),
-    "12bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16)), "values up to 4080 only"),
-    "12bit.tif": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16), "TIFF"), "rescale the whole set"),
-    "12bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 16] * 3)), "values up to"),
-    "12bit-alpha.png": (png_16(4, np.dstack([GREY.astype(int) * 16, ALPHA.astype(int) * 257])), "values up to"),
+    "12bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 16] * 3)), "16 bits a colour and uses 12"),
+    "12bit-alpha.png": (png_16(4, np.dstack([GREY.astype(int) * 16, ALPHA.astype(int) * 257])), "save it in grey"),
     "32bit.tif": (encoded(Image.fromarray(GREY.astype(np.int32) * 300), "TIFF"), "holds values from"),
     "signed.tif": (encoded(Image.fromarray(GREY.astype(np.int32) - 50), "TIFF"), "from -50 to 205; expected 16 bits"),
     "real.tif": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "holds real numbers"),
@@ -89,6 +87,8 @@ RGB = np.stack([GREY, 255 - GREY, np.roll(GREY, 5, 0)], 2)
 LUMA = np.asarray(Image.fromarray(RGB).convert("L"))
 CONVERTED = {  # name: (bytes, the pixels that are expected, largest difference)
     "grey.png": (encoded(L), GREY, 0),
+    "12bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16)), GREY, 1),
+    "12bit.tif": (encoded(Image.fromarray(GREY.astype(np.uint16) * 16), "TIFF"), GREY, 1),
     "16bit.png": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY, 0),
     "16bit.tiff": (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), GREY, 0),
     "16bit-colour.png": (png_16(2, np.dstack([GREY.astype(int) * 257] * 3)), GREY, 0),
@@ -157,7 +157,7 @@ def test_what_is_no_slice_is_refused_with_the_reason(tmp_path, name):
     pixels, error, _ = use(tmp_path / name, (40, 48))
     assert REFUSED[name][1] in error and pixels.max() == 0 and "\n" not in error
     with pytest.raises((ValueError, OSError)):
-        slices.decode(tmp_path / name)
+        slices.decode(tmp_path / name, bits=12)
 
 
 @pytest.mark.parametrize("name", CONVERTED)

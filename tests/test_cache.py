@@ -24,9 +24,9 @@ def ours(ad_nc, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root, decoded, genuine = tmp_path / "set" / "AD_NC", [], cache.slices.load_slices
 
-    def counting(paths, *args):
+    def counting(paths, *args, **more):
         decoded.append(len(paths))
-        return genuine(paths, *args)
+        return genuine(paths, *args, **more)
 
     monkeypatch.setattr(cache.slices, "load_slices", counting)
 
@@ -131,10 +131,10 @@ def test_a_set_with_files_that_cannot_be_read_is_not_kept_for_they_may_be_fixed(
     root, load = ours
     first, genuine = str(root / "train" / "AD" / "100_70.jpeg"), cache.slices._decode
 
-    def locked(path, size):
+    def locked(path, *how):
         if path == first:
             raise PermissionError(13, "Permission denied")
-        return genuine(path, size)
+        return genuine(path, *how)
 
     args = train.parse_args(["--data", str(root), *SMALL])
     with monkeypatch.context() as patch:

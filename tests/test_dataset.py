@@ -10,9 +10,12 @@ from PIL import Image
 
 import dataset
 import metrics
+import predict
 import slices
 import subjects
+from checkpoint import load_checkpoint
 from dataset import SliceSet, make_loader, read_index
+from listing import list_inputs
 from utils import InputError
 
 # ---------------------------------------------------------------- index
@@ -49,6 +52,32 @@ def test_junk_is_ignored_and_extensions_may_be_of_any_case(tmp_path):
     index = read_index(root)
     assert len(index) == 18 * 5 + 3
     assert (index.scan == "x_y").sum() == 3  # the scan is all before the last underscore
+
+
+def test_a_set_of_12_bits_is_read_as_such_said_and_predicted_by_the_same_rule(tmp_path, capsys):
+    """In files of 16 bits; a dark slice of it is not brightened because it is predicted alone."""
+    root = write_set(tmp_path)
+    for path in sorted(root.rglob("*.jpeg")):
+        values = np.asarray(Image.open(path)).astype(np.uint16) * 16
+        Image.fromarray(values).save(path.with_suffix(".png"))
+        path.unlink()
+    said = "90 of 90 slices have 16 bits a pixel (AD 45, NC 45) and are read as of 12, all by one rule: 0 to 4,095"
+    assert any(said in line for line in audit(root))
+    run = train_steps(root, tmp_path / "run", "--epochs", "1")
+    assert said in (run / "training_log.txt").read_text()
+    checkpoint = load_checkpoint(run / "best_model.pth")
+    path = root / "test" / "NC" / "400_70.png"
+    given = dataset.load_inputs(list_inputs([path]), checkpoint, bar=None)
+    whole = dataset.decode_set(root, bar=None)  # from the cache
+    assert checkpoint["bits"] == 12 and "1 of 1 slices have 16 bits a pixel and are read as of 12" in given.passed[0]
+    row = whole.index.row[whole.index.path == str(path)].item()
+    assert np.array_equal(given.images[0], whole.images[row]) and given.images.max() < 128
+
+    values = np.asarray(Image.open(path))
+    Image.fromarray(values * (8192 // values.max())).save(tmp_path / "other_1.png")
+    predict.main(predict.parse_args([str(path), str(tmp_path / "other_1.png"), "--out", str(tmp_path / "out"),
+                                     "--checkpoint", str(run / "best_model.pth")]))  # fmt: skip
+    assert "holds values up to" in capsys.readouterr().err
 
 
 def test_every_file_is_used_refused_or_listed_as_passed_over(tmp_path):

@@ -22,6 +22,7 @@ from dataset import read_index
 from modules import ConvNeXt, make_model
 from phantom import plan_local
 from slices import eval_transform
+from utils import read_csv
 
 BLACK = -torch.ones(1, 1, 32, 32)
 
@@ -187,7 +188,11 @@ def explained(run_folder, out, inputs, method="grad-cam", checkpoint=None):
     words = [str(inputs), "--checkpoint", str(checkpoint or run_folder / "best_model.pth"), "--out", str(out),
              "--explain", method]  # fmt: skip
     predict.main(predict.parse_args(words))
-    return explain.read_explained(out / "explanations")
+    folder = out / "explanations"
+    summary = json.loads((folder / "summary.json").read_text())
+    table = read_csv(folder / "explanations.csv").astype({"slice": "Int64", "place": int, **dict.fromkeys(
+        ("for_AD", "for_NC", "full_colour", "signed", "absolute"), float)})
+    return explain.Explained(folder, table, summary["sentence"], summary["usable"], summary["caution"])
 
 
 def test_the_methods_of_the_flag_are_those_of_explain():

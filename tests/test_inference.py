@@ -124,7 +124,7 @@ def test_a_later_change_of_the_model_is_not_seen():
 
 def test_in_bf16_p_ad_moves_by_less_than_a_hundredth_on_a_trained_model(run_folder, ad_nc):
     model = build_model(load_checkpoint(run_folder / "best_model.pth"))
-    slices = dataset.load_inputs(listing.list_inputs([ad_nc / "test"]), (40, 48), bar=None)
+    slices = dataset.load_inputs(listing.list_inputs([ad_nc / "test"]), {"slice_size": (40, 48)}, bar=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a processor without bf16 instructions has the plain model in bf16
         exact, short = (inference.predict_logits(model, slices, {"image_size": 32}, Runtime(CPU.device, amp))
@@ -156,7 +156,7 @@ def test_prediction_is_deterministic_and_does_not_depend_on_the_batch():
 
 def test_predictions_follow_the_column_row_and_no_label_or_order_of_the_index(run_folder, ad_nc):
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    slices = dataset.load_inputs(listing.list_inputs([ad_nc / "test"]), checkpoint["slice_size"], bar=None)
+    slices = dataset.load_inputs(listing.list_inputs([ad_nc / "test"]), checkpoint, bar=None)
     order = np.random.default_rng(0).permutation(len(slices))
     index = slices.index.iloc[order]
     index.index = np.arange(len(index)) // 2 + 1000  # neither in order, nor unique, nor rows

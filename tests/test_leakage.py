@@ -141,7 +141,7 @@ def test_a_slice_seen_in_training_is_known_under_any_name(run_folder, ad_nc, tmp
     shutil.copy(ad_nc / "train" / "AD" / "100_70.jpeg", tmp_path / "somebody_1.jpeg")
     write_slice(tmp_path / "other_1.jpeg", True, 5)
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    given = dataset.load_inputs(listing.list_inputs([tmp_path]), checkpoint["slice_size"], bar=None)
+    given = dataset.load_inputs(listing.list_inputs([tmp_path]), checkpoint, bar=None)
     table = inference.predict_slices(checkpoint, given, Runtime(torch.device("cpu")))
     assert table.set_index("scan").exposure.to_dict() == {"somebody": "yes", "other": "unknown"}
 

@@ -268,7 +268,7 @@ def test_a_checkpoint_of_an_unfinished_run_predicts_and_says_that_it_is_not_cali
 
 def test_p_ad_is_calibrated_at_the_temperature_of_the_checkpoint(run_folder, ad_nc, tmp_path):
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    slices = load_inputs(list_inputs([ad_nc / "test"]), checkpoint["slice_size"], bar=None)
+    slices = load_inputs(list_inputs([ad_nc / "test"]), checkpoint, bar=None)
     raw = inference.predict_slices(checkpoint, slices, Runtime(torch.device("cpu")))
     done = inference.calibrated(raw, checkpoint)
     z = np.log(done.p_AD / (1 - done.p_AD))

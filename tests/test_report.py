@@ -56,7 +56,7 @@ def predict_page(run_folder, page, *inputs, out, checkpoint=None, flags=()):
 def make_report(run_folder, folder, out, **more):
     """A Report by the road of predict.py, without its printing."""
     checkpoint, runtime = load_checkpoint(run_folder / "best_model.pth"), Runtime(pick_device("cpu"), None)
-    slices = load_inputs(list_inputs([folder]), checkpoint["slice_size"], bar=None)
+    slices = load_inputs(list_inputs([folder]), checkpoint, bar=None)
     table = calibrated(predict_slices(checkpoint, slices, runtime), checkpoint)
     return Report(run_folder / "best_model.pth", checkpoint, [str(folder)], None, slices, table, out=out, **more)
 

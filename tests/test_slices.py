@@ -43,6 +43,34 @@ def test_pixels_that_are_damaged_are_refused_and_never_guessed(tmp_path, form):
     assert refused == 40 or form != "png"  # which has a checksum
 
 
+def write_16_bits(folder, **largest):
+    """Files of 16 bits a pixel, a slope from 0 to `largest` in each; returns their paths."""
+    paths = [folder / f"{name}_1.png" for name in largest]
+    for path, most in zip(paths, largest.values()):
+        Image.fromarray(np.linspace(0, most, 40 * 48).reshape(40, 48).round().astype(np.uint16)).save(path)
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize(("largest", "bits"), [
+    (dict(a=4000, dark=120), 12), (dict(a=24_000, dark=900), 15), (dict(a=65_535, dark=3000), 16),
+    (dict(a=200, dark=0), 8), (dict(a=4096, b=4095), 13)])  # fmt: skip
+def test_files_of_16_bits_are_read_by_one_rule_for_the_whole_set(tmp_path, largest, bits):
+    """The bits that the largest value of all takes: a file alone would make its own, and brighten what is dark."""
+    paths = write_16_bits(tmp_path, **largest)
+    Image.fromarray(np.full((40, 48), 77, np.uint8)).save(tmp_path / "plain_1.png")
+    images, stats, errors = slices.load_slices([*paths, str(tmp_path / "plain_1.png")], (40, 48), bar=None)
+    assert errors == [None] * 3 and stats.bits.tolist() == [bits, bits, 8] and images[2].max() == 77
+    assert [int(image.max()) for image in images[:2]] == [round(n * 255 / (2**bits - 1)) for n in largest.values()]
+    assert len(np.unique(images[0])) > 120 * (largest["a"] > 1000)
+
+
+def test_files_of_16_bits_are_read_as_those_in_training(tmp_path):
+    paths = write_16_bits(tmp_path, dark=120, full=4095, more=4096)
+    images, stats, errors = slices.load_slices(paths, (40, 48), bar=None, bits=12)
+    assert [int(image.max()) for image in images] == [7, 255, 0] and errors[:2] == [None] * 2
+    assert "holds values up to 4,096; expected 4,095 at most" in errors[2]
+
+
 def test_an_image_of_another_size_is_scaled_to_cover_and_cropped(tmp_path):
     Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (40, 1))).save(tmp_path / "a.png")
     image = slices.decode(tmp_path / "a.png", (40, 60))
