@@ -14,9 +14,10 @@ import plots
 import subjects
 from baselines import fit_baselines
 from checkpoint import load_checkpoint, save_checkpoint
+from files import read_csv, write_csv, write_json
 from inference import COVERAGE, calibrated, most_coverage, predict_slices
 from metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
-from utils import CLASSES, InputError, read_csv, write_csv, write_json
+from utils import CLASSES, InputError
 
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides

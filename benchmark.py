@@ -26,15 +26,17 @@ from utils import COUNT, SIDE, InputError, Parser, number, read_flags, run_scrip
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
-    parser.add_argument("--device", help="of --gpu; cpu rehearses it, in small (cuda)")
-    parser.add_argument("--model", default="tiny", metavar="V", help="tiny, small, base or large (tiny)")
-    parser.add_argument("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's input (224)")
-    parser.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help="slices at once; GPU: also 4 N, 8 N")
-    parser.add_argument("--slices", type=number(40, 1e6, int), default=30520, metavar="N",
-                        help="size of the set that is loaded (30520)")
-    parser.add_argument("--repeats", type=COUNT, default=5, metavar="N", help="turns of each candidate (5)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
+    add("--device", help="of --gpu; cpu rehearses it, in small (cuda)")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--model", default="tiny", metavar="V", help="tiny, small, base or large (tiny)")
+    add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's input (224)")
+    add("--batch-size", type=COUNT, default=64, metavar="N", help="slices at once; GPU: also 4 N, 8 N")
+    add("--slices", type=number(40, 1e6, int), default=30520, metavar="N",
+        help="size of the set that is loaded (30520)")
+    add("--repeats", type=COUNT, default=5, metavar="N", help="turns of each candidate (5)")
     args = parser.parse_args(argv)
     if args.device is not None and not args.gpu:
         parser.error("--device goes with --gpu; without it the CPU is measured")
@@ -62,10 +64,10 @@ import slices
 from anatomy import SLICES, Scan, render
 from dataset import SliceSet, make_loader
 from engine import TrainState, train_one_epoch, train_step
+from files import write_json
 from inference import make_engine
 from modules import VARIANTS, convnext, load_weights
 from runtime import Runtime, StopRequest, has_native_bf16, pick_device, precision_name
-from utils import write_json
 
 WHO = ("torchvision", "ours")  # the first one is the reference
 

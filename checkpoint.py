@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 
 import subjects
+from files import write_atomically, write_csv, write_json
 from modules import PAPER, describe_model, load_weights, make_model
 from slices import MEAN, STD, mean_slice, stats_range
-from utils import CLASSES, InputError, write_atomically, write_csv, write_json
+from utils import CLASSES, InputError
 from volumes import recorded_look
 
 FORMAT = 3  # raise it when an older checkpoint can no longer be read

@@ -1,6 +1,7 @@
 """The data: an index of slices, who is in them, the audit, and the sets that models train on and predict.
 
-    python dataset.py AD_NC            # the audit: what the folder holds, and where its subjects leak
+    python dataset.py AD_NC                            # the audit: what the folder holds, where its subjects leak
+    python dataset.py AD_NC --mean means.png           # and whether a mean slice already tells the classes apart
 
     index = read_index("ADNI/AD_NC")   # a DataFrame, a row a slice: path, label, scan, slice, subject, split, group
     index = split_index(index)         # 10 % of the training subjects become split "val"
@@ -23,10 +24,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
     parser.add_subject_pattern(parser)
+    add = parser.add_argument_group("pictures of the training slices, in PNG files that are new").add_argument
     for flag, what in (("--montage", "a contact sheet of train/, by class and subject"),
                        ("--augmented", "the same slices as the network sees them in training"),
-                       ("--mean", "the mean training slice of AD, of NC, and their difference")):
-        parser.add_argument(flag, type=picture, metavar="PNG", help=f"save {what}")
+                       ("--mean", "the mean training slice of AD, of NC, and their difference, by slice number")):
+        add(flag, type=picture, metavar="PNG", help=f"save {what}")
     return parser.parse_args(argv)
 
 
@@ -286,6 +288,21 @@ def audit(slices):
     yield from subjects.describe_both_classes(index)
 
 
+POSITIONS = 4  # ranges of slice numbers that --mean draws
+
+
+def means_by_position(slices):
+    """Rows for `plots.plot_means` of a SliceSet: all slices, and those of each range of slice numbers."""
+    numbers, rows = slices.index.slice, []
+    ranges = np.array_split(np.unique(numbers), min(POSITIONS, numbers.nunique()))
+    for text, low, high in (("all slices", numbers.min(), numbers.max()),
+                            *((f"slices {part[0]} to {part[-1]}", part[0], part[-1]) for part in ranges)):
+        of = {label: slices.rows[numbers.between(low, high) & (slices.index.label == label)] for label in CLASSES}
+        rows.append((text, {label: (mean_slice(slices.images, own) if len(own) else None, len(own))
+                            for label, own in of.items()}))
+    return rows
+
+
 def draw(slices, args):
     """The pictures of the training slices that the flags ask for; yields a line on each."""
     train, what = slices.part("train"), f"training slices of {slices.root}"
@@ -294,8 +311,7 @@ def draw(slices, args):
             plots.plot_montage(path, plots.montage_rows(train.index, slices.images, change), what + how)
             yield f"contact sheet in {path}"
     if args.mean:
-        rows = {label: train.rows[train.index.label == label] for label in CLASSES}
-        plots.plot_means(args.mean, {label: mean_slice(slices.images, own) for label, own in rows.items()}, what)
+        plots.plot_means(args.mean, means_by_position(train), what)
         yield f"mean slices in {args.mean}"
 
 

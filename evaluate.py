@@ -23,14 +23,15 @@ from utils import InputError, Parser, picture, read_flags, run_script
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
-    parser.add_argument("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
-    parser.add_argument("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
-    parser.add_argument("--stress", action="store_true", help="change the test slices a little, and look at each stage")
-    parser.add_argument("--curve", type=picture, metavar="PNG", help="AUROC by training subjects, and a picture of it")
-    parser.add_argument("--by", nargs=2, metavar=("CSV", "COLUMN"),
-                        help="AD of each value of a column, such as the severity, against all NC")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of a run folder (default: test)")
     parser.add_argument("--out", metavar="DIR", help="write tables, metrics.json and pictures there")
+    add = parser.add_argument_group("what is asked (default: the scores of all runs, pooled)").add_argument
+    add("--against", nargs="+", metavar="RUN", help="the same scans by another model: compare the two")
+    add("--each", action="store_true", help="do not pool: rows for each run, its val and its test")
+    add("--stress", action="store_true", help="change the test slices a little, and look at each stage")
+    add("--curve", type=picture, metavar="PNG", help="AUROC by training subjects, and a picture of it")
+    add("--by", nargs=2, metavar=("CSV", "COLUMN"),
+        help="AD of each value of a column, such as the severity, against all NC")
     args = parser.parse_args(argv)
     if args.stress and (args.against or args.each or args.part != "test"):
         parser.error("--stress looks at the test of each run; it goes with --out only")
@@ -53,9 +54,9 @@ import assess
 import metrics
 import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
+from files import own_folder, read_csv, read_table, write_csv, write_json
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
-from utils import open_out, read_csv, read_table, write_csv, write_json
 
 # ---------------------------------------------------------------- finished runs
 
@@ -278,12 +279,12 @@ def format_metrics(head, parts, names=COMPARED):
     return format_table(rows + [[label, *(cell(part, name) for name in names)] for label, part in parts.items()])
 
 
-def show_stress(args):
+def show_stress(args, out):
     """Print, and with --out write, what changes do to the decisions of runs, and what their stages know."""
     import stress
     from runtime import Runtime, explain_end, pick_amp, pick_device
 
-    out, device = open_out(args.out, "") if args.out else None, pick_device()
+    device = pick_device()
     runtime = Runtime(device, pick_amp("auto", device))
     tables, known = {}, {}
     for folder in args.runs:
@@ -315,13 +316,12 @@ def show_stress(args):
         print(f"results in {out}")
 
 
-def format_pool(found, args):
-    """Lines on one Pool; with --out its tables, scores and pictures are written there."""
+def format_pool(found, args, out):
+    """Lines on one Pool; its tables, scores and pictures are written into the folder `out`, unless it is None."""
     several = f"{len(found.runs)} runs pooled, {assess.PARTS[args.part]}"
     title = several if len(found.runs) > 1 else f"{found.runs[0]['what']}, {found.folders[0]}"
     extra = dict(title=title, **found.stated, coverage=found.runs[0].get("prediction_sets", {}).get("coverage"))
     lines = list(warn_of_flags([found]))
-    out = open_out(args.out, "") if args.out else None
     scores = assess.write_results(found.table, out, **extra) if out else assess.score(found.table, **extra)
     lines += assess.format_assessment(scores)
     head = f"scans (n = {scores['scan']['n']:,}), at 0.5, from their slices by"
@@ -350,8 +350,13 @@ def format_seeds(pools):
 
 
 def main(args):
+    with own_folder(args.out) as out:
+        evaluate(args, out)
+
+
+def evaluate(args, out):
     if args.stress:
-        return show_stress(args)
+        return show_stress(args, out)
     if args.curve:
         return show_curve(args)
     if args.each:
@@ -360,7 +365,7 @@ def main(args):
     first = pool_seeds(args.runs, args.part)
     if args.out and len(first) > 1:
         raise InputError(f"--out takes runs of one seed; {', '.join(args.runs)} are of {len(first)}")
-    lines = format_seeds(first) if len(first) > 1 else format_pool(first[0], args)
+    lines = format_seeds(first) if len(first) > 1 else format_pool(first[0], args, out)
     if args.by:
         lines += format_by(check_same([found.table for found in first]), *args.by)
     if args.against:
@@ -369,12 +374,12 @@ def main(args):
         comparisons = list(compare_runs(first, second))
         for comparison in comparisons:
             lines += format_comparison(comparison)
-        if args.out:
+        if out:
             text = {"against": args.against, **comparisons[0], "unseen_subjects": (comparisons[1:] or [None])[0]}
-            write_json(Path(args.out) / "comparison.json", text)
+            write_json(out / "comparison.json", text)
     print(*lines, sep="\n")
-    if args.out:
-        print(f"results in {args.out}")
+    if out:
+        print(f"results in {out}")
 
 
 if __name__ == "__main__":

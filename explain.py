@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import plots
 from checkpoint import build_model
+from files import make_folder, write_atomically, write_csv, write_json
 from inference import micro_batch
 from modules import ConvNeXt, make_model
 from slices import MEAN, NEAR_BLACK, STD, eval_transform
-from utils import CLASSES, InputError, make_folder, printable, write_atomically, write_csv, write_json
+from utils import CLASSES, InputError, printable
 
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that

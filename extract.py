@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from utils import InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
+from utils import InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -25,16 +25,19 @@ def parse_args(argv=None):
     parser.add_argument("--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win")
     parser.add_argument("--workers", type=number(1, 64, int), metavar="N", help="volumes at once (one a core, up to 8)")
     add_volume_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.strip and args.workers:
+        parser.error("--workers does not go with --strip, which takes one volume after the other with all cores")
+    return args
 
 
 if __name__ == "__main__":
     ARGS = read_flags(parse_args)
 
 import volumes
+from files import clear_folder, own_folder
 from readers import files_of
 from slices import load_slices, out_of_range, passed_over
-from utils import clear_folder
 
 
 def main(args):
@@ -46,11 +49,15 @@ def main(args):
         look, known, warnings = volumes.look_of(checkpoint, args)
     else:
         look, known = replace(volumes.ADNI if args.like else volumes.Look(), **volumes.flags_given(args)), args.like
-    found, made = volumes.find_all(args.inputs), not (args.out and os.path.exists(args.out))
-    out = open_out(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}")
+    found = volumes.find_all(args.inputs)
     print(f"{look}" + f" ({known})" * bool(known))
-    table = volumes.extract(found, look, out, args.workers)
+    with own_folder(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}") as out:
+        cut(found, look, out, args, checkpoint, warnings)
 
+
+def cut(found, look, out, args, checkpoint, warnings):
+    """Cut the volumes into the folder `out`, and print what came of it."""
+    table = volumes.extract(found, look, out, args.workers)
     used = [file for source in table.source for file in files_of(source)]
     warnings += [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
     noted, bad = table[table.notes.notna()], table[table.error.notna()]
@@ -62,7 +69,7 @@ def main(args):
     for warning in warnings:
         print(f"warning: {printable(warning, '')}", file=sys.stderr)
     if all_bad:
-        clear_folder(out, made)  # so that the corrected command can be given
+        clear_folder(out)  # so that the corrected command can be given
         raise InputError(f"none of the {len(table)} volumes could be cut, and nothing is left in {out}")
     if checkpoint:  # do the slices resemble those that it was trained on?
         paths = sorted(map(str, (out / "slices").rglob("*.png")))

@@ -12,7 +12,6 @@ faulted in again between layers.
 import copy
 import functools
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +27,7 @@ from dataset import make_loader
 from modules import ConvNeXt
 from slices import MEAN, STD, eval_transform, out_of_range
 from subjects import find_exposure
-from utils import CLASSES, InputError
+from utils import CLASSES, InputError, Threads
 
 COVERAGE = 0.9  # of the prediction sets of a run's own evaluation
 HIDDEN_BYTES = 2**20  # of the widest activations of a block at once: a core's share of the cache
@@ -122,7 +121,7 @@ class _Folded:
             return torch.cat([self._forward(part) for part in parts])
         torch.set_num_threads(threads // workers)
         try:
-            with ThreadPoolExecutor(workers) as pool:
+            with Threads(workers) as pool:
                 return torch.cat(list(pool.map(self._forward, parts)))
         finally:
             torch.set_num_threads(threads)

@@ -184,11 +184,11 @@ def list_inputs(inputs, pattern=None, beside=()):
     `list_set`. Tables of subjects are looked for beside the inputs, and beside the paths `beside`, of volumes.
 
     A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
-    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is ignored in
-    folders, and metadata that cannot be read, is listed in `warnings`.
+    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is passed
+    over in folders, and metadata that cannot be read, is listed in `warnings`.
     """
-    ignored, warnings, files, again = [], [], {}, []
-    found = [row for given in map(Path, inputs) for row in _list_input(given, ignored, warnings)]
+    warnings, files, again = [], {}, []
+    found = [row for given in map(Path, inputs) for row in _list_input(given, warnings)]
     for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
         if files.setdefault(os.path.realpath(path), (path, label, "", error))[0] != path:
             again.append(path)
@@ -206,7 +206,7 @@ def list_inputs(inputs, pattern=None, beside=()):
     for root in sorted({_set_root(given) for given in (*inputs, *beside)}):
         try:
             known, labels, sources = read_subjects(root)
-            tables += map(os.path.realpath, sources)
+            tables += sources
             classes |= labels
             subjects.check_match(table.scan, known, sources)
             other = [scan for scan in known.keys() & who.keys()
@@ -216,10 +216,8 @@ def list_inputs(inputs, pattern=None, beside=()):
             who = known | who
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
-    ignored = [path for path in ignored if os.path.realpath(path) not in tables]
-    if ignored:
-        warnings.append(f"ignored {len(ignored)} files and folders that are not slices, or not in the folders of the "
-                        f"classes, first {ignored[0]}")
+    used = [*(path for path, _, _ in found), *tables]
+    warnings += dict.fromkeys(line for given in inputs if os.path.isdir(given) for line in passed_over(given, used))
     told = table.scan.map(classes)
     wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
     if wrong:
@@ -228,9 +226,9 @@ def list_inputs(inputs, pattern=None, beside=()):
     return Listing(_complete(table, who, ["scan", "slice", "path"]), "", [], warnings + lines)
 
 
-def _list_input(given, ignored, warnings):
-    """The (path, label or None, error or None) of each image of one INPUT; appends to `ignored` what it leaves, and to
-    `warnings` what it takes a folder for."""
+def _list_input(given, warnings):
+    """The (path, label or None, error or None) of each image of one INPUT; appends to `warnings` what it takes a folder
+    for."""
     if not os.path.exists(given):
         link = "is a link to nothing" if os.path.islink(given) else "does not exist"
         return [(str(given), None, f"{link}; expected an image or a folder of images")]
@@ -246,11 +244,8 @@ def _list_input(given, ignored, warnings):
         labelled = {label: folder for label, folder in labelled.items()
                     if folder and (folder.name == label or not right_here)}
         for label, folder in (*labelled.items(), (None, given)):
-            images, folders, others = list_folder(folder)
             if label or not labelled:
-                found += [(path, label, None) for path in images]
-                images = []
-            ignored += [path for path in (*images, *folders, *others) if Path(path) not in labelled.values()]
+                found += [(path, label, None) for path in list_folder(folder)[0]]
             if label and folder.name != label:
                 warnings.append(f"the folder {folder} is taken for {label}")
     except OSError as problem:

@@ -36,22 +36,23 @@ import contextlib
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
 
-from utils import SEED, InputError, Parser, number, picture, read_flags, run_script
+from utils import SEED, InputError, Parser, Threads, number, picture, read_flags, run_script
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("out", nargs="?", help="folder to write AD_NC and meta_data_with_label.json into")
-    parser.add_argument("--subjects", type=number(10, 5000, int), default=60, help="the real set has 680 (60)")
-    parser.add_argument("--cue", choices=("global", "local"), default="global", help="what the class shows in (global)")
-    parser.add_argument("--seed", type=SEED, default=0, help="another seed, another set (0)")
-    parser.add_argument("--volumes", type=number(1, 100, int), metavar="N", help="draw N heads as NIfTI, not slices")
-    parser.add_argument("--workers", type=number(1, 1024, int), help="threads; no influence on the result (one a core)")
-    parser.add_argument("--sheet", type=picture, metavar="PNG", help="save a contact sheet; without OUT, that alone")
+    add = parser.add_argument_group("what is drawn").add_argument
+    add("--subjects", type=number(10, 5000, int), default=60, help="the real set has 680 (60)")
+    add("--cue", choices=("global", "local"), default="global", help="what the class shows in (global)")
+    add("--seed", type=SEED, default=0, help="another seed, another set (0)")
+    add("--volumes", type=number(1, 100, int), metavar="N", help="draw N heads as NIfTI, not slices")
+    add("--sheet", type=picture, metavar="PNG", help="save a contact sheet; without OUT, that alone")
+    add = parser.add_argument_group("machine").add_argument
+    add("--workers", type=number(1, 1024, int), help="threads; no influence on the result (one a core)")
     return parser.parse_args(argv)
 
 
@@ -62,7 +63,7 @@ import numpy as np
 from PIL import Image
 
 from anatomy import Scan, render, render_head
-from utils import make_folder, write_atomically, write_csv
+from files import make_folder, write_atomically, write_csv
 
 EFFECT = 1.37                            # half the distance between the classes, in SD; Phi(1.37) = 0.915
 SCAN_IDS = np.arange(10_000, 1_210_000)  # image ids as ADNI has them
@@ -202,7 +203,7 @@ def draw(out, subjects=60, seed=0, workers=None, progress=True, cue="global"):
 
         for folder in ("train/AD", "train/NC", "test/AD", "test/NC"):
             (draft / "AD_NC" / folder).mkdir(parents=True)
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with Threads(workers or os.cpu_count()) as pool:
             jobs = pool.map(write, scans)
             for _ in tqdm(jobs, "phantom", len(scans), unit=" scans", disable=None if progress else True):
                 pass

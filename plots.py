@@ -11,7 +11,8 @@ import textwrap
 import numpy as np
 
 import metrics
-from utils import CLASSES, lr_at, printable, write_atomically
+from files import write_atomically
+from utils import CLASSES, lr_at, printable
 
 # one look: black and white first, so that a print shows what the screen shows
 LOOK = {"slice": dict(color="#999999", linestyle="--"), "scan": dict(color="#000000", linestyle="-"),
@@ -270,16 +271,25 @@ def plot_montage(path, rows, title):
             axis.set_ylabel(printable(text).replace("$", r"\$"), rotation=0, ha="right", va="center")
 
 
-def plot_means(path, means, title):
-    """The mean slice of each class and their difference, pixel by pixel, from {class: (H, W) of grey levels}."""
-    with _figure(path, title, 3, width=3.4, grid=False) as ((left, middle, right),):
-        for axes, name in ((left, "AD"), (middle, "NC")):
-            axes.imshow(means[name], cmap="gray", vmin=0, vmax=255)
-            axes.set_title(f"mean of {name}")
-        difference = means["AD"] - means["NC"]
-        full = float(abs(difference).max()) or 1
-        drawn = right.imshow(difference, cmap="PuOr_r", vmin=-full, vmax=full)
-        right.set_title(f"AD minus NC, at most {abs(difference).max():.1f} grey levels")
-        right.figure.colorbar(drawn, ax=right, shrink=0.8)
-        for axes in (left, middle, right):
-            axes.set(xticks=[], yticks=[])
+def plot_means(path, rows, title):
+    """The mean slice of each class and their difference, pixel by pixel, all differences on one scale. `rows` are
+    (text, {class: ((H, W) of grey levels or None where there is no slice, how many)}), from the top."""
+    differences = [means["AD"][0] - means["NC"][0] if means["AD"][1] and means["NC"][1] else None for _, means in rows]
+    full = max((float(abs(each).max()) for each in differences if each is not None), default=0) or 1
+    with _figure(path, title, 3, height=2.6 * len(rows), width=3.0, ratios=[1] * len(rows), grid=False) as panels:
+        for axes, (text, means), difference in zip(panels, rows, differences):
+            axes[0].set_ylabel(text)
+            for place, label in zip(axes, ("AD", "NC")):
+                mean, n = means[label]
+                place.set_title(f"{label}, {n:,} slices")
+                if mean is not None:
+                    place.imshow(mean, cmap="gray", vmin=0, vmax=255)
+            if difference is None:
+                axes[2].set_title("only one class is here")
+            else:
+                drawn = axes[2].imshow(difference, cmap="PuOr_r", vmin=-full, vmax=full)
+                axes[2].set_title(f"AD minus NC, at most {abs(difference).max():.1f} grey levels")
+                axes[2].figure.colorbar(drawn, ax=axes[2], shrink=0.8)
+            for place in axes:
+                place.set(xticks=[], yticks=[])
+                place.spines[:].set_visible(False)

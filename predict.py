@@ -17,12 +17,12 @@ that cannot be read gets a row with the reason; the exit status is 2 if none cou
 training range (a photograph, an inverted picture, a head with its skull) gets a warning.
 """
 
-import os
+import contextlib
 import sys
 from datetime import datetime
 from pathlib import Path
 
-from utils import COUNT, InputError, Parser, add_volume_flags, number, open_out, printable, read_flags, run_script
+from utils import COUNT, InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
 
 METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of explain.py, not imported for --help
 
@@ -32,17 +32,19 @@ def parse_args(argv=None):
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of such")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
     parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
-    parser.add_argument("--coverage", type=number(1e-6, 0.999999), metavar="C",
-                        help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
-    parser.add_argument("--explain", choices=METHODS, metavar="METHOD",
-                        help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
-                             f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
-    parser.add_argument("--report", metavar="FILE",
-                        help="write a page (.html) for people: each scan with its slices, and what not to conclude")
-    parser.add_argument("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
-    parser.add_argument("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
-                        help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    add = parser.add_argument_group("what is asked beside probabilities").add_argument
+    add("--coverage", type=number(1e-6, 0.999999), metavar="C",
+        help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
+    add("--explain", choices=METHODS, metavar="METHOD",
+        help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
+             f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
+    add("--report", metavar="FILE",
+        help="write a page (.html) for people: each scan with its slices, and what not to conclude")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
+    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
+        help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     add_volume_flags(parser, "the checkpoint's, or those of AD_NC").add_argument(
         "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
     return parser.parse_args(argv)
@@ -55,11 +57,12 @@ from assess import format_assessment, statements, write_results
 from checkpoint import load_checkpoint
 from dataset import load_inputs
 from explain import Explainer
+from files import own_folder
 from inference import calibrated, most_coverage, predict_slices
 from listing import list_inputs
 from metrics import aggregate, verdict
 from modules import describe_model
-from report import Report, claim, write_report
+from report import Report, claimed, write_report
 from runtime import Runtime, explain_end, pick_amp, pick_device
 from volumes import CutInputs
 
@@ -112,22 +115,27 @@ def warn(predictions, checkpoint, coverage):
 
 
 def main(args):
-    path = args.checkpoint or newest_checkpoint()
+    path = args.checkpoint = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
         raise InputError(f"{path} is there to resume a training; predict with best_model.pth beside it")
     args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     device = pick_device(args.device)
     runtime = Runtime(device, pick_amp(args.amp, device))
-    claim(args.report)
-    if args.out and os.path.isdir(args.out) and os.listdir(args.out):
-        open_out(args.out, "")  # says that it is not empty, before volumes are cut
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
-    cut = CutInputs(args, checkpoint)  # volumes become slices
+    with contextlib.ExitStack() as held:
+        held.enter_context(claimed(args.report))
+        out = held.enter_context(own_folder(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}"))
+        cut = CutInputs(args, checkpoint, held)  # volumes become slices
+        predict(args, checkpoint, runtime, explainer, cut, out)
+
+
+def predict(args, checkpoint, runtime, explainer, cut, out):
+    """Predict the slices of CutInputs, and write all that was asked for into the folder `out`."""
+    path = args.checkpoint
     listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.beside))
-    out = open_out(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
-          f"{checkpoint['epoch']}; {len(listing.index):,} slices on {device}, {runtime.precision}",
+          f"{checkpoint['epoch']}; {len(listing.index):,} slices on {runtime.device}, {runtime.precision}",
           *cut.lines, sep="\n")
 
     with explain_end(args):

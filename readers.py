@@ -64,9 +64,9 @@ def find_volumes(given):
 
 
 def files_of(source):
-    """The files that a volume consists of: itself, the other half of a pair, or what is in a DICOM folder."""
+    """The files that a volume consists of: itself, the other half of a pair, or the DICOM files of a folder."""
     if os.path.isdir(source):
-        return [os.path.join(source, name) for name in os.listdir(source)]
+        return list(filter(_is_dicom, (os.path.join(source, name) for name in os.listdir(source))))
     return [source, re.sub(r"\.img(\.gz)?$", r".hdr\1", source, flags=re.I)]
 
 
@@ -106,7 +106,7 @@ def convert_dicom(folder, into):
         raise Unfit("keeps dcm2niix busy for more than ten minutes; convert it by hand") from None
     made = sorted(Path(into).glob("*.nii"))
     said = done.stdout.splitlines() + done.stderr.splitlines()
-    said = [line for word in ("issing", "rror", "arning") for line in said if word in line]
+    said = [line for word in ("enough", "issing", "rror", "arning") for line in said if word in line]
     if not made or done.returncode:  # where images are missing it makes a volume of wrong distances, with status 1
         raise Unfit(f"cannot be converted by dcm2niix: {(said or ['it makes no volume'])[0].strip()}")
     if len(made) > 1:

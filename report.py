@@ -8,12 +8,12 @@ print becomes an escape, and all is escaped for HTML.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import os
 import shutil
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,9 +25,10 @@ from PIL import Image
 
 from assess import cell, format_baselines, format_sets, read_run, statements
 from dataset import SliceSet
+from files import write_atomically
 from metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
 from modules import describe_model
-from utils import InputError, printable, write_atomically
+from utils import InputError, Threads, printable
 
 INLINE = 6_500_000  # bytes of pictures; in base64 a third more, so that a page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
@@ -63,9 +64,12 @@ class Report:
 # ---------------------------------------------------------------- files
 
 
-def claim(path):
-    """Before the work: InputError if a report cannot be written to `path`; None is no report."""
+@contextlib.contextmanager
+def claimed(path):
+    """`path` is for the report of this process as long as the context is open, an empty file until it is written; where
+    it is not written, it goes again. InputError if it cannot be; None is no report."""
     if path is None:
+        yield
         return
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
@@ -75,6 +79,16 @@ def claim(path):
     for taken in (path, _folder(path)):
         if os.path.lexists(taken):
             raise InputError(f"{taken} is already there, and nothing is overwritten; choose a new --report")
+    try:
+        path.touch(exist_ok=False)  # for a second process that is asked for the same
+    except OSError as problem:
+        raise OSError(f"{path} cannot be written: {problem.strerror}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
 
 
 def _folder(path):
@@ -148,7 +162,7 @@ def _encode(report):
         image.save(file, **WEBP)
         return file.getvalue()
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow encodes outside the interpreter's lock
+    with Threads(os.cpu_count() or 1) as pool:  # Pillow encodes outside the interpreter's lock
         found = list(tqdm(pool.map(encode, work), "pictures", len(work), unit=" pictures", leave=False, disable=None))
     return {(i, kind): data for (i, kind, _), data in zip(work, found)}
 

@@ -9,11 +9,13 @@ averaged (DistributedDataParallel), so that N processes take the steps that one 
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 import random
 import re
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import STOP_SIGNALS, InputError, seed_of
+from utils import STOP_SIGNALS, InputError, Stopped, seed_of
 
 # ---------------------------------------------------------------- device, precision, seeds
 
@@ -74,16 +76,6 @@ def precision_name(amp):
 
 
 # ---------------------------------------------------------------- signals
-
-
-class Stopped(SystemExit):
-    """Somebody asked the process to end; `code` is the exit status, 128 + the number of the signal; `reported` whether
-    the user has been told."""
-
-    reported = False
-
-    def __str__(self):
-        return signal.Signals(self.code - 128).name
 
 
 ONE_REQUEST = 1.0  # seconds in which signals are the same request
@@ -240,6 +232,8 @@ def join_processes(device, amp, stop):
     if world == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # a scheduler may set the first alone
         return Runtime(device, amp, stop)
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if sys.platform == "linux":  # torchrun hands on some signals and dies of the others, and then nobody ends this
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a signal when the parent is gone
     if device.type == "cuda":
         if device.index is None:
             if local >= torch.cuda.device_count():

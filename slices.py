@@ -18,14 +18,13 @@ import re
 import stat
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import InputError, printable
+from utils import InputError, Threads, printable
 
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
@@ -33,6 +32,7 @@ NEAR_BLACK = 16  # grey levels below are background
 FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
            "TIFF": (".tif", ".tiff"), "WEBP": (".webp",)}  # fmt: skip
 EXTENSIONS = sum(FORMATS.values(), ())
+MOST_PLACES = 20  # of which one reads what was passed over in them
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 # ---------------------------------------------------------------- files
@@ -60,27 +60,30 @@ def list_folder(folder):
 
 
 def passed_over(root, used):
-    """Lines on what is under `root` and not among the paths `used`, by folder and kind, so that files seen are files
-    used, refused or listed here."""
+    """Lines on what is under `root` and not among the paths `used`, by folder and, beside those, kind, so that files
+    seen are files used, refused or listed here."""
     lines, counts, used = [], Counter(), {os.path.abspath(path) for path in used}
-    met = set()
+    ours, met = {os.path.abspath(root), *map(os.path.dirname, used)}, set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda problem: lines.append(
             f"passed over: {printable(problem.filename)}, which cannot be listed ({problem.strerror})")):
         if os.path.realpath(folder) in met:  # a link that leads back
             folders.clear()
             continue
         met.add(os.path.realpath(folder))
-        place = os.path.relpath(folder, root)
-        ours = place == "." or re.fullmatch(r"(train|test)([/\\](AD|NC))?", place)
+        place, folders[:] = os.path.abspath(folder), sorted(folders)
         for name in names:
-            if os.path.abspath(os.path.join(folder, name)) in used:
-                continue
             kind = os.path.splitext(name)[1].lower() or "extensionless"
-            if is_junk(name) or any(map(is_junk, Path(place).parts)):
+            if os.path.join(place, name) in used:
+                continue
+            if is_junk(name) or any(map(is_junk, Path(os.path.relpath(folder, root)).parts)):
                 counts["", "left by archives and tools, such as .DS_Store"] += 1
             else:
-                counts[f"{kind} " if ours else "", f"in {printable(folder)}"] += 1
-    return lines + [f"passed over: {n:,} {kind}file{'s' * (n > 1)} {where}" for (kind, where), n in counts.items()]
+                counts[f"{kind} " * (place in ours), f"in {printable(folder)}"] += 1
+    found = counts.most_common(MOST_PLACES)
+    more = counts.total() - sum(n for _, n in found)
+    if more:
+        found.append((("", "in other places"), more))
+    return lines + [f"passed over: {n:,} {kind}file{'s' * (n > 1)} {where}" for (kind, where), n in found]
 
 
 class Unfit(InputError):
@@ -168,7 +171,7 @@ def header(path):
 
 def common_size(paths):
     """The most frequent size (H, W) among the image files; InputError if none of them can be read."""
-    with quiet_pillow(), ThreadPoolExecutor() as pool:
+    with quiet_pillow(), Threads() as pool:
         sizes = pd.Series([size for size in pool.map(header, paths) if size])
     if sizes.empty:
         raise InputError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
@@ -184,7 +187,7 @@ def hash_pixels(pixels):
 
 def hash_slices(images):
     """`hash_pixels` of each of uint8 (N, H, W), in parallel."""
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+    with Threads() as pool:  # hashing lets go of the interpreter's lock
         return list(pool.map(hash_pixels, images))
 
 
@@ -329,7 +332,7 @@ def load_slices(paths, size, bar="decoding", images=None, bits=None):
             return f"cannot be read as an image: {reason}"
 
     # Pillow decodes outside the interpreter's lock; more threads than cores only fight for it
-    with quiet_pillow(), ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
+    with quiet_pillow(), Threads((os.cpu_count() or 1) + 1) as pool:
         work = pool.map(load, range(len(paths)), itertools.repeat(bits))
         errors = list(tqdm(work, bar, len(paths), unit=" slices", disable=None if bar else True, leave=False))
         deep = [i for i, error in enumerate(errors) if isinstance(error, _Deep)]

@@ -6,7 +6,6 @@ to the decoded slices, so that everything behind it is the road of any predictio
 
 import io
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from inference import calibrated, predict_slices
 from listing import list_inputs
 from modules import ConvNeXt
 from slices import eval_transform
-from utils import InputError
+from utils import InputError, Threads
 
 FOLDS = 5  # of the linear probe
 
@@ -95,7 +94,7 @@ def stress(checkpoint, slices, runtime, batch_size=64):
     rows = [score_change(plain, plain) | {"change": "none", "level": ""}]
     for name, (change, levels, unit) in CHANGES.items():
         for level in levels:
-            with ThreadPoolExecutor() as pool:
+            with Threads() as pool:
                 images = np.stack(list(pool.map(lambda pixels: change(pixels, level), slices.images)))  # noqa: B023
             rows.append(score_change(plain, predict(images)) | {"change": name, "level": f"{level} {unit}".strip()})
     place = slices.index.groupby("scan").cumcount()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import MISSING, InputError, fingerprint, read_bytes, read_table
+from files import MISSING, read_bytes, read_table
+from utils import InputError, fingerprint
 
 # ---------------------------------------------------------------- who is in a scan
 

@@ -169,11 +169,12 @@ from cache import cache_folder
 from checkpoint import Run, load_checkpoint, save_checkpoint
 from dataset import load_set, make_loader
 from engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
+from files import clear_folder, locked, make_log, own_folder, write_csv
 from inference import COVERAGE
 from modules import VARIANTS, describe_model
 from runtime import Stopped, StopRequest, explain_end, seed_everything, start
 from subjects import describe_split, describe_transfer
-from utils import clear_folder, fingerprint, locked, make_log, near, open_out, seed_of, write_csv
+from utils import fingerprint, near, seed_of
 
 # ---------------------------------------------------------------- data and run folder
 
@@ -221,19 +222,17 @@ def demo_data():
 
 
 def open_run(args, held):
-    """(the run's folder, whether it was made): a new one, or on --resume the one that is there. It is for this process
-    alone as long as the ExitStack `held` is open."""
-    made, out = not (args.out and Path(args.out).exists()), args.out
+    """The run's folder: a new one, or on --resume the one that is there. It is for this process alone as long as the
+    ExitStack `held` is open."""
     if not args.resume:
-        leaky = "-LEAKY" if args.split_by == "slice" else ""
-        out = open_out(out, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}", ", or add --resume")
+        default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{'-LEAKY' * (args.split_by == 'slice')}"
+        return held.enter_context(own_folder(args.out, default, ", or add --resume"))
+    out = Path(args.out)
     held.enter_context(locked(out))
-    if not args.resume and [path for path in Path(out).iterdir() if path.name != "in_use"]:  # by another, meanwhile
-        raise InputError(f"{out} is not empty, and nothing is overwritten; choose a new --out, or add --resume")
-    if args.resume and (Path(out) / "best_model.pth").exists() and not (Path(out) / "last.pth").exists():
+    if (out / "best_model.pth").exists() and not (out / "last.pth").exists():
         raise InputError(f"{out} has a best_model.pth but no last.pth to resume from, and a run never overwrites "
                          "another; choose a new --out")
-    return Path(out), made
+    return out
 
 
 def join(words):
@@ -350,6 +349,7 @@ def main(args):
         except Stopped as stopped:
             if not stopped.reported:
                 print(f"stopped by {stopped} before the first step", file=sys.stderr)
+                stopped.reported = True
             raise
 
 
@@ -360,7 +360,7 @@ def train(args, stop):
     bar = "decoding" if runtime.is_rank_0 else None
     slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
     with contextlib.ExitStack() as held:
-        out, made = runtime.from_rank_0(lambda: open_run(args, held))
+        out = runtime.from_rank_0(lambda: open_run(args, held))
         state = None
         try:
             with explain_end(args):  # here, too: memory that runs out arrives below as an OSError
@@ -375,7 +375,7 @@ def train(args, stop):
         except BaseException as problem:  # nothing trained, stopped by a signal, or an error of the user
             if state is None or (isinstance(problem, Exception) and not (state.epoch or state.step)):
                 if runtime.is_rank_0 and not args.resume:
-                    clear_folder(out, made)
+                    clear_folder(out)
             elif isinstance(problem, Stopped):
                 run.log(f"stopped by {problem}; {how_to_resume(out)}")
                 problem.reported = True

@@ -1,4 +1,4 @@
-"""What every script needs: the command line, files that are whole or not there, the learning rate.
+"""What every script needs: the command line, its streams and its end, the learning rate, seeds.
 
 Not run by itself. Neither PyTorch nor pandas is imported before a function needs it, so that `--help` and a mistyped
 flag answer at once, and importing this file changes nothing in the process.
@@ -8,16 +8,14 @@ import argparse
 import contextlib
 import errno
 import hashlib
-import io
-import itertools
-import json
 import math
 import os
 import re
 import signal
-import socket
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # a job scheduler or container, Ctrl-C, SLURM's warning, a lost connection
@@ -190,7 +188,7 @@ def own_streams():
 def run_script(main, args):
     """Run a script's main. InputError, OSError and MemoryError become one `error: ...` line and exit status 2, warnings
     a `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
-    with own_streams():
+    with own_streams(), stopped_by_signals():
         try:
             try:
                 main(args)
@@ -207,6 +205,46 @@ def run_script(main, args):
         except KeyboardInterrupt:
             print("stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)
+        except Stopped as stopped:
+            if not stopped.reported:
+                print(f"stopped by {stopped}", file=sys.stderr)
+            raise
+
+
+class Stopped(SystemExit):
+    """Somebody asked the process to end; `code` is the exit status, 128 + the number of the signal; `reported` whether
+    the user has been told."""
+
+    reported = False
+
+    def __str__(self):
+        return signal.Signals(self.code - 128).name
+
+
+@contextlib.contextmanager
+def stopped_by_signals():
+    """STOP_SIGNALS that would end the process at once raise Stopped, so that nothing temporary is left."""
+
+    def stop(number, frame):
+        raise Stopped(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:  # Ctrl-C raises anyway, and nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Threads(ThreadPoolExecutor):
+    """Threads that begin nothing more once their context ends by an exception, as Ctrl-C and signals are."""
+
+    def __exit__(self, *problem):
+        self.shutdown(cancel_futures=True)
 
 
 def printable(text, breaks="\n"):
@@ -240,208 +278,6 @@ def seed_of(*seeds):
 def fingerprint(text, digits=12):
     """The first hex digits of the SHA-256 of a text, such as an id that a file should not name."""
     return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:digits]
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_atomically(path, write):
-    """`write(temporary path)`, then move it into place, so that no reader meets half a file. OSError if it cannot be
-    done; what was there before is then untouched."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or after a power cut the new name may belong to an empty file
-        os.replace(temporary, path)
-    except OSError as problem:
-        reason = problem.strerror or problem
-        if not path.parent.is_dir():
-            reason = f"the folder {path.parent} is gone"
-        kept = "; what was there before is untouched" if path.exists() else ""
-        raise OSError(f"{path} cannot be written: {reason}{kept}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-FORMULA = r"('*[=+\-@\t\r\n])"  # what a spreadsheet would take for one, and what `disarm` itself put before it
-
-
-def disarm(cell):
-    """A cell of text that a spreadsheet cannot take for a formula: one more ' before what looks like one."""
-    return re.sub(f"^{FORMULA}", r"'\1", cell) if isinstance(cell, str) else cell
-
-
-def write_csv(path, table):
-    """Write a table for people and spreadsheets; `read_csv` is its inverse."""
-    import pandas as pd
-
-    text = [name for name in table if table[name].dtype == object or isinstance(table[name].dtype, pd.StringDtype)]
-    table = table.assign(**{name: table[name].map(disarm, na_action="ignore") for name in text})
-    # names of files may hold bytes that are not UTF-8; they are written back as they came
-    form = dict(index=False, float_format="%.7g", errors="surrogateescape")
-    write_atomically(path, lambda temporary: table.to_csv(temporary, **form))
-
-
-def read_csv(path):
-    """A table of strings as `write_csv` wrote it; an empty cell is missing, but a scan may be named NA."""
-    import pandas as pd
-
-    table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
-    return table.mask(table == "").replace(f"^'{FORMULA}", r"\1", regex=True).astype("string")
-
-
-def read_bytes(path):
-    """All of a file that people made. ValueError where it is none: a pipe would be waited for without limit."""
-    if not os.path.isfile(path):
-        raise ValueError("it is a folder or a pipe" if os.path.exists(path) else "there is no such file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as problem:
-        raise ValueError(problem.strerror) from None
-
-
-MISSING = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "not available", "nan", "none", "null", "unknown", "unk",
-           "missing", "?", "-", "--", "."}  # in any case
-
-
-def read_table(path, columns):
-    """A table that people made, as text: separated by commas, semicolons or tabs, in UTF-8 or UTF-16, with names of
-    columns in any case. Words that mean "missing" are missing, but not in the column scan: one may be named NA.
-    InputError where it cannot be read or lacks one of the `columns`."""
-    import pandas as pd
-
-    try:
-        raw = read_bytes(path)
-        if raw[:4] == b"PK\3\4":
-            raise ValueError("it is a workbook; save it as CSV")
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raw = raw.decode("utf-16").encode()
-        first = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
-        # names of files may hold bytes that are not UTF-8; the header is read as a row, for pandas renames twins in it
-        table = pd.read_csv(io.BytesIO(raw), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False,
-                            header=None, encoding="utf-8-sig", encoding_errors="surrogateescape")
-        table = table.apply(lambda column: column.str.strip())
-        table = table[1:].set_axis(table.iloc[0].str.lower(), axis=1).reset_index(drop=True).rename_axis(columns=None)
-    except ValueError as problem:
-        reason = str(problem).strip()
-        raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
-    if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}, and "
-                         "none twice")
-    return table.apply(lambda column: column if column.name == "scan" else
-                       column.where(~column.str.lower().isin(MISSING)))
-
-
-def make_log(path):
-    """A function that prints a line past the bars and appends it to the file."""
-    from tqdm import tqdm
-
-    def log(line):
-        line = printable(line)
-        tqdm.write(line)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    return log
-
-
-def make_folder(path):
-    """The folder `path`, made if it is not there. OSError if it cannot be made or written into."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise OSError(f"{path} is not a folder, or lies in a file; name another with --out") from None
-    except OSError as problem:
-        raise OSError(f"the folder {path} cannot be made: {problem.strerror}; name another with --out") from None
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise OSError(f"the folder {path} cannot be written into; name another with --out")
-    return path
-
-
-def open_out(path, default, or_else=""):
-    """The folder for results: `path`, made if it is not there, or without one `default`, default-2, ... where it is
-    taken. InputError if it is not empty, since nothing is overwritten; `or_else` says what else can be done."""
-    if path is None:
-        make_folder(Path(default).parent)
-        for number in itertools.count(1):
-            folder = Path(default if number == 1 else f"{default}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    folder = make_folder(path)
-    if any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
-    return folder
-
-
-def clear_folder(out, made):
-    """Empty the folder of work that failed at its start, so that the corrected command can be given; it is removed
-    where it was `made` for that: what was there stays, and so does a link to it."""
-    import shutil
-
-    with contextlib.suppress(OSError):  # what went wrong before counts more
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if made:
-            out.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """The folder for this process alone, as long as the context is open: the operating system holds the lock and lets
-    go of it when the process ends, however it ends. InputError where another process has it."""
-    path = Path(folder) / "in_use"
-    try:
-        file = _open_locked(path)
-    except ImportError:  # Windows
-        yield
-        return
-    except BlockingIOError:
-        holder = path.read_text() if path.exists() else ""
-        raise InputError(f"{folder} is in use by {holder or 'another process'}; wait for its end, stop it, or choose a "
-                         "new --out") from None
-    except OSError as problem:
-        raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def _open_locked(path):
-    """The file `path`, opened and locked, if its file system has locks. BlockingIOError where another process has the
-    lock."""
-    import fcntl
-
-    for _ in range(10):
-        file = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError:  # a file system without locks
-            return file
-        # who held it may have removed it since it was opened: a lock on such a file keeps nobody away
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                return file
-        file.close()
-    raise BlockingIOError
 
 
 def near(path):

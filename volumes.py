@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,10 +22,11 @@ import pandas as pd
 from PIL import Image
 
 import readers
+from files import clear_folder, own_folder, write_csv, write_json
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
 from subjects import TABLES
-from utils import InputError, clear_folder, open_out, write_csv, write_json
+from utils import InputError, Threads
 
 # world axis of slices, rows, columns, and whether it is counted upwards
 PLANES = {"axial": ((2, 1), (1, -1), (0, 1)), "coronal": ((1, 1), (2, -1), (0, 1)),
@@ -267,6 +267,9 @@ def extract(table, look, out, workers=None, bar="extracting"):
             return {"error": str(problem)}
         except OSError as problem:
             return {"error": f"cannot be read: {reason(problem)}"}
+        except MemoryError:
+            raise OSError(f"memory ran out at {row.source}; take a larger --spacing, fewer volumes at once (--workers "
+                          "of extract.py), or a larger machine") from None
         folder = Path(draft, "slices", row.folder if classes else "")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +282,7 @@ def extract(table, look, out, workers=None, bar="extracting"):
     # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
     with (tempfile.TemporaryDirectory(prefix=".extract-", dir=out, ignore_cleanup_errors=True) as draft,
           warnings.catch_warnings(),
-          ThreadPoolExecutor(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
+          Threads(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
         warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
         Path(draft, "slices").mkdir()
         done = pool.map(work, table.itertuples(index=False))
@@ -296,9 +299,9 @@ def extract(table, look, out, workers=None, bar="extracting"):
 class CutInputs:
     """The inputs of predict.py, the volumes among them cut into a folder of slices: `inputs` has that folder in their
     place, `lines` say how they were cut, `beside` are the volumes and their folders. The folder is temporary, or
-    --keep-slices, which must be empty."""
+    --keep-slices, which must be empty, and is for this process alone as long as the ExitStack `held` is open."""
 
-    def __init__(self, args, checkpoint):
+    def __init__(self, args, checkpoint, held):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
         self.temporary, self.beside, self.warnings, self.table = None, [], [], pd.DataFrame(columns=COLUMNS)
@@ -309,7 +312,8 @@ class CutInputs:
         look, known, self.warnings = look_of(checkpoint, args)
         if not args.keep_slices:
             self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
-        folder = open_out(args.keep_slices or self.temporary.name, None, " or --keep-slices")
+            held.enter_context(self.temporary)
+        folder = held.enter_context(own_folder(args.keep_slices or self.temporary.name, None, " or --keep-slices"))
         self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
         self.beside = [*volumes, *self.table.source]
         used = [file for source in self.table.source for file in readers.files_of(source)]
@@ -317,7 +321,7 @@ class CutInputs:
         self.warnings += [line for given in volumes if os.path.isdir(given) for line in passed_over(given, used)]
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
-            clear_folder(folder, made=False)  # so that the corrected command can be given
+            clear_folder(folder)  # so that the corrected command can be given
             raise InputError("; ".join(f"{row.source} {row.error}" for row in bad.itertuples()))
         parts = [self.folder / name for name in ("train", "test") if (self.folder / name).is_dir()]
         self.inputs += [*map(str, parts or [self.folder] * (len(bad) < len(self.table))), *bad.source]

@@ -42,10 +42,11 @@ from anatomy import render
 from assess import format_table
 from checkpoint import build_model, load_checkpoint
 from dataset import load_inputs, read_index
+from files import write_atomically
 from listing import list_inputs
 from metrics import expit
 from phantom import EFFECT, plan, plan_local
-from utils import CLASSES, write_atomically
+from utils import CLASSES
 
 # cue: (subjects of the phantom, how its scans are planned, recipe)
 PHANTOMS = {"local": (200, plan_local, "small"), "global": (100, plan, "demo")}

@@ -76,6 +76,15 @@ def oasis():
     return root / "AD_NC"
 
 
+@pytest.fixture(scope="session")
+def adult():
+    """ch2.nii.gz, a whole adult head, with ch2bet.nii.gz, its brain."""
+    templates = Path("/usr/share/mricron/templates")
+    if not (templates / "ch2.nii.gz").exists():
+        pytest.skip("no ch2.nii.gz; install Debian's mricron-data")
+    return templates / "ch2.nii.gz", templates / "ch2bet.nii.gz"
+
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
          "--val-fraction", "0.25"]  # fmt: skip

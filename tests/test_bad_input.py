@@ -14,15 +14,14 @@ import command
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, SMALL, train_small, train_steps, write_set, write_slice
+from conftest import ROOT, SMALL, train_steps, write_set, write_slice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy import ndimage
 
 import assess
 import dataset
-import phantom
+import files
 import predict
 import slices
 import train
@@ -284,7 +283,7 @@ def test_prediction_continues_and_writes_a_row_with_the_reason(run_folder, ad_nc
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert f"{len(REFUSED) + 2} of {len(REFUSED) + 2 + len(NAMES) + 1} files could not be read" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
-    table = utils.read_csv(tmp_path / "out" / "predictions.csv")
+    table = files.read_csv(tmp_path / "out" / "predictions.csv")
     assert table.error.notna().sum() == len(REFUSED) + 2 and (table.error.isna() == table.p_AD.notna()).all()
     good = table[table.error.isna()]
     assert {os.fsencode(os.path.basename(path)) for path in good.path} == {
@@ -341,76 +340,8 @@ def test_a_name_is_neither_a_formula_of_a_spreadsheet_nor_of_a_picture(run_folde
 def test_a_table_is_read_back_as_it_was_and_holds_no_formula(cells):
     cells = ["'=2", *cells]
     with tempfile.TemporaryDirectory() as folder:
-        utils.write_csv(Path(folder) / "a.csv", pd.DataFrame({"cell": cells, "n": range(len(cells))}))
-        again = utils.read_csv(Path(folder) / "a.csv")
+        files.write_csv(Path(folder) / "a.csv", pd.DataFrame({"cell": cells, "n": range(len(cells))}))
+        again = files.read_csv(Path(folder) / "a.csv")
         raw = pd.read_csv(Path(folder) / "a.csv", dtype=str, keep_default_na=False)
     assert again.cell.fillna("").tolist() == cells
     assert not raw.cell.str.match(r"[=+\-@\t\n]").any()
-
-
-# ---------------------------------------------------------------- out of the training range
-
-
-@pytest.fixture(scope="module")
-def brains(tmp_path_factory):
-    """(a run of an epoch on a small phantom, its AD_NC)"""
-    root = phantom.draw(tmp_path_factory.mktemp("phantom"), subjects=12, progress=False)
-    return train_small(root, tmp_path_factory.mktemp("run") / "run", "--epochs", "1"), root
-
-
-def with_skull_and_neck(pixels):
-    """The head that a brain was stripped of: dark skull, bright scalp, and a neck down to the border."""
-    brain = ndimage.binary_fill_holes(ndimage.binary_closing(pixels >= 20, iterations=3))
-    distance = ndimage.distance_transform_edt(~brain)
-    head = pixels.copy()
-    head[(distance > 7) & (distance <= 18)] = 190
-    y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
-    head[(y > 150) & (np.abs(x - 130) < 40) & (distance > 18)] = 120
-    return head
-
-
-def photograph(pixels):
-    noise = ndimage.gaussian_filter(np.random.default_rng(int(pixels.sum())).normal(size=(*pixels.shape, 3)), (9, 9, 0))
-    return np.interp(noise, (noise.min(), noise.max()), (0, 255)).astype(np.uint8)
-
-
-def coloured(pixels):
-    return np.stack([pixels, pixels // 2, 255 - pixels], 2)
-
-
-@pytest.mark.parametrize("change", [
-    with_skull_and_neck, photograph, coloured, lambda pixels: 255 - pixels, lambda pixels: pixels * 0,
-    lambda pixels: np.kron(pixels, np.ones((3, 3), np.uint8)),
-], ids=["head", "photograph", "colour", "inverted", "black", "larger"])  # fmt: skip
-def test_an_input_out_of_the_training_range_gets_a_warning_and_no_verdict(brains, tmp_path, capsys, change):
-    run, root = brains
-    paths = sorted((root / "test" / "AD").iterdir())[:40]
-    for path in paths:
-        Image.fromarray(change(np.asarray(Image.open(path)))).save(tmp_path / f"{path.stem}.png")
-    words = [str(tmp_path), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path / "out")]
-    predict.main(predict.parse_args([*words, "--coverage", "0.5"]))
-    printed = capsys.readouterr()
-    assert "40 of 40 slices are out of the training range" in printed.err
-    assert printed.err.count("is out of the training range: ") == 10  # each has its row, ten a line
-    assert printed.out.count("no verdict") == 2 and "AD," not in printed.out
-    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
-    assert table.out_of_range.str.contains("in training").all()
-    scans = pd.read_csv(tmp_path / "out" / "scans.csv")
-    assert (scans.n_out_of_range == 20).all() and (scans.prediction_set == "AD|NC").all()
-
-
-def test_slices_within_the_training_range_get_no_warning(brains, tmp_path, capsys):
-    run, root = brains
-    words = [str(root / "test"), "--checkpoint", str(run / "best_model.pth"), "--out", str(tmp_path)]
-    predict.main(predict.parse_args(words))
-    printed = capsys.readouterr()
-    assert "range" not in printed.out + printed.err
-    assert pd.read_csv(tmp_path / "predictions.csv").out_of_range.isna().all()
-
-
-def test_real_slices_of_other_subjects_get_no_warning(oasis):
-    index = dataset.read_index(oasis)
-    _, stats, _ = slices.load_slices(index.path.tolist(), slices.common_size(index.path), bar=None)
-    train = (index.split == "train").to_numpy()
-    found = slices.out_of_range(stats[~train], slices.stats_range(stats[train]))
-    assert found.notna().mean() < 0.005

@@ -19,10 +19,10 @@ import predict
 from anatomy import render
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import read_index
+from files import read_csv
 from modules import ConvNeXt, make_model
 from phantom import plan_local
 from slices import eval_transform
-from utils import read_csv
 
 BLACK = -torch.ones(1, 1, 32, 32)
 

@@ -13,11 +13,11 @@ from test_bad_input import CONVERTED, JPEG, REFUSED, L, encoded, rotated, use
 
 import checkpoint
 import dataset
+import files
 import listing
 import predict
 import slices
 import train
-import utils
 
 SEEDS = [JPEG, rotated(), *(data for data, *_ in CONVERTED.values()), *(data for data, _ in REFUSED.values() if
                                                                      len(data) < 10_000)]  # fmt: skip
@@ -165,6 +165,6 @@ def test_a_whole_prediction_of_many_mutated_files_ends_with_a_table(run_folder, 
             mutated(generator.choice(SEEDS), changes))
     words = [str(tmp_path / "in"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
     predict.main(predict.parse_args(words))
-    table = utils.read_csv(tmp_path / "out" / "predictions.csv")
+    table = files.read_csv(tmp_path / "out" / "predictions.csv")
     assert len(table) == 400 and (table.error.notna() ^ table.p_AD.notna()).all()
     assert table.error.notna().sum() > 20 < table.p_AD.notna().sum()

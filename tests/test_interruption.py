@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -367,38 +366,6 @@ def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, 
     assert re.search(r"the last good checkpoint is .*last\.pth, after epoch 2, .*--resume", done.stderr, re.DOTALL)
     assert all(path.read_bytes() == data for path, data in before.items()) and not list(run.rglob("*.tmp"))
     assert len(pd.read_csv(resume(run) / "training_history.csv")) == 4
-
-
-@pytest.mark.parametrize("write", [
-    "utils.write_json(path, {'a': [1] * 10**6})",
-    "utils.write_csv(path, pandas.DataFrame({'a': ['text'] * 10**6}))",
-    "checkpoint.save_checkpoint(path, weights=torch.zeros(10**6))",
-])  # fmt: skip
-def test_every_kind_of_file_is_whole_or_as_before(tmp_path, write):
-    file = tmp_path / "file"
-    file.write_bytes(b"before")
-    script = (f"import sys, pandas, torch, checkpoint, utils; path = sys.argv[1]\n"
-              f"try: {write}\nexcept OSError as problem: sys.exit(str(problem))")
-    done = command.run(script, file, file_size=100_000)
-    assert done.returncode == 1 and done.stderr.startswith(f"{file} cannot be written: ")
-    assert file.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert command.run(script, file).returncode == 0 and file.stat().st_size > 10**6
-
-
-def test_a_folder_that_cannot_be_written_is_one_error():
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
-        os.chmod(folder, 0o555)
-        os.seteuid(65534 if os.getuid() == 0 else os.getuid())  # for root, no folder is read-only
-        try:
-            with pytest.raises(OSError, match="the folder .* cannot be written into"):
-                utils.make_folder(folder)
-            with pytest.raises(OSError, match="x.json cannot be written: Permission denied"):
-                utils.write_json(os.path.join(folder, "x.json"), {})
-            with pytest.raises(OSError, match="run cannot be made: Permission denied"):
-                utils.make_folder(os.path.join(folder, "run"))
-        finally:
-            os.seteuid(os.getuid())
-            os.chmod(folder, 0o755)
 
 
 def test_an_out_that_is_a_file_is_refused_before_anything_is_done(ad_nc, run_folder, tmp_path):

@@ -86,7 +86,7 @@ def test_folders_beside_slices_are_no_classes_and_folders_of_patients_are_propos
     write_slice(tmp_path / "a_70.jpeg", True, 0)
     write_slice(tmp_path / "normal" / "b_70.jpeg", True, 0)
     found = list_inputs([tmp_path])
-    assert found.index.label.isna().all() and "ignored 1 files and folders" in found.warnings[0]
+    assert found.index.label.isna().all() and found.warnings == [f"passed over: 1 file in {tmp_path}/normal"]
     for name in ("p1", "p2"):
         write_slice(tmp_path / "patients" / name / "c_70.jpeg", True, 0)
     with pytest.raises(utils.InputError, match="did you mean .*/p1 and 1 others"):

@@ -33,6 +33,22 @@ def test_a_contact_sheet_has_subjects_of_both_classes_and_slices_from_end_to_end
         assert (shown[0], shown[-1]) == (own.row.min(), own.row.max())
 
 
+def test_mean_slices_by_number_show_a_window_that_tells_the_classes_apart(tmp_path, pictures):
+    pairs = [(label, first + k // 2) for label, first in (("AD", 0), ("NC", 6)) for k in range(20)]
+    index = pd.DataFrame(pairs, columns=["label", "slice"]).assign(row=range(40))
+    images = (index.slice * 10 + (index.label == "AD")).to_numpy(np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    rows = dataset.means_by_position(dataset.SliceSet(index, images))
+    assert [text for text, _ in rows] == ["all slices", "slices 0 to 3", "slices 4 to 7", "slices 8 to 11",
+                                          "slices 12 to 15"]  # fmt: skip
+    counts = [(means["AD"][1], means["NC"][1]) for _, means in rows]
+    assert counts == [(20, 20), (8, 0), (8, 4), (4, 8), (0, 8)]
+    assert rows[1][1]["NC"][0] is None and rows[4][1]["AD"][0] is None
+    np.testing.assert_allclose([means["AD"][0][0, 0] for _, means in rows[:4]], [46, 16, 56, 86])
+    plots.plot_means(tmp_path / "means.png", rows, "a set")
+    plots.plot_means(tmp_path / "one.png", dataset.means_by_position(dataset.SliceSet(index[:1], images)), "one slice")
+    assert {path.name for path in tmp_path.iterdir()} == {"means.png", "one.png"}
+
+
 def test_the_mean_slice_is_that_of_the_rows_asked_for():
     images = np.random.default_rng(0).integers(0, 256, (600, 5, 4), np.uint8)
     rows = np.arange(1, 600, 2)

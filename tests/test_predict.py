@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,13 +9,17 @@ import torch
 from conftest import write_slice
 from PIL import Image
 
+import files
 import inference
 import metrics
 import predict
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import load_inputs
 from listing import list_inputs
+from report import claimed
 from runtime import Runtime
+from slices import MOST_PLACES, passed_over
+from utils import InputError
 
 
 def run_predict(run_folder, out, *inputs, checkpoint=None):
@@ -179,17 +184,40 @@ def test_two_files_of_one_slice_are_refused_and_one_file_named_twice_counts_once
     assert len(list_inputs([given, given.name]).index) == 1
 
 
-def test_what_is_ignored_is_named(run_folder, tmp_path, capsys):
-    write_slice(tmp_path / "in" / "1_1.png", True, 0)
-    write_slice(tmp_path / "in" / "more" / "2_2.png", True, 0)
-    (tmp_path / "in" / "3_3.dcm").write_bytes(b"")
-    write_slice(tmp_path / "in" / ".4_4.png", True, 0)
-    (tmp_path / "in" / "subjects.csv").write_text("scan,subject\n1,somebody\n")  # which is read
-    assert len(run_predict(run_folder, tmp_path / "out", tmp_path / "in")) == 1
-    assert "ignored 3 files and folders that are not slices, or not in the " in capsys.readouterr().err
-    (tmp_path / "in" / "more" / "subjects.csv").write_text("scan,subject\n")  # which is not
-    assert len(run_predict(run_folder, tmp_path / "again", tmp_path / "in", tmp_path / "in" / "more")) == 2
-    assert "ignored 3 files and folders" in capsys.readouterr().err
+def test_what_is_passed_over_is_named_by_kind_and_folder(run_folder, tmp_path, capsys):
+    root = tmp_path / "in"
+    for name in ("1_1.png", "more/2_2.png", "more/2_3.png", "more/deep/2_4.png", ".4_4.png"):
+        write_slice(root / name, True, 0)
+    (root / "3_3.dcm").write_bytes(b"")
+    (root / "subjects.csv").write_text("scan,subject\n1,somebody\n")  # which is read
+    assert len(run_predict(run_folder, tmp_path / "out", root)) == 1
+    said = {f"1 .dcm file in {root}", f"2 files in {root}/more", f"1 file in {root}/more/deep",
+            "1 file left by archives and tools, such as .DS_Store"}  # fmt: skip
+    told = re.findall("passed over: (.*)", capsys.readouterr().err)
+    assert set(told) == said and len(told) == len(said)
+    (root / "more" / "notes.txt").write_text("")
+    assert len(run_predict(run_folder, tmp_path / "again", root, root / "more")) == 3
+    said = said - {f"2 files in {root}/more"} | {f"1 .txt file in {root}/more"}
+    told = re.findall("passed over: (.*)", capsys.readouterr().err)
+    assert set(told) == said and len(told) == len(said)
+
+
+def test_a_third_class_beside_the_two_is_passed_over_by_count(ad_nc, tmp_path):
+    for k in range(3):
+        write_slice(tmp_path / "MCI" / f"9_{k}.png", True, 0)
+    for label in ("AD", "NC"):
+        (tmp_path / label).symlink_to(ad_nc / "test" / label)
+    (tmp_path / "AD.png").symlink_to(next((ad_nc / "test" / "AD").iterdir()))
+    assert [line for line in list_inputs([tmp_path]).warnings if line.startswith("passed")] == [
+        f"passed over: 3 files in {tmp_path}/MCI", f"passed over: 1 .png file in {tmp_path}"]
+
+
+def test_what_is_passed_over_in_a_hundred_places_is_added_up(tmp_path):
+    for k in range(100):
+        (tmp_path / f"sub-{k}").mkdir()
+        (tmp_path / f"sub-{k}" / "x").write_text("")
+    lines = passed_over(tmp_path, [])
+    assert len(lines) == MOST_PLACES + 1 and lines[-1] == f"passed over: {100 - MOST_PLACES} files in other places"
 
 
 def test_folders_of_classes_given_one_by_one_are_said_to_be_no_labels(ad_nc):
@@ -228,6 +256,20 @@ def test_a_prediction_does_not_replace_results(run_folder, ad_nc, tmp_path):
         with pytest.raises(ValueError, match="is not empty, and nothing is overwritten; choose a new --out"):
             run_predict(run_folder, out, ad_nc / "test" / "AD" / "300_70.jpeg")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_another_process_is_writing_is_refused_and_what_fails_leaves_nothing(run_folder, ad_nc, tmp_path):
+    words = [str(ad_nc / "test"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
+    page = ["--report", str(tmp_path / "page.html")]
+    (tmp_path / "out").mkdir()
+    with files.locked(tmp_path / "out"), pytest.raises(InputError, match="not empty|is in use by process"):
+        predict.main(predict.parse_args(words))
+    with claimed(page[1]), pytest.raises(InputError, match="page.html is already there"):
+        predict.main(predict.parse_args([*words, *page]))
+    (tmp_path / "out").rmdir()
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        predict.main(predict.parse_args([str(tmp_path / "nowhere"), *words[1:], *page]))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc, tmp_path):

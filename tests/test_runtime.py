@@ -133,20 +133,22 @@ def test_a_process_that_dies_ends_all_within_a_minute(ad_nc, tmp_path, rank):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2  # and the run can be resumed
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_resumes(ad_nc, tmp_path, whole_group):
+@pytest.mark.parametrize("to, number", [
+    ("one process", signal.SIGTERM),  # the others must not wait for it in vain
+    ("all", signal.SIGTERM),  # as a terminal, SLURM and containers do; the launcher hands it on, too
+    ("all", signal.SIGUSR1), ("launcher", signal.SIGUSR1), ("launcher", signal.SIGKILL),  # which it dies of
+])  # fmt: skip
+def test_a_signal_stops_all_processes_after_the_same_step_and_any_number_resumes(ad_nc, tmp_path, to, number):
     launcher, ranks = start(tmp_path / "run", ad_nc, "--epochs", "5000")
-    if whole_group:  # as a terminal, SLURM and containers do; the launcher hands it on, too
-        for number in ranks.values():
-            os.kill(number, signal.SIGTERM)
-        os.killpg(launcher.pid, signal.SIGTERM)
-    else:
-        os.kill(ranks[1], signal.SIGTERM)  # to one alone: the others must not wait for it in vain
-    launcher.communicate(timeout=60)
+    if to == "all":
+        for process in ranks.values():
+            os.kill(process, number)
+    os.kill(ranks[1] if to == "one process" else launcher.pid, number)
+    launcher.communicate(timeout=60)  # until the last of them has closed its output
     log = (tmp_path / "run" / "training_log.txt").read_text()
     last = load_checkpoint(tmp_path / "run" / "last.pth")
     stopped = re.search(r"saved after step (\d+) of 4 of epoch (\d+)", log)
-    assert "stopped by SIGTERM; resume with" in log and launcher.returncode != 0
+    assert re.search("stopped by SIG(TERM|USR1); resume with", log) and launcher.returncode != 0
     if stopped:  # within an epoch; else it was asked between two
         assert (last["step"], last["epoch"] + 1) == tuple(map(int, stopped.groups()))
         assert len(last["sums"]) == 2

@@ -4,6 +4,7 @@ import collections
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import command
 import pytest
@@ -11,6 +12,7 @@ from conftest import ROOT, SMALL, train_small, train_steps
 
 import dataset
 import engine
+import files
 import predict
 import runtime
 import train
@@ -105,7 +107,7 @@ def test_a_run_that_another_has_finished_meanwhile_is_not_written_over(ad_nc, tm
     """It was empty when it was looked at, and free when it was locked."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "best_model.pth").write_text("of the other")
-    monkeypatch.setattr(train, "open_out", lambda path, *more: path)
+    monkeypatch.setattr(files, "open_out", lambda path, *more: Path(path))
     with pytest.raises(utils.InputError, match="run is not empty, and nothing is overwritten"):
         train_steps(ad_nc, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["best_model.pth"]

@@ -14,6 +14,7 @@ import torchvision
 from conftest import ROOT, SCANS, SMALL, train_small, train_steps, write_set
 
 import engine
+import files
 import modules
 import train
 import utils
@@ -141,7 +142,7 @@ def test_a_finished_run_without_last_pth_is_not_trained_over(run_folder, tmp_pat
 
 
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path):
-    folders = [utils.open_out(None, tmp_path / "runs" / "now") for _ in range(3)]
+    folders = [files.open_out(None, tmp_path / "runs" / "now") for _ in range(3)]
     assert [folder.name for folder in folders] == ["now", "now-2", "now-3"]
 
 

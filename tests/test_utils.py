@@ -1,9 +1,17 @@
+import contextlib
+import fcntl
 import os
-import socket
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
 
 import command
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import utils
 
@@ -28,23 +36,25 @@ def test_learning_rate_without_warm_up_or_with_nothing_but_warm_up():
     assert utils.lr_at(4, **RECIPE | dict(warmup_epochs=0.5)) == pytest.approx(1e-3)
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- streams, signals, words
 
 
-def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
-    file = tmp_path / "x.json"
-    utils.write_json(file, {"a": 1})
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        utils.write_atomically(file, fail)
-    assert file.read_text() == '{\n  "a": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-# ---------------------------------------------------------------- streams, and who has a folder
+def test_bars_are_for_terminals_and_nothing_is_ever_coloured(ad_nc):
+    """NO_COLOR has nothing to turn off: a terminal that has colours gets none either."""
+    script = f"import pathlib, slices; slices.load_slices(list(pathlib.Path({str(ad_nc)!r}).rglob('*.jpeg')), (24, 20))"
+    words = dict(args=[sys.executable, "-c", script], env=os.environ | {"TERM": "xterm-256color"}, cwd=ROOT)
+    assert subprocess.run(**words, capture_output=True).stderr == b""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with open(ours, "rb", 0) as screen:
+        process = subprocess.Popen(**words, stderr=theirs)
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the end of a terminal is an error
+            while part := screen.read(4096):
+                seen += part
+        assert process.wait() == 0
+    assert b"decoding" in seen and b" slices" in seen and not re.search(rb"\x1b\[[\d;]*m", seen)
 
 
 GONE = ("import os, sys, utils\nread, write = os.pipe()\nos.close(read)\nsys.{name} = os.fdopen(write, 'w')\n"
@@ -60,8 +70,8 @@ def test_a_script_outlives_the_reader_of_what_it_prints(tmp_path, name):
 
 def test_a_script_runs_where_the_streams_are_closed_or_belong_to_a_notebook(tmp_path):
     for streams in ("sys.stdout = sys.stderr = None", "sys.stdout = sys.stderr = io.StringIO()"):
-        script = (f"import io, sys, utils\n{streams}\nbefore = sys.stdout, sys.excepthook\ndef main(args):\n"
-                  "    print('x'); utils.make_log(sys.argv[1])('a line')\nutils.run_script(main, None)\n"
+        script = (f"import files, io, sys, utils\n{streams}\nbefore = sys.stdout, sys.excepthook\ndef main(args):\n"
+                  "    print('x'); files.make_log(sys.argv[1])('a line')\nutils.run_script(main, None)\n"
                   "assert (sys.stdout, sys.excepthook) == before\nsys.stdout = sys.__stdout__")  # fmt: skip
         assert command.run(script, tmp_path / "log").returncode == 0, streams
     assert (tmp_path / "log").read_text() == "a line\n" * 2
@@ -77,30 +87,18 @@ def test_a_full_disk_behind_standard_output_is_an_error_and_not_silence():
     assert (done.returncode, done.stderr) == (2, said)
 
 
-def test_a_folder_is_for_one_process_and_a_dead_one_holds_nothing(tmp_path):
-    script = "import sys, utils\nutils.run_script(lambda args: utils.locked(sys.argv[1]).__enter__(), None)"
-    (tmp_path / "in_use").write_text("process 1 on a machine that lost power")
-    with utils.locked(tmp_path):
-        done = command.run(script, tmp_path)
-        assert done.returncode == 2 and f"is in use by process {os.getpid()} on {socket.gethostname()}; " in done.stderr
-    assert list(tmp_path.iterdir()) == [] and command.run(script, tmp_path).returncode == 0
-
-
-def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    genuine, locks = fcntl.flock, []
-
-    def flock(file, how):
-        if not locks:
-            os.unlink(tmp_path / "in_use")  # as the holder does at its end, between our open and our lock
-        locks.append(how)
-        genuine(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    script = "import sys, utils\nutils.run_script(lambda args: utils.locked(sys.argv[1]).__enter__(), None)"
-    with utils.locked(tmp_path):
-        assert len(locks) == 2 and command.run(script, tmp_path).returncode == 2
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("number", utils.STOP_SIGNALS)
+def test_a_signal_ends_a_script_by_way_of_what_it_has_to_tidy_up(tmp_path, number):
+    """Ctrl-C as well; what threads have not begun is dropped."""
+    script = (
+        "import os, sys, tempfile, time, utils\ndef main(args):\n"
+        "    with tempfile.TemporaryDirectory(dir=sys.argv[1]), utils.Threads(1) as pool:\n"
+        "        done = pool.map(time.sleep, [0.3] * 100)\n        os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "        list(done)\nutils.run_script(main, None)")  # fmt: skip
+    start = time.monotonic()
+    done = command.run(script, tmp_path, int(number))
+    assert done.returncode == 128 + number and done.stderr.startswith("stopped by ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [] and time.monotonic() - start < 20
 
 
 def test_a_value_that_begins_with_a_minus_is_a_value(capsys):

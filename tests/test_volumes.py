@@ -17,11 +17,10 @@ import anatomy
 import phantom
 import readers
 import volumes
-from slices import Unfit
+from slices import Unfit, passed_over
 from utils import InputError
 from volumes import ADNI, Look
 
-MRICRON = Path("/usr/share/mricron/templates")  # of Debian's mricron-data
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
 # ---------------------------------------------------------------- where things are
 
@@ -326,6 +325,13 @@ def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
     sorted(Path(gap).iterdir())[10].unlink()
     with pytest.raises(Unfit, match="cannot be converted by dcm2niix: .*(issing|nterslice)"):
         cut(gap)
+    cut_off = sorted(Path(write_dicom(tmp_path / "cut off")).iterdir())[10]
+    cut_off.write_bytes(cut_off.read_bytes()[:-300])
+    with pytest.raises(Unfit, match="by dcm2niix: .*not large enough .*010.dcm"):
+        cut(cut_off.parent)
+    (cut_off.parent / "notes.txt").write_text("")
+    said = passed_over(cut_off.parent, readers.files_of(str(cut_off.parent)))
+    assert said == [f"passed over: 1 .txt file in {cut_off.parent}"]
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1").write_bytes(bytes(128) + b"DICM" + b"rubbish" * 9)
     with pytest.raises(Unfit, match="cannot be converted by dcm2niix"):
@@ -386,14 +392,6 @@ def test_nibabels_own_volumes_are_cut_or_refused(tmp_path):
     for name in ("functional.nii", "example4d.nii.gz", "test.mgz"):
         with pytest.raises(Unfit, match="holds .* volumes; expected one"):
             volumes.extract_volume(str(data / name), Look())
-
-
-@pytest.fixture(scope="session")
-def adult():
-    """ch2.nii.gz, a whole adult head, with ch2bet.nii.gz, its brain."""
-    if not (MRICRON / "ch2.nii.gz").exists():
-        pytest.skip("no ch2.nii.gz; install Debian's mricron-data")
-    return MRICRON / "ch2.nii.gz", MRICRON / "ch2bet.nii.gz"
 
 
 def test_a_real_head_and_its_mirrored_storage_give_the_same_slices(adult, tmp_path):
