@@ -20,6 +20,7 @@ import slices
 from utils import fingerprint
 
 FORMAT = 5  # raise it when decoding changes
+UNUSED_DAYS = 60
 
 
 def cache_folder():
@@ -68,9 +69,7 @@ def write_cache(file, paths, size, bar):
     never where a slice could not be read, for that may be fixed without a trace. What is there for other files of the
     same folder is removed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    for left in file.parent.glob("slices-*.tmp"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            left.unlink(missing_ok=True)
+    _clean(file.parent)
     draft, draft_json = _make_draft(file), _make_draft(file)
     try:
         images = np.lib.format.open_memmap(draft, "w+", np.uint8, (len(paths), *size))
@@ -97,6 +96,20 @@ def write_cache(file, paths, size, bar):
     return images, known, errors
 
 
+def _clean(folder):
+    """Remove what processes that were killed have left, and what no run has read for a long time."""
+    now, unused = time.time(), 0
+    for left in folder.glob("slices-*"):
+        with contextlib.suppress(OSError):  # another process removes it, too
+            days = (now - left.stat().st_mtime) / (24 * 3600)
+            if days > (1 if left.suffix == ".tmp" else UNUSED_DAYS):
+                unused += left.stat().st_size * (left.suffix != ".tmp")
+                left.unlink()
+    if unused:
+        print(f"removed from {folder}: {unused / 1e6:,.0f} MB of decoded slices that nobody has read for {UNUSED_DAYS} "
+              "days", flush=True)
+
+
 def _make_draft(file):
     """An empty file beside `file`, for nobody else to read: slices of patients are not for everybody."""
     handle, name = tempfile.mkstemp(prefix=f"{file.stem}-", suffix=".tmp", dir=file.parent)
@@ -112,6 +125,10 @@ def read_cache(file, n):
         images, known = np.load(file, mmap_mode="r"), pd.DataFrame(known)
         whole = (checksum == fingerprint(text) and images.dtype == np.uint8 and list(images.shape) == shape
                  and len(known) == n and slices.hash_slices(images) == known.pixel_hash.tolist())
+        if whole:
+            for kept in (file, file.with_suffix(".json")):
+                with contextlib.suppress(OSError):  # of another user
+                    os.utime(kept)  # for _clean
         return (images, known, [None] * n) if whole else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError):  # not there, cut off, or not a cache
         return None

@@ -153,7 +153,9 @@ def format_comparison(comparison):
 def format_each(folders):
     """Lines of a table of what runs have written themselves: a row for each run, part and unit."""
     rows = [["run", "part", "unit", "n", *(METRICS[name] for name in COMPARED)]]
-    for folder in folders:
+    names = [Path(folder).absolute().name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    for called, folder in zip(names, folders):
         parts = [part for part in ("val", "test") if (Path(folder) / part / "metrics.json").exists()] or [""]
         for part in parts:
             _, scores = read_run(folder, part or "test")
@@ -162,7 +164,7 @@ def format_each(folders):
                 for unit in UNITS if found else ():
                     if found[unit] is not None:
                         cells = (cell(found[unit], metric) for metric in COMPARED)
-                        rows.append([Path(folder).name, title, unit, f"{found[unit]['n']:,}", *cells])
+                        rows.append([called, title, unit, f"{found[unit]['n']:,}", *cells])
     return format_table(rows)
 
 

@@ -127,6 +127,23 @@ def test_what_a_killed_process_left_in_the_cache_is_removed_after_a_day(ours):
     assert load()[0] == 90 and not old.exists() and new.exists()
 
 
+def test_decoded_slices_that_nobody_reads_are_removed_and_those_in_use_stay(ours, capsys):
+    root, load = ours
+    load()
+    used, unused = cache_file(), cache_file().with_name("slices-0-1.npy")
+    demo = used.with_name("phantom-80")
+    for path in (unused, unused.with_suffix(".json"), demo):
+        path.write_bytes(b"x")
+    for path in used.parent.iterdir():
+        os.utime(path, (0, 0))
+    assert load()[0] == 0  # which marks them as read
+    capsys.readouterr()
+    cache.decode(read_index(root).path.tolist()[:5], lambda: (40, 48), root.parent)  # another set
+    assert used.exists() and used.with_suffix(".json").exists() and demo.exists()
+    assert not unused.exists() and not unused.with_suffix(".json").exists()
+    assert f"of decoded slices that nobody has read for {cache.UNUSED_DAYS} days" in capsys.readouterr().out
+
+
 def test_a_set_with_files_that_cannot_be_read_is_not_kept_for_they_may_be_fixed(ours, monkeypatch):
     root, load = ours
     first, genuine = str(root / "train" / "AD" / "100_70.jpeg"), cache.slices._decode

@@ -244,6 +244,15 @@ def test_each_lists_runs_as_they_wrote_themselves(run_folder, folds, capsys):
     assert re.match(r"\| run +\| test +\| slice +\| 30 +\| 1.000 \[1.000, 1.000\] \|", lines[5])
 
 
+def test_each_tells_runs_of_equal_names_apart(run_folder, tmp_path, capsys, monkeypatch):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "fold0").symlink_to(run_folder)
+    monkeypatch.chdir(tmp_path)
+    lines = run_evaluate(capsys, "a/fold0", "b/fold0", "--each").splitlines()
+    assert {line.split()[1] for line in lines[2:]} == {"a/fold0", "b/fold0"}
+
+
 def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, capsys):
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--lr", "1e-9", "--threshold", "youden")
     calibration = json.loads((run / "test" / "metrics.json").read_text())["calibration"]
