@@ -32,7 +32,7 @@ NEAR_BLACK = 16  # grey levels below are background
 FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
            "TIFF": (".tif", ".tiff"), "WEBP": (".webp",)}  # fmt: skip
 EXTENSIONS = sum(FORMATS.values(), ())
-MOST_PLACES = 20  # of which one reads what was passed over in them
+MOST_PLACES, MOST_COUNTED = 20, 100_000  # of what is passed over: what one reads, and what one waits for
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 # ---------------------------------------------------------------- files
@@ -79,6 +79,9 @@ def passed_over(root, used):
                 counts["", "left by archives and tools, such as .DS_Store"] += 1
             else:
                 counts[f"{kind} " * (place in ours), f"in {printable(folder)}"] += 1
+        if counts.total() > MOST_COUNTED:  # as behind a link to /
+            lines.append(f"passed over: more than {MOST_COUNTED:,} files; the others are not counted")
+            break
     found = counts.most_common(MOST_PLACES)
     more = counts.total() - sum(n for _, n in found)
     if more:

@@ -13,6 +13,7 @@ import files
 import inference
 import metrics
 import predict
+import slices
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import load_inputs
 from listing import list_inputs
@@ -218,6 +219,14 @@ def test_what_is_passed_over_in_a_hundred_places_is_added_up(tmp_path):
         (tmp_path / f"sub-{k}" / "x").write_text("")
     lines = passed_over(tmp_path, [])
     assert len(lines) == MOST_PLACES + 1 and lines[-1] == f"passed over: {100 - MOST_PLACES} files in other places"
+
+
+def test_what_is_passed_over_is_counted_up_to_a_limit(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "all").symlink_to("/")
+    monkeypatch.setattr(slices, "MOST_COUNTED", 1000)
+    lines = passed_over(tmp_path / "in", [])
+    assert "passed over: more than 1,000 files; the others are not counted" in lines and len(lines) < 50
 
 
 def test_folders_of_classes_given_one_by_one_are_said_to_be_no_labels(ad_nc):
