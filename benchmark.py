@@ -68,6 +68,7 @@ from files import write_json
 from inference import make_engine
 from modules import VARIANTS, convnext, load_weights
 from runtime import Runtime, StopRequest, has_native_bf16, pick_device, precision_name
+from transforms import eval_transform
 
 WHO = ("torchvision", "ours")  # the first one is the reference
 
@@ -163,7 +164,7 @@ def measure_prediction(args, results, device, batch):
     print(f"prediction, {args.model}, {args.image_size} px, batch {batch}", flush=True)
     theirs, ours = two_models(args.model, device)
     theirs.eval()
-    x = slices.eval_transform(some_slices(batch).to(device), args.image_size)
+    x = eval_transform(some_slices(batch).to(device), args.image_size)
 
     @torch.inference_mode()
     def reference(runtime):
@@ -200,7 +201,7 @@ def step_of(kind, args, batch, device):
     who, precision, *how = kind.split(", ")
     theirs, ours = two_models(args.model, device)
     runtime = Runtime(device, {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": None}[precision])
-    x = slices.eval_transform(some_slices(batch).to(device), args.image_size)
+    x = eval_transform(some_slices(batch).to(device), args.image_size)
     y = torch.arange(batch, device=device) % 2
     if who == "torchvision":
         return functools.partial(plain_step(theirs, runtime), x, y)

@@ -19,7 +19,7 @@ import pandas as pd
 import slices
 from utils import fingerprint
 
-FORMAT = 5  # raise it when decoding changes
+FORMAT = 6  # raise it when decoding changes
 UNUSED_DAYS = 60
 
 
@@ -36,8 +36,8 @@ def decode(paths, find_size, root=None, bar="decoding", bits=None):
     `root` where it is right, else decoded and cached; without `root`, or where the cache cannot be written, decoded
     into memory, then with `bits` as in `slices.load_slices`.
 
-    Returns (images, known, errors): known is a table of N rows with slices.STATS, bits and pixel_hash, errors[i] is
-    None or the reason why file i cannot be read.
+    Returns (images, known, errors): known is a table of N rows with slices.STATS, bits, depth and pixel_hash, errors[i]
+    is None or the reason why file i cannot be read.
     """
     if root is not None:
         try:

@@ -25,7 +25,8 @@ import torch
 import subjects
 from files import write_atomically, write_csv, write_json
 from modules import PAPER, describe_model, load_weights, make_model
-from slices import MEAN, STD, mean_slice, stats_range
+from slices import mean_slice, stats_range
+from transforms import MEAN, STD
 from utils import CLASSES, InputError
 from volumes import recorded_look
 
@@ -187,7 +188,7 @@ def record_pixels(slices):
 def model_card(args, slices, runtime, init=None):
     """What a checkpoint says about its model beside the weights: all that predict.py needs. `init` is that of
     `start_model`; whom its weights have seen, this model has seen."""
-    deep = slices.index.bits[slices.index.bits > 8]
+    deep = slices.index.bits[slices.index.depth > 0]
     exposure = subjects.record_exposure(slices.index[slices.index.split != "test"])  # trained and chosen on
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])
@@ -244,7 +245,8 @@ def restore_run(state, last, args, run, runtime):
         raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}{steps}; expected no "
                          "fewer")
     if last["split_hash"] != run.card["split_hash"]:
-        raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and split")
+        raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and "
+                         "split, and the same subjects in the scans")
     changed = [name for name, pixels in run.pixels.items() if last["pixels"].get(name) != pixels]
     if changed:
         raise InputError(f"{len(changed):,} of {len(run.pixels):,} files do not show what they showed when {run.out} "

@@ -44,18 +44,19 @@ import subjects
 from listing import describe_bad, list_set, usable
 from listing import read_index as read_index
 from metrics import window_vote
-from slices import as_trained, common_size, describe_bits, mean_slice, send
+from slices import common_size, describe_bits, describe_strange, mean_slice
 from subjects import assign_groups
 from subjects import split_index as split_index
+from transforms import as_trained, send
 
 # ---------------------------------------------------------------- decoded slices, ready to train on or to predict
 
 
 @dataclass
 class SliceSet:
-    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash, slices.STATS and bits; the pixels
-    of a slice are images[row], uint8 (H, W), whatever the order of the index; one that cannot be read has an error and
-    no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
+    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash, slices.STATS, bits and depth; the
+    pixels of a slice are images[row], uint8 (H, W), whatever the order of the index; one that cannot be read has an
+    error and no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
     --drop-test-subjects left out, or None, `sources` the files that the subjects came from, `passed` lines on
     what was passed over or converted."""
 
@@ -89,7 +90,7 @@ class SliceSet:
 
 def decode_set(root, keep=True, bar="decoding", pattern=None):
     """Index and decode the folder `root`, for training and for the audit; returns a SliceSet. `keep`: in the cache.
-    `pattern` finds subjects in names of scans (see subjects.py).
+    `pattern` finds subjects in names of scans (see metadata.py).
 
     Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
     """
@@ -102,7 +103,7 @@ def decode_set(root, keep=True, bar="decoding", pattern=None):
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
     index, unread = usable(pd.concat([index, known], axis=1))
     return SliceSet(assign_groups(index), images, listing.root, bad + unread, sources=listing.sources,
-                    passed=[*listing.warnings, *describe_bits(index)])
+                    passed=[*listing.warnings, *describe_bits(index), *describe_strange(index)])
 
 
 def load_set(args, root, bar="decoding"):
@@ -118,7 +119,8 @@ def load_set(args, root, bar="decoding"):
            "after what --subjects, --fold and --drop-test-subjects take away, train/ needs two subjects or more of "
            f"each class, and --val-fraction (it is {args.val_fraction}) more than 0")
     check_classes(index, slices.root, how)
-    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
+    unused = [f"who is in val says {args.split}; --val-fraction is not used"] if args.split else []
+    return replace(slices, index=index.reset_index(drop=True), dropped=dropped, passed=slices.passed + unused)
 
 
 def check_classes(index, root, how):

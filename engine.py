@@ -17,7 +17,7 @@ from tqdm import tqdm
 from inference import micro_batch, predict_logits
 from metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
 from runtime import seed_everything
-from slices import train_transform
+from transforms import train_transform
 from utils import CLASSES, InputError, lr_at, seed_of
 
 NOT_FINITE = 20  # steps in a row without a finite gradient end the run

@@ -28,7 +28,8 @@ from checkpoint import build_model
 from files import make_folder, write_atomically, write_csv, write_json
 from inference import micro_batch
 from modules import ConvNeXt, make_model
-from slices import MEAN, NEAR_BLACK, STD, eval_transform
+from slices import NEAR_BLACK
+from transforms import MEAN, STD, eval_transform
 from utils import CLASSES, InputError, printable
 
 STEPS = 32  # of integrated gradients
@@ -361,6 +362,6 @@ def to_slice(found, size):
     side, (height, width) = len(found), size
     short = min(size)
     seen = torch.zeros(1, 1, side * height // short, side * width // short)
-    top, left = (round((total - side) / 2) for total in seen.shape[2:])  # as in slices.eval_transform
+    top, left = (round((total - side) / 2) for total in seen.shape[2:])  # as in transforms.eval_transform
     seen[..., top : top + side, left : left + side] = torch.from_numpy(found)
     return torch.nn.functional.interpolate(seen, size, mode="bilinear", align_corners=False)[0, 0].numpy()

@@ -97,7 +97,8 @@ def read_bytes(path):
 
 
 MISSING = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "not available", "nan", "none", "null", "unknown", "unk",
-           "missing", "?", "-", "--", "."}  # in any case
+           "missing", "?", "-", "--", ".", "tbd", "tba", "to be determined", "anonymous", "anonymised", "anonymized",
+           "-9", "-99", "-999"}  # in any case
 
 
 def read_table(path, columns):
@@ -108,10 +109,12 @@ def read_table(path, columns):
 
     try:
         raw = read_bytes(path)
-        if raw[:4] == b"PK\3\4":
+        if raw[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):  # of Excel, new and old
             raise ValueError("it is a workbook; save it as CSV")
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raw = raw.decode("utf-16").encode()
+        elif raw[:2].count(0) == 1:  # without a mark, as some programs write it
+            raw = raw.decode("utf-16-le" if raw[1] == 0 else "utf-16-be").encode()
         first = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
         # names of files may hold bytes that are not UTF-8; the header is read as a row, for pandas renames twins in it
         table = pd.read_csv(io.BytesIO(raw), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False,
@@ -122,7 +125,8 @@ def read_table(path, columns):
         reason = str(problem).strip()
         raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
-        raise InputError(f"{path} has the columns {', '.join(table.columns)}; expected {' and '.join(columns)}, and "
+        names = printable(", ".join(table.columns))[:200]
+        raise InputError(f"{path} has the columns {names}; expected {' and '.join(columns)}, and "
                          "none twice")
     return table.apply(lambda column: column if column.name == "scan" else
                        column.where(~column.str.lower().isin(MISSING)))

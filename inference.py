@@ -25,8 +25,9 @@ from baselines import predict_baselines
 from checkpoint import build_model
 from dataset import make_loader
 from modules import ConvNeXt
-from slices import MEAN, STD, eval_transform, out_of_range
+from slices import out_of_range
 from subjects import find_exposure
+from transforms import MEAN, STD, eval_transform
 from utils import CLASSES, InputError, Threads
 
 COVERAGE = 0.9  # of the prediction sets of a run's own evaluation

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-import subjects
+import metadata
 from slices import EXTENSIONS, list_folder, parse_name, passed_over
-from subjects import assign_groups, read_subjects
+from subjects import assign_groups
 from utils import CLASSES, InputError, printable
 
 # ---------------------------------------------------------------- index
@@ -104,9 +104,9 @@ def check_folders(root):
 
 def list_set(root, pattern=None):
     """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent. `pattern` finds
-    subjects in names (see `subjects.subjects_from_names`). InputError for a folder of another form. Whether the files
+    subjects in names (see `metadata.subjects_from_names`). InputError for a folder of another form. Whether the files
     hold images is not looked at."""
-    root = Path(root)
+    named = root = Path(root)
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
     check_folders(root)
@@ -128,17 +128,17 @@ def list_set(root, pattern=None):
                       "is not named <scan>_<slice>, as 218391_78.jpeg is (a whole number of 9 digits or fewer)")
                      for path in images]
     table = _tabulate(rows)
-    who, labels, sources = read_subjects(root)
+    who, labels, sources = metadata.read_subjects(root, named)
     told = table.scan.map(labels)
     wrong = told.notna() & (told != table.label) & table.error.isna()
-    table.loc[wrong, "error"] = [f"is in folder {label}, but {subjects.METADATA} says {other}"
+    table.loc[wrong, "error"] = [f"is in folder {label}, but {metadata.METADATA} says {other}"
                                  for label, other in zip(table.label[wrong], told[wrong])]
-    subjects.check_match(table.scan, who, sources)
-    who, lines = subjects.add_names(table.scan, who, pattern)
+    metadata.check_match(table.scan, who, sources, each=True)
+    who, lines = metadata.add_names(table.scan, who, pattern)
     if pattern and not table.scan.isin(who.keys()).any():
         raise InputError(f"{lines[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
     lines += passed_over(root, [*table.path, *sources])
-    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), sources, lines)
+    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), list(sources), lines)
 
 
 def _complete(table, who, order):
@@ -205,14 +205,14 @@ def list_inputs(inputs, pattern=None, beside=()):
     who, classes, tables = {}, {}, []
     for root in sorted({_set_root(given) for given in (*inputs, *beside)}):
         try:
-            known, labels, sources = read_subjects(root)
+            known, labels, sources = metadata.read_subjects(root)
             tables += sources
             classes |= labels
-            subjects.check_match(table.scan, known, sources)
+            metadata.check_match(table.scan, known, sources)
             other = [scan for scan in known.keys() & who.keys()
-                     if subjects.spelling(known[scan]) != subjects.spelling(who[scan])]
+                     if metadata.spelling(known[scan]) != metadata.spelling(who[scan])]
             if other:
-                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {sources[0]}")
+                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {[*sources][0]}")
             who = known | who
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
@@ -222,7 +222,7 @@ def list_inputs(inputs, pattern=None, beside=()):
     wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
     if wrong:
         warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
-    who, lines = subjects.add_names(table.scan, who, pattern)
+    who, lines = metadata.add_names(table.scan, who, pattern)
     return Listing(_complete(table, who, ["scan", "slice", "path"]), "", [], warnings + lines)
 
 

@@ -1,4 +1,4 @@
-"""From a file to pixels, what a slice looks like, and transforms on whole batches, on any device.
+"""From a file to pixels, and what a slice looks like.
 
 Not run by itself. Slices are uint8 arrays (N, H, W) until a batch is made; dataset.py knows whose they are.
 
@@ -26,12 +26,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from utils import InputError, Threads, printable
 
-MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
 NEAR_BLACK = 16  # grey levels below are background
-FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp", ".dib"),
+FORMATS = {"JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"), "PNG": (".png",), "BMP": (".bmp",), "DIB": (".dib",),
            "TIFF": (".tif", ".tiff"), "WEBP": (".webp",)}  # fmt: skip
 EXTENSIONS = sum(FORMATS.values(), ())
+FEWEST_ALIKE = 20  # slices, of which one can say what is usual
 MOST_PLACES, MOST_COUNTED = 20, 100_000  # of what is passed over: what one reads, and what one waits for
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
@@ -213,14 +213,14 @@ class _Deep(Exception):
 
 
 def _decode(path, size, bits):
-    """(pixels of `decode`, their STATS and the bits a pixel that they were read from). Where `bits` is None, a file of
-    16 raises _Deep."""
+    """(pixels of `decode`, their STATS, the bits a pixel that they were read from, and the bits that the largest value
+    of a file of 16 takes, else 0). Where `bits` is None, a file of 16 raises _Deep."""
     with _open(path) as image:
         deep = any(";16" in str(tile[3]) for tile in image.tile)  # of colours, Pillow keeps the upper 8
         image.load()  # before the metadata: PNG's are read by way of the pixels, and an error there is no error
         turn = TURNS.get(orientation(image))
         image = image.transpose(Image.Transpose[turn]) if turn else image
-        colour = 0.0
+        colour, depth = 0.0, 0
         if image.mode == "F":
             raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
         grey = image.mode[0] == "I"
@@ -230,7 +230,7 @@ def _decode(path, size, bits):
                 raise Unfit(f"holds values from {values.min()} to {values.max()}; expected 16 bits: 0 to 65,535")
             if bits is None:
                 raise _Deep(int(values.max()))
-            white = 2**bits - 1
+            white, depth = 2**bits - 1, max(8, int(values.max()).bit_length())
             if values.max() > white:
                 raise Unfit(f"holds values up to {values.max():,}; expected {white:,} at most, as the 16-bit slices "
                             "in training have: rescale it as they were")
@@ -249,7 +249,7 @@ def _decode(path, size, bits):
         if size is not None and original != tuple(size):
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
-        return pixels, (*original, colour, *_describe(pixels, image.histogram()), bits if deep else 8)
+        return pixels, (*original, colour, *_describe(pixels, image.histogram()), bits if deep else 8, depth)
 
 
 # ---------------------------------------------------------------- what a slice looks like
@@ -301,27 +301,51 @@ def out_of_range(stats, training):
 
 
 def describe_bits(table):
-    """A line on the files of 16 bits a pixel in a table with path, bits and perhaps label, if there are any."""
-    deep = table[table.bits > 8]
+    """Lines on the files of 16 bits a pixel in a table with path, bits, depth and perhaps label, if there are any."""
+    deep = table[table.depth > 0]
     if len(deep):
         bits, labels = int(deep.bits.max()), deep.label.dropna().value_counts()
         where = f" ({', '.join(f'{label} {n:,}' for label, n in labels.items())})" * bool(len(labels))
         yield (f"{len(deep):,} of {len(table):,} slices have 16 bits a pixel{where} and are read as of {bits}, all by "
                f"one rule: 0 to {2**bits - 1:,} becomes 0 to 255")
+        usual, most = int(deep.depth.median()), int(deep.depth.max())
+        if most >= usual + 2:
+            few = deep[deep.depth == most]
+            yield (f"SUSPICIOUS: most of them use {usual} bits or fewer, and become {2 ** (bits - usual)} times as "
+                   f"dark as they could be, for the sake of {len(few):,} that use {most}, first {few.path.iloc[0]}: is "
+                   "that a slice like the others?")
+
+
+LIKENESS = ("height", "width", "colour", "near_black", "median", "border")  # of STATS; contrast differs between scans
+
+
+def describe_strange(table):
+    """A line on slices of a set, a table with path and STATS, that look unlike the others: beyond the fences of Tukey
+    (1977), one and a half interquartile ranges outside the quartiles, and the slack of `out_of_range`."""
+    if len(table) < FEWEST_ALIKE:
+        return
+    low, high = (table[list(LIKENESS)].quantile(q) for q in (0.25, 0.75))
+    fences = dict.fromkeys(STATS, (-np.inf, np.inf)) | {
+        name: (low[name] - 1.5 * (high - low)[name], high[name] + 1.5 * (high - low)[name]) for name in LIKENESS}
+    strange = out_of_range(table, fences).dropna()
+    if len(strange):
+        yield (f"SUSPICIOUS: {len(strange):,} of {len(table):,} slices look unlike the others, first "
+               f"{table.path[strange.index[0]]}: {strange.iloc[0].replace('in training', 'usual are')}; are they "
+               "damaged, or of another kind?")
 
 
 def load_slices(paths, size, bar="decoding", images=None, bits=None):
     """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given. In files of
     16 bits a pixel `bits` are used, or else as many as the largest value in all of them takes, at least 8.
 
-    Returns (images, stats, errors): stats is a DataFrame of N rows with STATS and bits, those that the pixels were read
-    from; errors[i] is None, or the reason why file i could not be read and images[i] is black.
+    Returns (images, stats, errors): stats is a DataFrame of N rows with STATS, bits and depth (see `_decode`);
+    errors[i] is None, or the reason why file i could not be read and images[i] is black.
     """
     from tqdm import tqdm
 
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
-    stats = np.zeros((len(paths), len(STATS) + 1))
+    stats = np.zeros((len(paths), len(STATS) + 2))
 
     def load(i, bits):
         try:
@@ -342,106 +366,4 @@ def load_slices(paths, size, bar="decoding", images=None, bits=None):
         bits = max([8, *(errors[i].largest.bit_length() for i in deep)])
         for i, error in zip(deep, pool.map(load, deep, itertools.repeat(bits))):
             errors[i] = error
-    return images, pd.DataFrame(stats.round(4), columns=[*STATS, "bits"]), errors
-
-
-def send(tensor, device):
-    """A CPU tensor, copied to a device; from pinned memory to a GPU, or each step would wait for all work before it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-# ---------------------------------------------------------------- transforms, on whole batches and on any device
-
-
-def eval_transform(images, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
-    import torch
-    import torch.nn.functional as F
-
-    # torchvision's resize and center_crop; to import these takes longer than to predict a slice
-    height, width = images.shape[2:]
-    short = min(height, width)
-    size = image_size * height // short, image_size * width // short
-    x = images.to(torch.float32) / 255
-    x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (round((side - image_size) / 2) for side in size)
-    return (x[..., top : top + image_size, left : left + image_size] - mean) / std
-
-
-def train_transform(images, image_size, *, augment=True, flip=True, generator=None, part=None):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
-    evaluation. The random numbers come from `generator` or else PyTorch's CPU generator, whatever the device.
-
-    `part` = (n, rank, world): the images are the rows rank, rank + world, ... of a batch of n, and each gets what it
-    would get in the whole batch; more images than these are fillers.
-    """
-    if not augment:
-        return eval_transform(images, image_size)
-    n, rank, world = part or (len(images), 0, 1)
-    theta = sample_affine(n, *images.shape[2:], flip=flip, generator=generator)
-    theta = theta[np.minimum(rank + world * np.arange(len(images)), n - 1)]
-    return warp(images, theta, image_size)
-
-
-def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
-    """Random resized crop, horizontal flip and rotation as one affine map an image.
-
-    The crop is drawn as torchvision's RandomResizedCrop draws it (area uniform in [min_area, 1], aspect log-uniform in
-    [3/4, 4/3], the first of ten that fits). Returns float32 (n, 2, 3): output to input, in grid_sample's coordinates.
-    """
-    import torch
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    area = height * width * uniform(min_area, 1.0, n, 10)
-    aspect = torch.exp(uniform(np.log(3 / 4), np.log(4 / 3), n, 10))
-    widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
-    fits = ((widths <= width) & (heights <= height)).float()
-    first = fits.argmax(1, keepdim=True)  # a later try only where the earlier ones do not fit
-    none = fits.sum(1) == 0
-    w = widths.gather(1, first)[:, 0].masked_fill(none, width)
-    h = heights.gather(1, first)[:, 0].masked_fill(none, height)
-    x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
-    mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
-    angle = torch.deg2rad(uniform(-degrees, degrees, n))
-    return affine(x0, y0, w, h, (height, width), mirror, angle)
-
-
-def affine(x0, y0, w, h, size, mirror, angle):
-    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels out of size (H, W), then mirror (-1 or 1), then a turn by
-    `angle` radians (counter-clockwise), all but the size as tensors (n,). Read backwards, from output to input, as
-    grid_sample wants it: turn in the square output, mirror, then into the crop."""
-    import torch
-
-    (height, width), cos, sin = size, torch.cos(angle), torch.sin(angle)
-    sx, sy = w / width, h / height
-    row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
-    row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)
-    return torch.stack((row_x, row_y), 1)
-
-
-def warp(images, theta, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
-
-    Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    k = max(1, round(min(images.shape[2:]) / image_size))
-    x = images.to(torch.float32) / 255
-    grid = F.affine_grid(send(theta, x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
-    return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
-
-
-def as_trained(images, image_size=224):
-    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them, for people. The same
-    slices get the same draw."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(images.sum()))
-    x = train_transform(torch.from_numpy(images)[:, None], image_size, generator=generator)
-    return ((x[:, 0] * STD + MEAN) * 255).round().clip(0, 255).to(torch.uint8).numpy()
+    return images, pd.DataFrame(stats.round(4), columns=[*STATS, "bits", "depth"]), errors

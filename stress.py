@@ -21,7 +21,7 @@ from dataset import load_inputs, make_loader
 from inference import calibrated, predict_slices
 from listing import list_inputs
 from modules import ConvNeXt
-from slices import eval_transform
+from transforms import eval_transform
 from utils import InputError, Threads
 
 FOLDS = 5  # of the linear probe

@@ -129,6 +129,25 @@ def add_volume_flags(parser, default="those in brackets"):
     return group
 
 
+@contextlib.contextmanager
+def time_limit(seconds, sentence):
+    """InputError with the sentence where what is inside takes longer: in the main thread, where there are alarms."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise InputError(sentence)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def read_flags(parse_args):
     """The flags of a script that is run, read before the imports that take time: --help and a mistyped flag answer at
     once, and Ctrl-C in those imports ends without a traceback (exit status 130)."""

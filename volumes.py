@@ -23,9 +23,9 @@ from PIL import Image
 
 import readers
 from files import clear_folder, own_folder, write_csv, write_json
+from metadata import TABLES
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
-from subjects import TABLES
 from utils import InputError, Threads
 
 # world axis of slices, rows, columns, and whether it is counted upwards

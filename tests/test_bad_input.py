@@ -68,7 +68,7 @@ JPEG = encoded(L, "JPEG", quality=95)
 ALPHA = np.tile(np.where(np.arange(48) < 24, 255, 0).astype(np.uint8), (40, 1))
 REFUSED = {  # name: (bytes, what the reason says)
     "truncated.jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "empty.jpeg": (b"", "its 0 bytes are neither JPEG, PNG, BMP, TIFF nor WEBP"),
+    "empty.jpeg": (b"", "its 0 bytes are neither JPEG, PNG, BMP, DIB, TIFF nor WEBP"),
     "text.jpeg": (b"no image, but a text", "are neither JPEG, PNG"),
     "picture.png": (encoded(L, "GIF"), "are neither JPEG, PNG"),
     "animated.png": (encoded(L, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "holds 2 pictures"),
@@ -313,7 +313,7 @@ def test_prediction_of_nothing_exits_with_2(run_folder, tmp_path):
 def test_broken_metadata_cost_a_prediction_its_subjects_only(run_folder, ad_nc, tmp_path, capsys):
     shutil.copytree(ad_nc / "test", tmp_path / "AD_NC" / "test")
     words = ["--checkpoint", str(run_folder / "best_model.pth")]
-    for content, sentence in (('{"300": ', "subjects are not known: .* is not a JSON object of scans"),
+    for content, sentence in (('{"300": ', "subjects are not known: .* cannot be read as a JSON object of scans"),
                               ('{"300": {"label": 0}}', "1 scans are in a folder of another class than the meta")):
         (tmp_path / "meta_data_with_label.json").write_text(content)
         out = tmp_path / f"out {len(content)}"

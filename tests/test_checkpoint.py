@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -163,6 +164,17 @@ def test_a_state_that_does_not_fit_is_refused_on_resume(run_folder, tmp_path):
     with pytest.raises(ValueError, match="last.pth does not fit the run"):
         train.main(train.parse_args(["--out", str(run), "--resume"]))
     assert (run / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("scan", ["100", "300"])
+def test_a_run_is_not_resumed_where_a_table_makes_other_people_of_its_scans(ad_nc, run_folder, tmp_path, scan):
+    root = shutil.copytree(ad_nc.parent, tmp_path / "set")
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    table = root / "subjects.csv"
+    table.write_text(re.sub(f"(?m)^{scan},.*", f"{scan},somebody else", table.read_text()))
+    with pytest.raises(utils.InputError, match="the same subjects in the scans"), without_report():
+        train.main(train.parse_args(["--out", str(run), "--resume", "--epochs", "7", "--data", str(root / "AD_NC")]))
+    assert (run / "split.csv").read_bytes() == (run_folder / "split.csv").read_bytes()
 
 
 @pytest.mark.parametrize("name, source, said", [

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import command
 import numpy as np
@@ -180,7 +182,7 @@ def test_without_metadata_the_subject_is_unknown_and_the_audit_says_so(tmp_path)
 def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
     root = write_set(tmp_path)
     (tmp_path / "meta_data_with_label.json").write_text('{"100": ')
-    with pytest.raises(ValueError, match="is not a JSON object of scans"):
+    with pytest.raises(ValueError, match="cannot be read as a JSON object of scans"):
         read_index(root)
     (tmp_path / "meta_data_with_label.json").unlink()
     (tmp_path / "subjects.csv").write_text("image,patient\n1,2\n")
@@ -197,7 +199,7 @@ def test_broken_metadata_is_an_error_in_one_sentence(tmp_path):
         read_index(root)
 
 
-@pytest.mark.parametrize("word", ["NA", "nan", "Unknown", "-", "n/a", "?", "NULL", "", "#N/A", "<NA>"])
+@pytest.mark.parametrize("word", ["NA", "nan", "Unknown", "-", "n/a", "?", "NULL", "", "#N/A", "<NA>", "TBD", "-999"])
 def test_a_word_that_means_missing_is_no_patient(tmp_path, word):
     root = write_set(tmp_path)
     table = pd.read_csv(tmp_path / "subjects.csv", dtype=str)
@@ -231,6 +233,7 @@ def test_a_table_that_knows_none_of_the_scans_is_an_error_with_an_id_of_each_sid
     (lambda text: text.replace(",", ";"), "utf-8"), (lambda text: text.replace(",", "\t"), "utf-16"),
     (lambda text: text.replace("scan,subject", "Scan , SUBJECT"), "utf-8-sig"),
     (lambda text: text.replace("\n", ",Jörg\n"), "cp1252"),  # in a column that nobody asks for
+    (str, "utf-16-le"), (str, "utf-16-be"),  # without a mark of the order
 ])  # fmt: skip
 def test_tables_of_spreadsheets_are_read(tmp_path, change, encoding):
     root = write_set(tmp_path)
@@ -244,10 +247,11 @@ def test_tables_of_spreadsheets_are_read(tmp_path, change, encoding):
 @pytest.mark.parametrize("text, said", [
     ("scan,subject,subject\n100,a,b\n", "has the columns scan, subject, subject; expected .*, and none twice"),
     ("scan,Subject ,subject\n100,a,b\n", "none twice"), ("PK\3\4\0\0", "it is a workbook; save it as CSV"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "it is a workbook; save it as CSV"), ("a" * 9999, "columns a{200}; expected"),
 ])  # fmt: skip
 def test_a_table_with_a_column_twice_and_a_workbook_are_refused(tmp_path, text, said):
     root = write_set(tmp_path)
-    (tmp_path / "subjects.csv").write_text(text)
+    (tmp_path / "subjects.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=said):
         read_index(root)
 
@@ -258,6 +262,31 @@ def test_the_audit_writes_no_control_characters(tmp_path):
         path.rename(path.with_name(f"\x1b[31m5\r\n{path.name}"))
     said = command.run("dataset.py", root).stdout
     assert "\\x1b[31m5\\r\\n" in said and not set(said) & set("\x1b\r")
+
+
+def test_a_table_is_found_beside_the_folder_that_was_named_and_in_what_an_archive_unpacks(tmp_path):
+    root = write_set(tmp_path / "set" / "AD_NC")  # AD_NC/AD_NC
+    table = (root.parent / "subjects.csv").rename(tmp_path / "set" / "subjects.csv")
+    for named in (root.parent, root):
+        assert read_index(named).subject.notna().all()
+    table.rename(tmp_path / "subjects.csv")
+    root.rename(tmp_path / "set" / "x")
+    root.parent.rmdir()
+    (tmp_path / "set" / "x").rename(tmp_path / "set" / "AD_NC")
+    assert read_index(tmp_path / "set").subject.notna().all()  # beside what was named
+    assert read_index(tmp_path / "set" / "AD_NC").subject.isna().all()
+
+
+def test_a_table_in_a_folder_that_may_be_entered_and_not_listed_is_found(tmp_path, monkeypatch):
+    root, genuine = write_set(tmp_path), os.listdir
+
+    def refuse(folder="."):
+        if Path(folder) == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return genuine(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert read_index(root).subject.notna().all()
 
 
 def test_metadata_beside_the_target_of_a_link_and_behind_a_json_without_patients_are_found(tmp_path):

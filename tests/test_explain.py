@@ -22,7 +22,7 @@ from dataset import read_index
 from files import read_csv
 from modules import ConvNeXt, make_model
 from phantom import plan_local
-from slices import eval_transform
+from transforms import eval_transform
 
 BLACK = -torch.ones(1, 1, 32, 32)
 

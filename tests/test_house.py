@@ -12,7 +12,7 @@ from conftest import ROOT
 
 FLOORS = [
     ["utils", "files", "modules", "metrics", "anatomy"],
-    ["slices", "runtime", "plots", "subjects"],
+    ["slices", "transforms", "runtime", "plots", "metadata", "subjects"],
     ["cache", "listing", "dataset", "readers", "volumes", "baselines"],
     ["checkpoint", "inference"],
     ["engine", "assess", "stress", "explain", "report"],
@@ -20,8 +20,8 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 # within a floor, the one room that another goes through
-BESIDE = {("files", "utils"), ("dataset", "cache"), ("dataset", "listing"), ("inference", "checkpoint"),
-          ("volumes", "readers"), ("report", "assess")}  # fmt: skip
+BESIDE = {("files", "utils"), ("subjects", "metadata"), ("dataset", "cache"), ("dataset", "listing"),
+          ("inference", "checkpoint"), ("volumes", "readers"), ("report", "assess")}  # fmt: skip
 RUN = ["train", "predict", "evaluate", "dataset", "phantom", "extract", "benchmark"]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import command
@@ -13,6 +14,7 @@ from conftest import ROOT, SCANS, SMALL, write_set, write_slice
 
 import dataset
 import listing
+import metadata
 import subjects
 import utils
 from listing import list_inputs, read_index
@@ -105,7 +107,7 @@ def test_folders_beside_slices_are_no_classes_and_folders_of_patients_are_propos
     *((scan, "ADNI", "002_S_0295") for scan in ("002_S_0295", "sub-002_S_0295_T1w", "002_S_0295_bl")),
 ])  # fmt: skip
 def test_names_of_the_usual_archives_say_who_is_in_a_scan(scan, form, subject):
-    who, lines = subjects.subjects_from_names([scan])
+    who, lines = metadata.subjects_from_names([scan])
     assert who == ({scan: subject} if subject else {})
     assert [f"({form})" in line and f"such as {subject} of {scan}" in line for line in lines] == [True] * bool(form)
 
@@ -146,10 +148,10 @@ def test_the_audit_ends_with_1_where_training_would_find_one_subject_in_a_class(
 
 def test_a_name_that_a_table_gives_to_two_subjects_is_nobodys():
     scans, table = ["sub-1_ses-1", "sub-1_ses-2", "sub-1_ses-3"], {"sub-1_ses-1": "a", "sub-1_ses-2": "b"}
-    assert subjects.add_names(scans[:2], table)[0] == table
+    assert metadata.add_names(scans[:2], table)[0] == table
     with pytest.raises(utils.InputError, match="who is in scan sub-1_ses-3 is not clear"):
-        subjects.add_names(scans, table)
-    assert subjects.add_names(scans, {"sub-1_ses-1": "a"})[0] == dict.fromkeys(scans, "a")
+        metadata.add_names(scans, table)
+    assert metadata.add_names(scans, {"sub-1_ses-1": "a"})[0] == dict.fromkeys(scans, "a")
 
 
 def test_a_pattern_that_fits_no_name_is_refused_for_a_set_and_reported_for_a_prediction(tmp_path):
@@ -197,11 +199,41 @@ def test_one_person_in_several_spellings_is_one_and_said_to_be(tmp_path, others)
 @pytest.mark.parametrize("one, other", [("OAS1_0001", "OAS1_0010"), ("002_S_0295", "022_S_0295"), ("1.5", "15"),
                                         ("a1", "a11"), ("1_12", "11_2"), ("s10", "s1")])  # fmt: skip
 def test_two_people_with_similar_names_stay_two(one, other):
-    assert subjects.one_spelling({"x": one, "y": other}) == ({"x": one, "y": other}, [])
+    assert metadata.one_spelling({"x": one, "y": other}) == ({"x": one, "y": other}, [])
 
 
 def adni(scan, subject):
     return {"label": 2, "file": f"/a/ADNI_{subject}_MR_I{scan}.nii"}
+
+
+def test_of_two_tables_each_must_know_a_scan_of_a_set(tmp_path):
+    root = write_set(tmp_path)
+    table, entries = tmp_path / "subjects.csv", tmp_path / "meta_data_with_label.json"
+    entries.write_text(json.dumps({"100": adni(100, "002_S_0001")}))
+    table.write_text(re.sub("(?m)^(?=[1-4])", "I", table.read_text()))
+    with pytest.raises(utils.InputError, match="csv: 18 scans are known, and none of those in the folder: .*I100"):
+        read_index(root)
+    found = listing.list_inputs([root / "train"])  # a part of a set
+    assert not any("none of those" in line for line in found.warnings)
+
+
+def test_a_scan_that_is_twice_in_the_json_is_refused_unless_both_are_alike(tmp_path):
+    root = write_set(tmp_path, subjects=False)
+    entries = tmp_path / "meta_data_with_label.json"
+    one, other = (json.dumps(adni(100, who)) for who in ("002_S_0001", "002_S_0002"))
+    entries.write_text(f'{{"100": {one}, "101": {{"label": NaN}}, "100": {one}}}')
+    assert read_index(root).subject.notna().any()
+    entries.write_text(f'{{"100": {one}, "100": {other}}}')
+    with pytest.raises(utils.InputError, match="it has 100 twice, not alike"):
+        read_index(root)
+
+
+def test_a_pattern_without_end_is_given_up_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "LONGEST_MATCH", 0.2)
+    with pytest.raises(utils.InputError, match="needs more than 0.2 seconds for the names .* write it without them"):
+        metadata.subjects_from_names(["a" * 60 + "1"], "^(a+)+$")
+    assert metadata.subjects_from_names(["a" * 60 + "1"], "^(a+)")[0]
+    time.sleep(0.3)  # no alarm is left
 
 
 def test_two_tables_of_subjects_complete_each_other_and_must_not_disagree(tmp_path):

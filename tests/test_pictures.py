@@ -6,7 +6,8 @@ from PIL import Image
 
 import dataset
 import plots
-from slices import as_trained, mean_slice
+from slices import mean_slice
+from transforms import as_trained
 
 
 def test_a_set_is_drawn_as_contact_sheets_and_mean_slices(ad_nc, tmp_path, pictures, capsys):

@@ -92,3 +92,4 @@ def test_real_slices_of_other_subjects_get_no_warning(oasis):
     train = (index.split == "train").to_numpy()
     found = slices.out_of_range(stats[~train], slices.stats_range(stats[train]))
     assert found.notna().mean() < 0.005
+    assert list(slices.describe_strange(stats.assign(path=index.path))) == []

@@ -1,12 +1,18 @@
 """What becomes of the pixels."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from conftest import write_set, write_slice
 from PIL import Image
 from torchvision.transforms import v2
 
+import dataset
 import slices
+import transforms
 from dataset import read_index
 
 TF = v2.functional
@@ -64,6 +70,48 @@ def test_files_of_16_bits_are_read_by_one_rule_for_the_whole_set(tmp_path, large
     assert len(np.unique(images[0])) > 120 * (largest["a"] > 1000)
 
 
+def test_one_bright_pixel_that_darkens_a_whole_set_is_named(tmp_path):
+    paths = write_16_bits(tmp_path, **{f"a{n}": 4000 + n for n in range(9)}, hot=40_000)
+    _, stats, _ = slices.load_slices(paths, (40, 48), bar=None)
+    table = stats.assign(path=paths, label=None)
+    assert stats.depth.tolist() == [12] * 9 + [16] and (stats.bits == 16).all()
+    said = list(slices.describe_bits(table))
+    assert len(said) == 2 and said[1].startswith("SUSPICIOUS: most of them use 12 bits or fewer, and become 16 times")
+    assert f"for the sake of 1 that use 16, first {paths[9]}" in said[1]
+    assert len(list(slices.describe_bits(table[:9]))) == 1
+
+
+def test_files_of_16_bits_that_use_8_are_named_too(tmp_path):
+    _, stats, _ = slices.load_slices(write_16_bits(tmp_path, dark=200), (40, 48), bar=None)
+    (said,) = slices.describe_bits(stats.assign(path="x", label=None))
+    assert said.startswith("1 of 1 slices have 16 bits a pixel and are read as of 8")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2] + b"\xff\xd9", lambda data: data[: len(data) // 2] + bytes(300) + data[-200:],
+    lambda data: encoded_as(data, lambda pixels: 255 - pixels),
+    lambda data: encoded_as(data, lambda pixels: pixels * 0),
+])  # fmt: skip
+def test_a_slice_that_looks_unlike_the_others_is_named(tmp_path, damage):
+    """JPEG data that are damaged in the middle decode without an error."""
+    root = write_set(tmp_path, slices=[70, 71])
+    for number, path in enumerate(read_index(root).path):
+        write_slice(Path(path), True, number, (256, 240))
+    assert not any("unlike" in line for line in dataset.decode_set(root, keep=False, bar=None).passed)
+    path = sorted((root / "train" / "AD").iterdir())[3]
+    path.write_bytes(damage(path.read_bytes()))
+    found = dataset.decode_set(root, keep=False, bar=None)
+    assert not found.bad
+    (said,) = (line for line in found.passed if "unlike" in line)
+    assert said.startswith(f"SUSPICIOUS: 1 of 36 slices look unlike the others, first {path}: ") and "usual are" in said
+
+
+def encoded_as(data, change):
+    file = io.BytesIO()
+    Image.fromarray(change(np.asarray(Image.open(io.BytesIO(data))))).save(file, "JPEG")
+    return file.getvalue()
+
+
 def test_files_of_16_bits_are_read_as_those_in_training(tmp_path):
     paths = write_16_bits(tmp_path, dark=120, full=4095, more=4096)
     images, stats, errors = slices.load_slices(paths, (40, 48), bar=None, bits=12)
@@ -92,8 +140,8 @@ def warp_one(image, x0=0.0, y0=0.0, w=256.0, h=240.0, mirror=1.0, degrees=0.0, s
     """`warp` by one map, on the scale [0, 1]."""
     numbers = [torch.tensor([v]) for v in (x0, y0, w, h)]
     angle = torch.deg2rad(torch.tensor([degrees]))
-    theta = slices.affine(*numbers, image.shape[2:], torch.tensor([mirror]), angle)
-    return slices.warp(image, theta, size) * slices.STD + slices.MEAN
+    theta = transforms.affine(*numbers, image.shape[2:], torch.tensor([mirror]), angle)
+    return transforms.warp(image, theta, size) * transforms.STD + transforms.MEAN
 
 
 def inner(x):
@@ -123,25 +171,25 @@ def test_a_rotation_equals_torchvisions(smooth, degrees):
 
 def test_augmentation_keeps_range_shape_and_number():
     images = torch.randint(0, 256, (32, 1, 60, 64), dtype=torch.uint8)
-    x = slices.warp(images, slices.sample_affine(32, 60, 64), 48)
+    x = transforms.warp(images, transforms.sample_affine(32, 60, 64), 48)
     assert x.shape == (32, 1, 48, 48) and x.dtype == torch.float32
     assert x.min() >= -1 and x.max() <= 1 and x.std() > 0.1
 
 
 def test_augmentation_keeps_the_label_with_its_image():
     images = torch.arange(0, 250, 10, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 60, 64)
-    centre = slices.warp(images, slices.sample_affine(25, 60, 64), 32)[:, 0, 16, 16]
+    centre = transforms.warp(images, transforms.sample_affine(25, 60, 64), 32)[:, 0, 16, 16]
     assert torch.allclose(centre, images[:, 0, 0, 0] / 127.5 - 1, atol=1e-5)
 
 
 def test_training_without_augmentation_sees_what_evaluation_sees():
     images = torch.randint(0, 256, (4, 1, 60, 64), dtype=torch.uint8)
-    assert torch.equal(slices.train_transform(images, 48, augment=False), slices.eval_transform(images, 48))
-    assert not torch.equal(slices.train_transform(images, 48), slices.train_transform(images, 48))
+    assert torch.equal(transforms.train_transform(images, 48, augment=False), transforms.eval_transform(images, 48))
+    assert not torch.equal(transforms.train_transform(images, 48), transforms.train_transform(images, 48))
 
 
 def test_crops_have_the_area_and_aspect_of_the_recipe():
-    theta = slices.sample_affine(4000, 240, 256, flip=False, degrees=0, generator=torch.Generator().manual_seed(0))
+    theta = transforms.sample_affine(4000, 240, 256, flip=False, degrees=0, generator=torch.Generator().manual_seed(0))
     w, h = theta[:, 0, 0] * 256, theta[:, 1, 1] * 240
     area = w * h / (240 * 256)
     assert area.min() >= 0.8 - 1e-4 and area.max() <= 1 + 1e-4
@@ -153,33 +201,33 @@ def test_crops_have_the_area_and_aspect_of_the_recipe():
 
 def test_half_of_the_images_are_flipped_unless_it_is_turned_off():
     generator = torch.Generator().manual_seed(0)
-    flipped = slices.sample_affine(4000, 60, 64, generator=generator)[:, 0, 0] < 0
+    flipped = transforms.sample_affine(4000, 60, 64, generator=generator)[:, 0, 0] < 0
     assert flipped.float().mean() == pytest.approx(0.5, abs=0.04)  # 5 standard errors
-    assert (slices.sample_affine(4000, 60, 64, flip=False)[:, 0, 0] > 0).all()
+    assert (transforms.sample_affine(4000, 60, 64, flip=False)[:, 0, 0] > 0).all()
 
 
 def test_augmentation_repeats_with_the_seed():
-    one, two = (slices.sample_affine(8, 60, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(one, two) and not torch.equal(one, slices.sample_affine(8, 60, 64))
+    one, two = (transforms.sample_affine(8, 60, 64, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, two) and not torch.equal(one, transforms.sample_affine(8, 60, 64))
 
 
 def test_shrinking_averages_instead_of_skipping():
     stripes = (torch.arange(224) % 2 * 255).to(torch.uint8).expand(1, 1, 224, 224)  # one pixel wide
     assert warp_one(stripes, w=224.0, h=224.0, size=112).std() < 1e-5
-    assert slices.eval_transform(stripes, 56).std() < 0.05
+    assert transforms.eval_transform(stripes, 56).std() < 0.05
 
 
 def test_evaluation_transform_equals_torchvisions_and_is_deterministic(smooth):
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize(224), v2.CenterCrop(224),
                            v2.Normalize([0.5], [0.5])])(smooth)  # fmt: skip
-    x = slices.eval_transform(smooth, 224)
+    x = transforms.eval_transform(smooth, 224)
     assert x.shape == (1, 1, 224, 224) and (x - expected).abs().max() < 1e-6
-    assert torch.equal(x, slices.eval_transform(smooth, 224))
+    assert torch.equal(x, transforms.eval_transform(smooth, 224))
 
 
 @pytest.mark.parametrize("shape, size", [((40, 48), 32), ((33, 97), 64), ((300, 101), 50), ((57, 57), 33)])
 def test_evaluation_transform_equals_torchvisions_at_odd_sizes(shape, size):
     images = torch.randint(0, 256, (2, 1, *shape), dtype=torch.uint8)
     x = TF.resize(TF.to_dtype(images, torch.float32, scale=True), [size], antialias=True)
-    expected = (TF.center_crop(x, [size, size]) - slices.MEAN) / slices.STD
-    assert (slices.eval_transform(images, size) - expected).abs().max() < 1e-6
+    expected = (TF.center_crop(x, [size, size]) - transforms.MEAN) / transforms.STD
+    assert (transforms.eval_transform(images, size) - expected).abs().max() < 1e-6
