@@ -14,7 +14,7 @@ import plots
 import subjects
 from baselines import fit_baselines
 from checkpoint import load_checkpoint, save_checkpoint
-from files import read_csv, write_csv, write_json
+from files import read_bytes, read_csv, write_csv, write_json
 from inference import COVERAGE, calibrated, most_coverage, predict_slices
 from metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
 from utils import CLASSES, InputError
@@ -184,7 +184,9 @@ def read_run(folder, part="test"):
     if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
         folder = folder / part
     try:
-        scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        for name in ("metrics.json", "predictions.csv"):
+            (folder / name).stat()
+        scores = json.loads(read_bytes(folder / "metrics.json"))
         table = read_csv(folder / "predictions.csv")
         missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)
         missing |= set(PREDICTIONS) - set(table)

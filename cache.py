@@ -101,10 +101,10 @@ def _clean(folder):
     now, unused = time.time(), 0
     for left in folder.glob("slices-*"):
         with contextlib.suppress(OSError):  # another process removes it, too
-            days = (now - left.stat().st_mtime) / (24 * 3600)
-            if days > (1 if left.suffix == ".tmp" else UNUSED_DAYS):
-                unused += left.stat().st_size * (left.suffix != ".tmp")
+            stat = left.stat()
+            if now - stat.st_mtime > 24 * 3600 * (1 if left.suffix == ".tmp" else UNUSED_DAYS):
                 left.unlink()
+                unused += stat.st_size * (left.suffix != ".tmp")
     if unused:
         print(f"removed from {folder}: {unused / 1e6:,.0f} MB of decoded slices that nobody has read for {UNUSED_DAYS} "
               "days", flush=True)

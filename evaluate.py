@@ -54,7 +54,7 @@ import assess
 import metrics
 import plots
 from assess import COMPARED, cell, format_difference, format_table, read_run
-from files import own_folder, read_csv, read_table, write_csv, write_json
+from files import own_folder, read_bytes, read_csv, read_table, write_csv, write_json
 from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
 
@@ -112,7 +112,7 @@ def read_config(folder):
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["flags"])
+        return dict(json.loads(read_bytes(path))["flags"])
     except (ValueError, KeyError, TypeError) as problem:
         raise InputError(f"{path} cannot be read ({problem}); expected that of a run of train.py") from None
 

@@ -6,11 +6,11 @@
 
 INPUT is a volume, a DICOM folder of one series, or a folder of such. Written to --out: slices/<scan>_<slice>.png (in
 AD/ and NC/, where the volumes are), extraction.csv (a row a volume: where it lies, which slices, what was decided, why
-it was skipped), extraction.json (these flags; train.py keeps them with the model), and where BIDS names know them
-subjects.csv. Left is on the left, a sagittal slice looks to the left. The exit status is 2 if no volume could be cut.
+it was skipped), extraction.json (these flags; train.py keeps them with the model), and where a table beside the volumes
+or BIDS names know them subjects.csv. Left is on the left, a sagittal slice looks to the left. The exit status is 2 if
+no volume could be cut.
 """
 
-import os
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -36,8 +36,7 @@ if __name__ == "__main__":
 
 import volumes
 from files import clear_folder, own_folder
-from readers import files_of
-from slices import load_slices, out_of_range, passed_over
+from slices import load_slices, out_of_range
 
 
 def main(args):
@@ -57,11 +56,10 @@ def main(args):
 
 def cut(found, look, out, args, checkpoint, warnings):
     """Cut the volumes into the folder `out`, and print what came of it."""
+    found, tables = volumes.tabled_subjects(found, args.inputs)
     table = volumes.extract(found, look, out, args.workers)
-    used = [file for source in table.source for file in files_of(source)]
-    warnings += [line for given in args.inputs if os.path.isdir(given) for line in passed_over(given, used)]
-    noted, bad = table[table.notes.notna()], table[table.error.notna()]
-    warnings += [f"{row.source}: {row.notes}" for row in noted.itertuples()]
+    warnings += volumes.remarks(table, args.inputs, tables)
+    bad = table[table.error.notna()]
     all_bad = len(bad) == len(table)
     warnings += [f"{row.source} {row.error}" for row in bad.head(len(bad) if all_bad else 10).itertuples()]
     if len(bad) and not all_bad:

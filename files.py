@@ -63,10 +63,15 @@ def write_csv(path, table):
 
 
 def read_csv(path):
-    """A table of strings as `write_csv` wrote it; an empty cell is missing, but a scan may be named NA."""
+    """A table of strings as `write_csv` wrote it; an empty cell is missing, but a scan may be named NA. InputError if
+    it cannot be read."""
     import pandas as pd
 
-    table = pd.read_csv(path, dtype="string", keep_default_na=False, encoding_errors="surrogateescape")
+    try:
+        table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype="string", keep_default_na=False,
+                            encoding_errors="surrogateescape")
+    except ValueError as problem:
+        raise InputError(f"{path} cannot be read ({problem})") from None
     return table.mask(table == "").replace(f"^'{FORMULA}", r"\1", regex=True).astype("string")
 
 
@@ -160,9 +165,12 @@ def open_out(path, default, or_else=""):
                 folder.mkdir()
                 return folder
     folder = make_folder(path)
-    if any(folder.iterdir()):
+    if any(other.name != IN_USE for other in folder.iterdir()):  # whose it is says `locked`
         raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
     return folder
+
+
+IN_USE = "in_use"  # the file of `locked`
 
 
 @contextlib.contextmanager
@@ -176,7 +184,7 @@ def own_folder(path, default=None, or_else=""):
     folder = open_out(path, default, or_else)
     try:
         with locked(folder):
-            if any(other.name != "in_use" for other in folder.iterdir()):  # by another process, meanwhile
+            if any(other.name != IN_USE for other in folder.iterdir()):  # by another process, meanwhile
                 raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
             yield folder
     finally:
@@ -189,39 +197,44 @@ def clear_folder(folder):
     """Empty the folder of work that failed at its start, so that the corrected command can be given."""
     import shutil
 
-    with contextlib.suppress(OSError):  # what went wrong before counts more
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # what went wrong before counts more
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != IN_USE:  # the lock is let go of by who holds it
+                path.unlink()
 
 
 @contextlib.contextmanager
 def locked(folder):
     """The folder for this process alone, as long as the context is open: the operating system holds the lock and lets
     go of it when the process ends, however it ends. InputError where another process has it."""
-    path = Path(folder) / "in_use"
-    try:
-        file = _open_locked(path)
-    except ImportError:  # Windows
-        yield
-        return
-    except BlockingIOError:
-        holder = path.read_text() if path.exists() else ""
-        raise InputError(f"{folder} is in use by {holder or 'another process'}; wait for its end, stop it, or choose a "
-                         "new --out") from None
-    except OSError as problem:
-        raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
-    with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    path = Path(folder) / IN_USE
+    with contextlib.ExitStack() as held:
         try:
-            yield
-        finally:
+            file = held.enter_context(open_locked(path))
+            held.callback(_remove, path)
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # nothing to flush
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            holder = ""
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                holder = path.read_text()
+            raise InputError(f"{folder} is in use by {holder or 'another process'}; wait for its end, stop it, or "
+                             "choose a new --out") from None
+        except OSError as problem:
+            raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
+        yield
 
 
-def _open_locked(path):
+def _remove(path):
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def open_locked(path):
     """The file `path`, opened and locked, if its file system has locks. BlockingIOError where another process has the
     lock."""
     import fcntl

@@ -179,9 +179,10 @@ def describe_bad(bad, advice="fix or remove them"):
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
-def list_inputs(inputs, pattern=None, beside=()):
+def list_inputs(inputs, pattern=None, beside=(), failed=None):
     """The Listing of files and folders to predict; label is None where it is not known, split "". `pattern` as in
-    `list_set`. Tables of subjects are looked for beside the inputs, and beside the paths `beside`, of volumes.
+    `list_set`. Tables of subjects are looked for beside the inputs, and beside the paths `beside`, of volumes; `failed`
+    has the reasons why volumes could not be cut, by their path.
 
     A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
     What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is passed
@@ -189,6 +190,7 @@ def list_inputs(inputs, pattern=None, beside=()):
     """
     warnings, files, again = [], {}, []
     found = [row for given in map(Path, inputs) for row in _list_input(given, warnings)]
+    found += [(path, None, reason) for path, reason in (failed or {}).items()]
     for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
         if files.setdefault(os.path.realpath(path), (path, label, "", error))[0] != path:
             again.append(path)

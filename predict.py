@@ -124,8 +124,8 @@ def main(args):
     runtime = Runtime(device, pick_amp(args.amp, device))
     explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
     with contextlib.ExitStack() as held:
-        held.enter_context(claimed(args.report))
         out = held.enter_context(own_folder(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}"))
+        held.enter_context(claimed(args.report))  # which may be in it
         cut = CutInputs(args, checkpoint, held)  # volumes become slices
         predict(args, checkpoint, runtime, explainer, cut, out)
 
@@ -133,7 +133,8 @@ def main(args):
 def predict(args, checkpoint, runtime, explainer, cut, out):
     """Predict the slices of CutInputs, and write all that was asked for into the folder `out`."""
     path = args.checkpoint
-    listing = cut.explain(list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.beside))
+    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.beside, cut.failed)
+    listing.warnings.extend(cut.warnings)
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {runtime.device}, {runtime.precision}",
           *cut.lines, sep="\n")

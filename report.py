@@ -25,7 +25,7 @@ from PIL import Image
 
 from assess import cell, format_baselines, format_sets, read_run, statements
 from dataset import SliceSet
-from files import write_atomically
+from files import open_locked, write_atomically
 from metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
 from modules import describe_model
 from utils import InputError, Threads, printable
@@ -77,18 +77,27 @@ def claimed(path):
     if not path.parent.is_dir():
         raise InputError(f"--report is {path}, but there is no folder {path.parent}; make it, or name another file")
     for taken in (path, _folder(path)):
-        if os.path.lexists(taken):
+        if os.path.lexists(taken) and not _is_empty(taken):  # as a process that was killed leaves it
             raise InputError(f"{taken} is already there, and nothing is overwritten; choose a new --report")
-    try:
-        path.touch(exist_ok=False)  # for a second process that is asked for the same
-    except OSError as problem:
-        raise OSError(f"{path} cannot be written: {problem.strerror}") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if not path.stat().st_size:
-                path.unlink()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(open_locked(path))
+        except ImportError:  # Windows
+            path.touch()
+        except BlockingIOError:
+            raise InputError(f"{path} is for another process, which is at work; choose a new --report") from None
+        except OSError as problem:
+            raise OSError(f"{path} cannot be written: {problem.strerror}") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if _is_empty(path):
+                    path.unlink()
+
+
+def _is_empty(path):
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
 
 
 def _folder(path):
@@ -113,7 +122,7 @@ def write_report(path, report):
                 sources[i, kind] = _data(data)
         html = _render(_describe(report, sources, bool(folder)))
         write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    except OSError:
+    except BaseException:  # a signal, too
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import STOP_SIGNALS, InputError, Stopped, seed_of
+from utils import STOP_SIGNALS, InputError, Stopped, is_new_request, seed_of
 
 # ---------------------------------------------------------------- device, precision, seeds
 
@@ -78,17 +77,14 @@ def precision_name(amp):
 # ---------------------------------------------------------------- signals
 
 
-ONE_REQUEST = 1.0  # seconds in which signals are the same request
-
-
 class StopRequest:
     """STOP_SIGNALS while the context is open. They raise Stopped at once or, within `deferred`, are kept in `caught`
-    until the loop polls (`Runtime.stop_requested`); a second one then ends the process at once, unless it comes within
-    ONE_REQUEST: who signals a whole group reaches a process twice, by itself and through torchrun. `agreed` is the
+    until the loop polls (`Runtime.stop_requested`); a second one then ends the process at once, unless it is
+    the same request: who signals a whole group reaches a process twice, by itself and through torchrun. `agreed` is the
     signal that all processes stop for."""
 
     def __init__(self):
-        self.caught, self.agreed, self.polled, self.before, self.since = None, None, False, {}, 0.0
+        self.caught, self.agreed, self.polled, self.before, self.times = None, None, False, {}, []
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
@@ -102,12 +98,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
+        if not is_new_request(self.times):
+            return
         if not self.polled:
             raise Stopped(128 + number)
-        if self.caught is None:
-            self.caught, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > ONE_REQUEST:
+        if self.caught is not None:
             raise SystemExit(128 + number)
+        self.caught = number
 
     @contextlib.contextmanager
     def deferred(self):
@@ -235,6 +232,8 @@ def join_processes(device, amp, stop):
     if sys.platform == "linux":  # torchrun hands on some signals and dies of the others, and then nobody ends this
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a signal when the parent is gone
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > 1:
+            raise InputError(f"--device {device} is one GPU for {world} processes; leave it out, and each gets its own")
         if device.index is None:
             if local >= torch.cuda.device_count():
                 raise InputError(f"process {local} of this machine has no GPU, there are "

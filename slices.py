@@ -60,8 +60,8 @@ def list_folder(folder):
 
 
 def passed_over(root, used):
-    """Lines on what is under `root` and not among the paths `used`, by folder and, beside those, kind, so that files
-    seen are files used, refused or listed here."""
+    """Lines on what is under `root` and not among the paths `used`, by folder, and by kind in folders that hold
+    some of them, so that files seen are files used, refused or listed here."""
     lines, counts, used = [], Counter(), {os.path.abspath(path) for path in used}
     ours, met = {os.path.abspath(root), *map(os.path.dirname, used)}, set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=lambda problem: lines.append(
@@ -174,8 +174,11 @@ def header(path):
 
 def common_size(paths):
     """The most frequent size (H, W) among the image files; InputError if none of them can be read."""
+    from tqdm import tqdm
+
     with quiet_pillow(), Threads() as pool:
-        sizes = pd.Series([size for size in pool.map(header, paths) if size])
+        work = tqdm(pool.map(header, paths), "sizes", len(paths), unit=" slices", disable=None, leave=False)
+        sizes = pd.Series([size for size in work if size])
     if sizes.empty:
         raise InputError(f"none of the {len(paths)} files can be read as an image: {', '.join(list(paths)[:2])}")
     return sizes.mode()[0]
@@ -190,8 +193,11 @@ def hash_pixels(pixels):
 
 def hash_slices(images):
     """`hash_pixels` of each of uint8 (N, H, W), in parallel."""
+    from tqdm import tqdm
+
     with Threads() as pool:  # hashing lets go of the interpreter's lock
-        return list(pool.map(hash_pixels, images))
+        work = pool.map(hash_pixels, images)
+        return list(tqdm(work, "checksums", len(images), unit=" slices", disable=None, leave=False))
 
 
 # ---------------------------------------------------------------- decoding

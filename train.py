@@ -20,6 +20,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from files import read_bytes
 from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
 DEMO_SUBJECTS = 80
@@ -117,7 +118,7 @@ def parse_args(argv=None):
         if not args.out:
             parser.error("--resume needs --out RUN, the folder of the run to resume")
         try:
-            config = json.loads((Path(args.out) / "config.json").read_text())
+            config = json.loads(read_bytes(Path(args.out) / "config.json"))
             saved = config["flags"]
             where = config["used"]["data"]
             if not saved["demo"] and os.path.abspath(saved["data"] or "AD_NC") != where:

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,14 +241,28 @@ class Stopped(SystemExit):
         return signal.Signals(self.code - 128).name
 
 
+ONE_REQUEST = 1.0  # seconds in which signals are one: who signals a whole group may reach a process twice
+
+
+def is_new_request(times):
+    """Whether a signal that arrives now is another request than that of the last of `times`, which it is added to; if
+    not, what the first one has begun to tidy up is not disturbed."""
+    if times and time.monotonic() - times[-1] < ONE_REQUEST:
+        return False
+    times.append(time.monotonic())
+    return True
+
+
 @contextlib.contextmanager
 def stopped_by_signals():
     """STOP_SIGNALS that would end the process at once raise Stopped, so that nothing temporary is left."""
 
-    def stop(number, frame):
-        raise Stopped(128 + number)
+    before, stopped = {}, []
 
-    before = {}
+    def stop(number, frame):
+        if is_new_request(stopped):
+            raise Stopped(128 + number)
+
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in STOP_SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:  # Ctrl-C raises anyway, and nohup ignores SIGHUP
@@ -262,8 +277,8 @@ def stopped_by_signals():
 class Threads(ThreadPoolExecutor):
     """Threads that begin nothing more once their context ends by an exception, as Ctrl-C and signals are."""
 
-    def __exit__(self, *problem):
-        self.shutdown(cancel_futures=True)
+    def __exit__(self, kind, *problem):
+        self.shutdown(cancel_futures=kind is not None)
 
 
 def printable(text, breaks="\n"):

@@ -22,8 +22,8 @@ import pandas as pd
 from PIL import Image
 
 import readers
-from files import clear_folder, own_folder, write_csv, write_json
-from metadata import TABLES
+from files import clear_folder, own_folder, read_bytes, write_csv, write_json
+from metadata import TABLES, read_subjects
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
 from utils import InputError, Threads
@@ -103,7 +103,7 @@ def recorded_look(root):
     """What extract.py recorded about the slices under `root`, or in its parent, as a dict for `Look`; or None."""
     for folder in (Path(root), Path(root).parent):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            recorded = json.loads((folder / "extraction.json").read_text(encoding="utf-8"))
+            recorded = json.loads(read_bytes(folder / "extraction.json"))
             return asdict(Look(**recorded)) | {"slices": None}  # of one set, not of the next head
     return None
 
@@ -246,10 +246,21 @@ def find_all(inputs):
     return name_scans(list({os.path.realpath(row[0]): row for row in found}.values()))
 
 
+def tabled_subjects(table, inputs):
+    """The table of `find_all`, with the subjects that tables in or beside the inputs name before those of BIDS names;
+    and the paths of these tables."""
+    found = []
+    for given in map(Path, inputs):
+        who, _, sources = read_subjects(given if given.is_dir() else given.parent)
+        if table.scan.isin(who.keys()).any():
+            table, found = table.assign(subject=table.scan.map(who).fillna(table.subject)), [*found, *sources]
+    return table, found
+
+
 def extract(table, look, out, workers=None, bar="extracting"):
     """Cut the volumes of `find_all` into out/slices/<scan>_<slice>.png, in parallel, and write
     out/extraction.csv (a row a volume, COLUMNS, with an `error` where it was skipped), out/extraction.json (the Look)
-    and, where BIDS names know subjects, out/subjects.csv. Where all volumes are in folders AD/ and NC/ (or in those of
+    and, where subjects are known, out/subjects.csv. Where all volumes are in folders AD/ and NC/ (or in those of
     train/ and test/), so are the slices.
 
     Returns the table of extraction.csv. out/slices is moved into its place last, so
@@ -296,6 +307,14 @@ def extract(table, look, out, workers=None, bar="extracting"):
     return table
 
 
+def remarks(table, inputs, tables):
+    """Lines on a table of `extract`: what was passed over in the inputs, beside the `tables` of subjects that were
+    read, and what had to be decided about volumes."""
+    used = [file for source in table.source for file in readers.files_of(source)] + tables
+    lines = [line for given in inputs if os.path.isdir(given) for line in passed_over(given, used)]
+    return lines + [f"{row.source}: {row.notes}" for row in table[table.notes.notna()].itertuples()]
+
+
 class CutInputs:
     """The inputs of predict.py, the volumes among them cut into a folder of slices: `inputs` has that folder in their
     place, `lines` say how they were cut, `beside` are the volumes and their folders. The folder is temporary, or
@@ -304,7 +323,8 @@ class CutInputs:
     def __init__(self, args, checkpoint, held):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
-        self.temporary, self.beside, self.warnings, self.table = None, [], [], pd.DataFrame(columns=COLUMNS)
+        self.temporary, self.beside, self.failed, self.warnings = None, [], {}, []
+        self.table = pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
                 raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
@@ -316,24 +336,16 @@ class CutInputs:
         folder = held.enter_context(own_folder(args.keep_slices or self.temporary.name, None, " or --keep-slices"))
         self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
         self.beside = [*volumes, *self.table.source]
-        used = [file for source in self.table.source for file in readers.files_of(source)]
-        used += [os.path.join(given, name) for given in volumes for name in TABLES]  # which list_inputs reads
-        self.warnings += [line for given in volumes if os.path.isdir(given) for line in passed_over(given, used)]
+        tables = [os.path.join(given, name) for given in volumes for name in TABLES]  # which list_inputs reads
+        self.warnings += remarks(self.table, volumes, tables)
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
             clear_folder(folder)  # so that the corrected command can be given
             raise InputError("; ".join(f"{row.source} {row.error}" for row in bad.itertuples()))
         parts = [self.folder / name for name in ("train", "test") if (self.folder / name).is_dir()]
-        self.inputs += [*map(str, parts or [self.folder] * (len(bad) < len(self.table))), *bad.source]
+        self.inputs += map(str, parts or [self.folder] * (len(bad) < len(self.table)))
+        self.failed = dict(zip(bad.source, bad.error))
         self.lines = [f"{len(self.table) - len(bad)} of {len(self.table)} volumes cut: {look} ({known})"]
-
-    def explain(self, listing):
-        """The Listing of `inputs` with the reasons why volumes could not be cut, and warnings on those that were."""
-        known = dict(zip(map(str, map(Path, self.table.source)), self.table.error))
-        listing.index["error"] = listing.index.path.map(known).astype("string").fillna(listing.index.error)
-        noted = self.table[self.table.notes.notna()]
-        listing.warnings += self.warnings + [f"{row.source}: {row.notes}" for row in noted.itertuples()]
-        return listing
 
     def finish(self, index):
         """Once its slices are decoded: the temporary folder is removed, and each row of `index` gets the path of its

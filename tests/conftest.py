@@ -98,22 +98,29 @@ def train_small(data, out, *flags):
     return Path(out)
 
 
-@pytest.fixture
-def pictures():
-    """To be named by a test that looks for pictures; for the others none is drawn (a second or two each time)."""
+DRAWING = {}  # the functions of plots.py, which are replaced
 
 
-DRAWING = {}  # the functions of plots.py, where they are replaced
-
-
-@pytest.fixture(autouse=True)
-def _draw_only_what_is_looked_for(request, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def _draw_nothing():
+    """A picture takes a second or two, and few tests look at one."""
     import plots
 
-    if "pictures" not in request.fixturenames:
-        for name in [name for name in vars(plots) if name.startswith("plot_")]:
-            DRAWING.setdefault(name, getattr(plots, name))
-            monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
+    DRAWING.update({name: draw for name, draw in vars(plots).items() if name.startswith("plot_")})
+    with mock.patch.multiple(plots, **dict.fromkeys(DRAWING, lambda *args, **kwargs: None)):
+        yield
+
+
+def drawing():
+    """A context in which pictures are drawn."""
+    return mock.patch.multiple("plots", **DRAWING)
+
+
+@pytest.fixture
+def pictures():
+    """To be named by a test that looks for pictures."""
+    with drawing():
+        yield
 
 
 def without_report():
@@ -137,9 +144,5 @@ def train_steps(data, out, *flags):
 @pytest.fixture(scope="session")
 def run_folder(ad_nc, tmp_path_factory):
     """A run of six epochs on `ad_nc`, finished, with its pictures, whichever test asks for it first."""
-    import plots
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, draw in DRAWING.items():
-            patch.setattr(plots, name, draw)
+    with drawing():
         return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")

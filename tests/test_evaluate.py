@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -191,6 +192,15 @@ def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, te
     for flags in ([], ["--each"]):
         with pytest.raises(ValueError, match="x cannot be read .* expected what train.py or predict.py wrote"):
             run_evaluate(capsys, tmp_path / "x", *flags)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.csv"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run_folder, tmp_path, capsys, name):
+    folder = shutil.copytree(run_folder / "test", tmp_path / "x")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match="it is a folder or a pipe"):
+        run_evaluate(capsys, folder)
 
 
 def test_results_are_not_written_over_those_of_the_run(run_folder, capsys):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, train_steps
-from heads import AFFINE, VALUES, cut, head, nib
+from heads import AFFINE, VALUES, cut, head, nib, write_dicom
 from PIL import Image
 from test_predict import run_predict
 
@@ -219,6 +219,14 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     bad = table[table.path == str(tmp_path / "bad.nii")]
     assert len(table) == 4 and bad.error.str.startswith("cannot be read as a volume").tolist() == [True]
     assert "bad.nii cannot be read as a volume" in capsys.readouterr().err
+    (tmp_path / "mix" / "dicom").mkdir(parents=True)
+    shutil.copy(tmp_path / "good.nii", tmp_path / "mix")
+    (tmp_path / "mix" / "dicom" / "1.dcm").write_bytes(bytes(128) + b"DICM" + b"rubbish" * 9)
+    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", tmp_path / "mix" / "dicom")  # a preview, and no scan
+    table = run_predict(run_folder, tmp_path / "e", tmp_path / "mix", *words)
+    assert len(table) == 3 and table.path[table.error.notna()].tolist() == [str(tmp_path / "mix" / "dicom")]
+    assert "passed over: 1 .jpeg file in" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "mix")
     monkeypatch.chdir(tmp_path)
     table = run_predict(run_folder, tmp_path / "c", "./bad.nii", ad_nc / "test" / "AD" / "300_70.jpeg", *words)
     assert table.error.dropna().str.startswith("cannot be read as a volume").tolist() == [True]
@@ -233,6 +241,26 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     with pytest.raises(InputError, match="d is not empty, and nothing is overwritten"):
         run_predict(run_folder, tmp_path / "d", tmp_path / "good.nii", *words, *kept)
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_dicom_folder_is_predicted(run_folder, tmp_path):
+    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-volumes.txt)")
+    folder = write_dicom(tmp_path / "head")
+    table = run_predict(run_folder, tmp_path / "out", folder, "--plane", "axial", "--spacing", "4", "--count", "2")
+    assert table.path.str.startswith(f"{folder}:").tolist() == [True] * 2 and table.p_AD.notna().all()
+
+
+def test_an_extraction_keeps_the_subjects_of_a_table_beside_the_volumes(tmp_path, capsys):
+    for name in ("999.nii", "sub-8_T1w.nii", "sub-7_T1w.nii"):
+        nib.save(head(), tmp_path / name)
+    (tmp_path / "subjects.csv").write_text("scan,subject\n999,a0\nsub-8_T1w,b\n")
+    table = run_extract(tmp_path, "--out", tmp_path / "out")
+    known = read_csv(tmp_path / "out" / "subjects.csv")
+    assert dict(zip(known.scan, known.subject)) == {"999": "a0", "sub-8_T1w": "b", "sub-7_T1w": "sub-7"}
+    assert len(table) == 3 and "subjects.csv" not in capsys.readouterr().err
+    (tmp_path / "subjects.csv").write_text("scan,subject\nx,y\n")  # of something else
+    run_extract(tmp_path / "999.nii", "--out", tmp_path / "again")
+    assert not (tmp_path / "again" / "subjects.csv").exists()
 
 
 def test_a_table_beside_volumes_says_who_is_in_them(run_folder, tmp_path, capsys):

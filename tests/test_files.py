@@ -1,6 +1,7 @@
 """files.py: written whole or not at all, and folders for one process."""
 
 import os
+import resource
 import socket
 import tempfile
 
@@ -69,9 +70,14 @@ def test_a_folder_of_results_is_for_one_process_and_goes_if_nothing_is_in_it(tmp
     with files.own_folder(None) as none, files.own_folder(tmp_path / "a") as new:
         assert none is None and new == tmp_path / "a"
         for second in (files.own_folder, files.locked):
-            with pytest.raises(utils.InputError, match="a is (not empty|in use by process)"), second(new):
+            with pytest.raises(utils.InputError, match=f"a is in use by process {os.getpid()} on "), second(new):
                 raise AssertionError
+        (new / "folder").mkdir()
+        (new / "link").symlink_to(tmp_path)
+        files.clear_folder(new)
+        assert [path.name for path in new.iterdir()] == ["in_use"]  # the lock stays, and nothing behind a link goes
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "in_use").write_text("process 1 on a machine that lost power")
     for name, left in (("b", False), ("here", True)):
         with pytest.raises(ZeroDivisionError), files.own_folder(tmp_path / name):
             1 / 0  # noqa: B018
@@ -80,6 +86,21 @@ def test_a_folder_of_results_is_for_one_process_and_goes_if_nothing_is_in_it(tmp
         (folder / "results").touch()
         1 / 0  # noqa: B018
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["c", "results", "here"]
+
+
+def test_a_disk_that_is_full_at_the_lock_is_named_and_leaves_nothing(tmp_path):
+    def main(folder):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        with files.own_folder(folder):
+            raise AssertionError
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="a cannot be written into: File too large"):
+            main(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def test_a_second_signal_ends_at_once_and_leaves_what_was_saved(ad_nc, tmp_path,
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # at once: the same request, by a launcher
         reached.append(x)
-        time.sleep(runtime.ONE_REQUEST + 0.1)
+        time.sleep(utils.ONE_REQUEST + 0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
     reached = []
@@ -209,7 +209,8 @@ def test_the_command_exits_with_the_status_of_the_signal_and_says_how_to_resume(
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout  # what it does to the schedule
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138),
+                                            (signal.SIGHUP, 129)])
 def test_a_signal_to_the_whole_group_of_processes_is_a_saved_stop(ad_nc, tmp_path, number, status):
     words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000",
              "--workers", "2"]  # fmt: skip

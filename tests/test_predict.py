@@ -271,14 +271,18 @@ def test_what_another_process_is_writing_is_refused_and_what_fails_leaves_nothin
     words = [str(ad_nc / "test"), "--checkpoint", str(run_folder / "best_model.pth"), "--out", str(tmp_path / "out")]
     page = ["--report", str(tmp_path / "page.html")]
     (tmp_path / "out").mkdir()
-    with files.locked(tmp_path / "out"), pytest.raises(InputError, match="not empty|is in use by process"):
+    with files.locked(tmp_path / "out"), pytest.raises(InputError, match="out is in use by process"):
         predict.main(predict.parse_args(words))
-    with claimed(page[1]), pytest.raises(InputError, match="page.html is already there"):
+    with claimed(page[1]), pytest.raises(InputError, match="page.html is for another process"):
         predict.main(predict.parse_args([*words, *page]))
     (tmp_path / "out").rmdir()
+    (tmp_path / "page.html").touch()  # by a process that was killed
     with pytest.raises(InputError, match="nowhere does not exist"):
         predict.main(predict.parse_args([str(tmp_path / "nowhere"), *words[1:], *page]))
     assert list(tmp_path.iterdir()) == []
+    predict.main(predict.parse_args([*words, "--report", str(tmp_path / "out" / "page.html")]))
+    assert (tmp_path / "out" / "page.html").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_a_model_without_finite_output_is_an_error_and_not_nc(run_folder, ad_nc, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_slice
+from conftest import ROOT, drawing, write_slice
 from PIL import Image
 
 import predict
@@ -22,7 +22,7 @@ from inference import calibrated, predict_slices
 from listing import list_inputs
 from report import Report, write_report
 from runtime import Runtime, pick_device
-from utils import InputError
+from utils import InputError, Stopped
 
 HOSTILE = ["<script>document.title='taken'<!--_70.png", "\"'><img src=x onerror=document.title='taken'>_71.png",
            "right\u202eto-left_72.png", "control\x1b[31m\n\x07_73.png", "{{ 7*7 }}&amp;_74.png", "a" * 200 + "_75.png",
@@ -101,7 +101,9 @@ def hostile_page(made_up, tmp_path_factory):
 def labelled_page(run_folder, ad_nc, tmp_path_factory):
     """The run's own test set, with labels, scores, curves and prediction sets."""
     folder = tmp_path_factory.mktemp("labelled")
-    predict_page(run_folder, folder / "report.html", ad_nc / "test", out=folder / "out", flags=["--coverage", "0.5"])
+    with drawing():
+        predict_page(run_folder, folder / "report.html", ad_nc / "test", out=folder / "out",
+                     flags=["--coverage", "0.5"])
     return folder / "report.html"
 
 
@@ -211,14 +213,19 @@ def test_nothing_is_overwritten_and_a_report_that_cannot_be_written_is_refused_b
     assert (tmp_path / "there.html").read_text() == "old" and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fails, inline", [("write_text", 1e6), ("write_text", 0), ("write_bytes", 0)])
-def test_a_disk_that_is_full_leaves_neither_a_page_nor_a_folder(made_up, tmp_path, monkeypatch, fails, inline):
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fails, inline, problem", [
+    ("write_text", 1e6, FULL), ("write_text", 0, FULL), ("write_bytes", 0, FULL), ("write_text", 0, Stopped(143))])
+def test_a_full_disk_or_a_signal_leaves_neither_a_page_nor_a_folder(made_up, tmp_path, monkeypatch, fails, inline,
+                                                                    problem):  # fmt: skip
     def full(path, *args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise problem
 
     monkeypatch.setattr(report, "INLINE", inline)
     monkeypatch.setattr(Path, fails, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(type(problem)):
         write_report(tmp_path / "report.html", made_up)
     assert not list(tmp_path.iterdir())
 

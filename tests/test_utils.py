@@ -57,6 +57,14 @@ def test_bars_are_for_terminals_and_nothing_is_ever_coloured(ad_nc):
     assert b"decoding" in seen and b" slices" in seen and not re.search(rb"\x1b\[[\d;]*m", seen)
 
 
+def test_a_signal_that_reaches_a_process_twice_does_not_stop_it_from_tidying_up(tmp_path):
+    script = ("import os, signal, sys, utils\ndef main(args):\n    try:\n        os.kill(os.getpid(), 15)\n"
+              "    finally:\n        os.kill(os.getpid(), 15)\n        open(sys.argv[1], 'w').write('tidy')\n"
+              "utils.run_script(main, None)")  # fmt: skip
+    done = command.run(script, tmp_path / "end")
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM\n") and (tmp_path / "end").exists()
+
+
 GONE = ("import os, sys, utils\nread, write = os.pipe()\nos.close(read)\nsys.{name} = os.fdopen(write, 'w')\n"
         "def main(args):\n    for i in range(100):\n        print('x' * 1000, flush=bool(i % 2), file=sys.{name})\n"
         "    open(sys.argv[1], 'w').write('done')\nutils.run_script(main, None)")  # fmt: skip
