@@ -23,7 +23,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; 
 
 # What takes longest starts first, or the second core waits for it at the end.
 LONGEST = ("test_the_demo_learns_and_prints_a_command_that_predicts",
-           "test_a_run_killed_at_25_random_moments_saves_included_ends_bit_identical")  # fmt: skip
+           "test_a_run_killed_at_random_moments_saves_included_ends_bit_identical")  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="repeat what is random, or takes long, more often")
+
+
+@pytest.fixture
+def repeats(request):
+    """A function (few, many) that gives the first number, or with --exhaustive the second."""
+    return lambda few, many: many if request.config.getoption("--exhaustive") else few
 
 
 def pytest_collection_modifyitems(items):
