@@ -270,7 +270,8 @@ for (const x of document.querySelectorAll('details')) x.open = true;
 const all = [...document.querySelectorAll('img')];
 all.forEach(x => { x.loading = 'eager'; });
 Promise.all(all.map(x => x.decode().then(() => x.naturalWidth > 0, () => false))).then(done);"""
-ROWS = "return [...document.querySelectorAll('#scans tbody')].filter(x => !x.hidden).map(x => x.dataset.name)"
+ROWS = ("return [...document.querySelectorAll('#scans tbody')].filter(x => x.getClientRects().length)"
+        ".map(x => x.dataset.name)")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -369,11 +370,16 @@ def test_keys_alone_open_a_scan_and_lay_the_overlays_on_it(browser, hostile_page
     assert overlay.size["width"] > 200
 
 
-def test_without_scripts_all_is_there_but_sorting_and_filtering(browser, hostile_page):
+def test_without_scripts_all_is_there_but_sorting_and_finding(browser, hostile_page):
     show(browser, hostile_page, scripts=False)
     names = [row.text for row in browser.find_elements("css selector", "#scans tbody th bdi:first-child")]
     assert names[0] == "inverted" and len(names) == 12
     assert not browser.find_element("id", "find").is_displayed()
+    remarks = {"inverted", "broken", "300"}
+    for choice, kept in (("no verdict", {"inverted"}), ("with remarks", remarks), ("all", set(names))):
+        choose(browser, "show", choice)
+        rows = browser.find_elements("css selector", "#scans tbody")
+        assert {row.get_attribute("data-name") for row in rows if row.is_displayed()} == kept
     overlay = browser.find_element("css selector", ".overlay")
     overlay.find_element("xpath", "ancestor::details/summary").click()
     browser.find_element("id", "overlays").click()
