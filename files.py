@@ -139,6 +139,8 @@ def read_table(path, columns):
 
 # ---------------------------------------------------------------- folders for results
 
+IN_USE = "in_use"  # the file of `locked`
+
 
 def make_folder(path):
     """The folder `path`, made if it is not there. OSError if it cannot be made or written into."""
@@ -168,9 +170,6 @@ def open_out(path, default, or_else=""):
     if any(other.name != IN_USE for other in folder.iterdir()):  # whose it is says `locked`
         raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
     return folder
-
-
-IN_USE = "in_use"  # the file of `locked`
 
 
 @contextlib.contextmanager
