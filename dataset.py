@@ -29,7 +29,14 @@ def parse_args(argv=None):
                        ("--augmented", "the same slices as the network sees them in training"),
                        ("--mean", "the mean training slice of AD, of NC, and their difference, by slice number")):
         add(flag, type=picture, metavar="PNG", help=f"save {what}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    drawn = [os.path.abspath(path) for path in (args.montage, args.augmented, args.mean) if path]
+    if len(set(drawn)) < len(drawn):
+        parser.error(f"two pictures cannot both be {drawn[0]}; name a file for each")
+    inside = [path for path in drawn if Path(args.root).resolve() in Path(path).resolve().parents]
+    if inside:
+        parser.error(f"{inside[0]} is in the set, where it would be taken for a slice; name a file outside {args.root}")
+    return args
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def main(args):
 
 def cut(found, look, out, args, checkpoint, warnings):
     """Cut the volumes into the folder `out`, and print what came of it."""
-    found, tables = volumes.tabled_subjects(found, args.inputs)
+    found, tables, lines = volumes.tabled_subjects(found, args.inputs)
     table = volumes.extract(found, look, out, args.workers)
-    warnings += volumes.remarks(table, args.inputs, tables)
+    warnings += lines + volumes.remarks(table, found, args.inputs, tables)
     bad = table[table.error.notna()]
     all_bad = len(bad) == len(table)
     warnings += [f"{row.source} {row.error}" for row in bad.head(len(bad) if all_bad else 10).itertuples()]

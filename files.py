@@ -140,6 +140,7 @@ def read_table(path, columns):
 # ---------------------------------------------------------------- folders for results
 
 IN_USE = "in_use"  # the file of `locked`
+DRAFT = ".draft-"  # begins the name of what is not yet whole; of a process that was killed it stays
 
 
 def make_folder(path):
@@ -167,9 +168,14 @@ def open_out(path, default, or_else=""):
                 folder.mkdir()
                 return folder
     folder = make_folder(path)
-    if any(other.name != IN_USE for other in folder.iterdir()):  # whose it is says `locked`
+    if _holds_results(folder):
         raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
     return folder
+
+
+def _holds_results(folder):
+    """Whether there is more in it than the lock, which `locked` judges, and drafts."""
+    return any(other.name != IN_USE and not other.name.startswith(DRAFT) for other in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -183,8 +189,9 @@ def own_folder(path, default=None, or_else=""):
     folder = open_out(path, default, or_else)
     try:
         with locked(folder):
-            if any(other.name != IN_USE for other in folder.iterdir()):  # by another process, meanwhile
+            if _holds_results(folder):  # of another process, meanwhile
                 raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
+            clear_folder(folder)  # of drafts
             yield folder
     finally:
         if made:

@@ -179,10 +179,10 @@ def describe_bad(bad, advice="fix or remove them"):
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
-def list_inputs(inputs, pattern=None, beside=(), failed=None):
+def list_inputs(inputs, pattern=None, failed=None):
     """The Listing of files and folders to predict; label is None where it is not known, split "". `pattern` as in
-    `list_set`. Tables of subjects are looked for beside the inputs, and beside the paths `beside`, of volumes; `failed`
-    has the reasons why volumes could not be cut, by their path.
+    `list_set`. Tables of subjects are looked for beside the inputs; `failed` has the reasons why volumes could not be
+    cut, by their path.
 
     A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
     What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is passed
@@ -205,7 +205,7 @@ def list_inputs(inputs, pattern=None, beside=(), failed=None):
     if again:
         warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
     who, classes, tables = {}, {}, []
-    for root in sorted({_set_root(given) for given in (*inputs, *beside)}):
+    for root in sorted({_set_root(given) for given in inputs}):
         try:
             known, labels, sources = metadata.read_subjects(root)
             tables += sources

@@ -18,6 +18,7 @@ training range (a photograph, an inverted picture, a head with its skull) gets a
 """
 
 import contextlib
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -47,7 +48,10 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     add_volume_flags(parser, "the checkpoint's, or those of AD_NC").add_argument(
         "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out and args.keep_slices and os.path.abspath(args.out) == os.path.abspath(args.keep_slices):
+        parser.error(f"--out and --keep-slices are both {args.out}; name two folders")
+    return args
 
 
 if __name__ == "__main__":
@@ -133,7 +137,7 @@ def main(args):
 def predict(args, checkpoint, runtime, explainer, cut, out):
     """Predict the slices of CutInputs, and write all that was asked for into the folder `out`."""
     path = args.checkpoint
-    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.beside, cut.failed)
+    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
     listing.warnings.extend(cut.warnings)
     print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
           f"{checkpoint['epoch']}; {len(listing.index):,} slices on {runtime.device}, {runtime.precision}",

@@ -22,8 +22,8 @@ import pandas as pd
 from PIL import Image
 
 import readers
-from files import clear_folder, own_folder, read_bytes, write_csv, write_json
-from metadata import TABLES, read_subjects
+from files import DRAFT, clear_folder, own_folder, read_bytes, write_csv, write_json
+from metadata import check_match, read_subjects, spelling
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
 from utils import InputError, Threads
@@ -100,11 +100,20 @@ def look_of(checkpoint, args):
 
 
 def recorded_look(root):
-    """What extract.py recorded about the slices under `root`, or in its parent, as a dict for `Look`; or None."""
-    for folder in (Path(root), Path(root).parent):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            recorded = json.loads(read_bytes(folder / "extraction.json"))
-            return asdict(Look(**recorded)) | {"slices": None}  # of one set, not of the next head
+    """What extract.py recorded about the slices under `root`, or in its parent, as a dict for `Look`; or None.
+    InputError where that is damaged."""
+    for path in (folder / "extraction.json" for folder in (Path(root), Path(root).parent)):
+        if not path.exists():
+            continue
+        try:
+            look = Look(**json.loads(read_bytes(path)))
+            if look.plane not in PLANES or not (look.spacing > 0 and (look.step is None or look.step > 0) and
+                                                look.turn % 90 == 0 and (look.size is None or len(look.size) == 2)):
+                raise ValueError("there is no such cut")
+            return asdict(look) | {"slices": None}  # of one set, not of the next head
+        except (ValueError, TypeError) as problem:
+            raise InputError(f"{path} is not what extract.py writes ({problem}); restore it, so that the model knows "
+                             "how its slices were cut, or remove it") from None
     return None
 
 
@@ -112,16 +121,16 @@ def recorded_look(root):
 
 
 def name_scans(found):
-    """A table of volumes, (path, folder) each: source, folder, scan, subject and session. A scan is named as its file;
-    where two are named alike, with its folders before it. Only letters, digits, dots, - and _ are kept, so that the
-    name is safe on any system. Subject and session are those of BIDS: sub-01_ses-2_T1w.nii.gz."""
+    """A table of volumes, (path, folder) each: source, folder, scan, name, subject and session. A scan is named as its
+    file; where two are named alike, with its folders before it. Only letters, digits, dots, - and _ are kept, so that
+    the name is safe on any system. Subject and session are those of BIDS: sub-01_ses-2_T1w.nii.gz."""
     def safe(text):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".")[-120:] or "scan"
 
     table = pd.DataFrame(found, columns=["source", "folder"])
     stem = table.source.map(os.path.abspath).map(os.path.basename)
     stem = stem.str.replace(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", case=False, regex=True)
-    table["scan"] = stem.map(safe)
+    table["scan"], table["name"] = stem.map(safe), stem
     twins = table.scan.duplicated(keep=False)
     table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe)
     number = table.groupby("scan").cumcount()
@@ -247,14 +256,27 @@ def find_all(inputs):
 
 
 def tabled_subjects(table, inputs):
-    """The table of `find_all`, with the subjects that tables in or beside the inputs name before those of BIDS names;
-    and the paths of these tables."""
-    found = []
-    for given in map(Path, inputs):
-        who, _, sources = read_subjects(given if given.is_dir() else given.parent)
-        if table.scan.isin(who.keys()).any():
-            table, found = table.assign(subject=table.scan.map(who).fillna(table.subject)), [*found, *sources]
-    return table, found
+    """The table of `find_all`, with the subjects that tables in or beside the inputs or the folders of volumes name,
+    before those of BIDS names; the paths of these tables; and lines on tables that know no volume. InputError where two
+    contradict each other, or one cannot be read."""
+    known, read, lines = {}, {}, []
+    places = [path if os.path.isdir(path) else os.path.dirname(path) for path in (*map(str, inputs), *table.source)]
+    for folder in dict.fromkeys(map(os.path.realpath, places)):
+        who, _, sources = read_subjects(folder)
+        for scan in who.keys() & known.keys():
+            if spelling(who[scan]) != spelling(known[scan]):
+                raise InputError(f"scan {scan} is of {who[scan]} in {[*sources][0]}, and of {known[scan]} in "
+                                 f"{[*read][0]}; correct one of them, or move it away")
+        known, read = who | known, read | sources
+    used = []
+    for path, who in read.items():
+        try:
+            check_match(pd.concat([table.scan, table.name]), who, {path: who})
+            used.append(path)
+        except InputError as problem:
+            lines.append(f"a table of subjects is not used: {problem}")
+    subject = [known.get(row.scan, known.get(row.name, row.subject)) for row in table.itertuples(index=False)]
+    return table.assign(subject=subject), used, lines
 
 
 def extract(table, look, out, workers=None, bar="extracting"):
@@ -291,7 +313,7 @@ def extract(table, look, out, workers=None, bar="extracting"):
         return facts
 
     # filters of warnings are those of the process: around the pool; deepbet uses every core by itself
-    with (tempfile.TemporaryDirectory(prefix=".extract-", dir=out, ignore_cleanup_errors=True) as draft,
+    with (tempfile.TemporaryDirectory(prefix=DRAFT, dir=out, ignore_cleanup_errors=True) as draft,
           warnings.catch_warnings(),
           Threads(1 if look.strip else workers or min(os.cpu_count() or 1, 8)) as pool):
         warnings.filterwarnings("ignore", module="nibabel|torch")  # repaired headers; deepbet's weights
@@ -307,37 +329,47 @@ def extract(table, look, out, workers=None, bar="extracting"):
     return table
 
 
-def remarks(table, inputs, tables):
-    """Lines on a table of `extract`: what was passed over in the inputs, beside the `tables` of subjects that were
-    read, and what had to be decided about volumes."""
+def remarks(table, found, inputs, tables):
+    """Lines on a table of `extract`, made of that of `find_all`: what was passed over in the inputs, beside the
+    `tables` of subjects that were read, and what had to be decided about volumes."""
     used = [file for source in table.source for file in readers.files_of(source)] + tables
     lines = [line for given in inputs if os.path.isdir(given) for line in passed_over(given, used)]
+    twins = found[found.name.duplicated(keep=False)].sort_values("name", kind="stable")
+    if len(twins):
+        one, other = twins.scan[:2]
+        lines.append(f"{len(twins)} volumes have the name of another, such as {twins.source.iloc[0]} and "
+                     f"{twins.source.iloc[1]}; each is taken for a scan of its own, {one} and {other}")
     return lines + [f"{row.source}: {row.notes}" for row in table[table.notes.notna()].itertuples()]
 
 
 class CutInputs:
     """The inputs of predict.py, the volumes among them cut into a folder of slices: `inputs` has that folder in their
-    place, `lines` say how they were cut, `beside` are the volumes and their folders. The folder is temporary, or
+    place, `lines` say how they were cut, `failed` why others were not, by their path. The folder is temporary, or
     --keep-slices, which must be empty, and is for this process alone as long as the ExitStack `held` is open."""
 
     def __init__(self, args, checkpoint, held):
         volumes = [given for given in args.inputs if readers.holds_volumes(given)]
         self.inputs, self.lines = [given for given in args.inputs if given not in volumes], []
-        self.temporary, self.beside, self.failed, self.warnings = None, [], {}, []
+        self.temporary, self.failed, self.warnings = None, {}, []
         self.table = pd.DataFrame(columns=COLUMNS)
         if not volumes:
             if args.keep_slices or flags_given(args):
-                raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs")
+                raise InputError("--keep-slices and the flags on how volumes are cut need a volume among the inputs, "
+                                 "or a folder of volumes without slices beside them")
             return
         look, known, self.warnings = look_of(checkpoint, args)
         if not args.keep_slices:
             self.temporary = tempfile.TemporaryDirectory(prefix="slices-")
             held.enter_context(self.temporary)
         folder = held.enter_context(own_folder(args.keep_slices or self.temporary.name, None, " or --keep-slices"))
-        self.table, self.folder = extract(find_all(volumes), look, folder), folder / "slices"
-        self.beside = [*volumes, *self.table.source]
-        tables = [os.path.join(given, name) for given in volumes for name in TABLES]  # which list_inputs reads
-        self.warnings += remarks(self.table, volumes, tables)
+        found, tables = find_all(volumes), []
+        try:
+            found, tables, lines = tabled_subjects(found, volumes)
+            self.warnings += lines
+        except InputError as problem:  # a prediction goes on
+            self.warnings.append(f"subjects are not known: {problem}")
+        self.table, self.folder = extract(found, look, folder), folder / "slices"
+        self.warnings += remarks(self.table, found, volumes, tables)
         bad = self.table[self.table.error.notna()]
         if len(bad) == len(self.table) and not self.inputs:
             clear_folder(folder)  # so that the corrected command can be given

@@ -1,6 +1,5 @@
 """extract.py on a folder of volumes, and predict.py on volumes as on their slices."""
 
-import json
 import os
 import re
 import shutil
@@ -271,10 +270,43 @@ def test_a_table_beside_volumes_says_who_is_in_them(run_folder, tmp_path, capsys
         table = run_predict(run_folder, tmp_path / "out" / out, given, *words)
         assert table.subject.tolist() == ["a0"] * 2 and table.exposure.tolist() == ["yes"] * 2
         assert "subjects.csv" not in capsys.readouterr().err
-    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-07_T1w,somebody\n")
+    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-07_T1w,somebody\n")  # it knows better than the name
     shutil.copy(tmp_path / "999.nii", tmp_path / "sub-07_T1w.nii")
-    run_predict(run_folder, tmp_path / "out" / "two", tmp_path / "sub-07_T1w.nii", *words)
-    assert re.search("subjects are not known: scan sub-07_T1w is of .*, and of", capsys.readouterr().err)
+    kept = ["--keep-slices", tmp_path / "kept"]
+    table = run_predict(run_folder, tmp_path / "out" / "two", tmp_path / "sub-07_T1w.nii", *words, *kept)
+    assert table.subject.tolist() == ["somebody"] * 2 and "not known" not in capsys.readouterr().err
+    assert read_csv(tmp_path / "kept" / "subjects.csv").subject.tolist() == ["somebody"]
+    (tmp_path / "subjects.csv").unlink()
+    (tmp_path / "set" / "AD").mkdir(parents=True)  # whatever the folder is called, and above it
+    shutil.copy(tmp_path / "999.nii", tmp_path / "set" / "AD")
+    (tmp_path / "set" / "AD" / "subjects.csv").write_text("scan,subject\n999,a0\n")
+    for out, given in (("there", tmp_path / "set" / "AD"), ("above", tmp_path / "set")):
+        table = run_predict(run_folder, tmp_path / "out" / out, given, *words)
+        assert table.subject.tolist() == ["a0"] * 2 and "passed over" not in capsys.readouterr().err
+    (tmp_path / "set" / "AD" / "subjects.csv").write_text("scan,subject\nfoo,a0\n")
+    assert run_predict(run_folder, tmp_path / "out" / "foo", tmp_path / "set", *words).subject.isna().all()
+    told = capsys.readouterr().err
+    assert told.count("a table of subjects is not used: ") == 1 and "are such as foo, the folder's such as 999" in told
+    (tmp_path / "set" / "subjects.csv").write_text("scan,subject\nfoo,b1\n")
+    assert run_predict(run_folder, tmp_path / "out" / "both", tmp_path / "set", *words).subject.isna().all()
+    assert "subjects are not known: scan foo is of" in capsys.readouterr().err
+
+
+def test_two_volumes_of_one_name_are_said_to_be_and_known_to_the_table_by_it(tmp_path, capsys):
+    for folder in ("train/AD", "test/NC"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        nib.save(head(), tmp_path / "in" / folder / "p1.nii")
+    (tmp_path / "in" / "subjects.csv").write_text("scan,subject\np1,Alice\n")
+    run_extract(tmp_path / "in", "--out", tmp_path / "out")
+    known = read_csv(tmp_path / "out" / "subjects.csv")
+    assert dict(zip(known.scan, known.subject)) == {"train_AD_p1": "Alice", "test_NC_p1": "Alice"}
+    assert "2 volumes have the name of another, such as " in capsys.readouterr().err
+
+
+def test_two_flags_that_name_one_folder_are_wrong_usage(capsys):
+    with pytest.raises(SystemExit):
+        predict.parse_args(["x.nii", "--out", "a/b", "--keep-slices", "./a/b/"])
+    assert "--out and --keep-slices are both a/b; name two folders" in capsys.readouterr().err
 
 
 def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assumes(run_folder, tmp_path, capsys):
@@ -311,8 +343,15 @@ def test_training_records_how_its_slices_were_cut(tmp_path, run_folder, ad_nc):
     train_steps(tmp_path / "out" / "AD_NC", tmp_path / "run", "--epochs", "1")
     recorded = checkpoint.load_checkpoint(tmp_path / "run" / "best_model.pth")["extraction"]
     assert Look(**recorded) == Look("coronal", count=4, spacing=6.0, turn=90)
-    (tmp_path / "out" / "extraction.json").write_text(json.dumps({"plane": "coronal", "nothing": 1}))
-    assert volumes.recorded_look(tmp_path / "out" / "slices") is None
+
+
+@pytest.mark.parametrize("text", ['{"plane": "upside"}', '{"plane": "axial"', "[1, 2]", '{"spacing": 0}', '{"x": 1}'])
+def test_a_record_of_cutting_that_is_damaged_is_refused_when_training_starts(ad_nc, tmp_path, text):
+    root = shutil.copytree(ad_nc.parent, tmp_path / "set")
+    (root / "extraction.json").write_text(text)
+    with pytest.raises(InputError, match="extraction.json is not what extract.py writes"):
+        train_steps(root / "AD_NC", tmp_path / "run", "--epochs", "1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_extracting_like_a_checkpoint_says_whether_the_slices_resemble_its_own(run_folder, tmp_path, capsys):

@@ -78,6 +78,7 @@ def test_a_folder_of_results_is_for_one_process_and_goes_if_nothing_is_in_it(tmp
         assert [path.name for path in new.iterdir()] == ["in_use"]  # the lock stays, and nothing behind a link goes
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "in_use").write_text("process 1 on a machine that lost power")
+    (tmp_path / "here" / f"{files.DRAFT}x" / "slices").mkdir(parents=True)
     for name, left in (("b", False), ("here", True)):
         with pytest.raises(ZeroDivisionError), files.own_folder(tmp_path / name):
             1 / 0  # noqa: B018

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 import dataset
@@ -18,6 +19,15 @@ def test_a_set_is_drawn_as_contact_sheets_and_mean_slices(ad_nc, tmp_path, pictu
     assert all(sheet.std() > 10 for sheet in sheets.values())
     said = capsys.readouterr().out
     assert all(f"in {path}" in said for path in files.values())
+
+
+def test_pictures_that_would_replace_each_other_or_become_slices_are_wrong_usage(tmp_path, capsys):
+    (tmp_path / "AD_NC" / "train").mkdir(parents=True)
+    for words, said in ((["--montage", tmp_path / "a.png", "--mean", tmp_path / "a.png"], "two pictures cannot both be"),
+                        (["--mean", tmp_path / "AD_NC" / "train" / "1_1.png"], "is in the set, where it would be")):
+        with pytest.raises(SystemExit):
+            dataset.parse_args([str(tmp_path / "AD_NC"), *map(str, words)])
+        assert said in capsys.readouterr().err
 
 
 def test_a_contact_sheet_has_subjects_of_both_classes_and_slices_from_end_to_end():
