@@ -23,7 +23,8 @@ def test_a_set_is_drawn_as_contact_sheets_and_mean_slices(ad_nc, tmp_path, pictu
 
 def test_pictures_that_would_replace_each_other_or_become_slices_are_wrong_usage(tmp_path, capsys):
     (tmp_path / "AD_NC" / "train").mkdir(parents=True)
-    for words, said in ((["--montage", tmp_path / "a.png", "--mean", tmp_path / "a.png"], "two pictures cannot both be"),
+    one = tmp_path / "a.png"
+    for words, said in ((["--montage", one, "--mean", one], "two pictures cannot both be"),
                         (["--mean", tmp_path / "AD_NC" / "train" / "1_1.png"], "is in the set, where it would be")):
         with pytest.raises(SystemExit):
             dataset.parse_args([str(tmp_path / "AD_NC"), *map(str, words)])
