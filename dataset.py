@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, STOP_SIGNALS, InputError, Parser, picture, printable, read_flags, run_script
+from utils import CLASSES, STOP_SIGNALS, InputError, Parser, is_new_request, picture, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -203,11 +203,18 @@ def check_shared_memory(workers, size):
 
 
 def _leave_signals(worker):
-    """A signal to a whole group of processes is the first one's to answer. A second SIGTERM ends a worker, or one that
-    hangs would be waited for without limit when the process ends."""
+    """A signal to a whole group of processes is the first one's to answer. A SIGTERM that comes later ends a worker, or
+    one that hangs would be waited for without limit when the process ends."""
+    times = []
+
+    def end(number, frame):
+        if is_new_request(times) and len(times) > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, end)
 
 
 class _Share:

@@ -49,6 +49,9 @@ def main(args):
     else:
         look, known = replace(volumes.ADNI if args.like else volumes.Look(), **volumes.flags_given(args)), args.like
     found = volumes.find_all(args.inputs)
+    mixed = volumes.describe_mixed(found)
+    if mixed:
+        raise InputError(f"{mixed}; move these away or rename their folders, or give each folder of volumes by itself")
     print(f"{look}" + f" ({known})" * bool(known))
     with own_folder(args.out, f"extracted/{datetime.now():%Y%m%d-%H%M%S}") as out:
         cut(found, look, out, args, checkpoint, warnings)

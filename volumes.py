@@ -255,6 +255,20 @@ def find_all(inputs):
     return name_scans(list({os.path.realpath(row[0]): row for row in found}.values()))
 
 
+def _in_classes(table):
+    return table.folder.map(lambda folder: bool(re.fullmatch(r"((train|test)[/\\])?(AD|NC)", folder))).astype(bool)
+
+
+def describe_mixed(table):
+    """A sentence on volumes of `find_all` of which some are in folders AD/ and NC/ and others are not, so that the
+    slices of all would come without classes; None where there is no such."""
+    inside = _in_classes(table)
+    if inside.all() or not inside.any():
+        return None
+    return (f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/ (of train/ and test/), and others "
+            f"are not, such as {table.source[~inside].iloc[0]}, so that the classes of all would be lost")
+
+
 def tabled_subjects(table, inputs):
     """The table of `find_all`, with the subjects that tables in or beside the inputs or the folders of volumes name,
     before those of BIDS names; the paths of these tables; and lines on tables that know no volume. InputError where two
@@ -291,7 +305,7 @@ def extract(table, look, out, workers=None, bar="extracting"):
     from tqdm import tqdm
 
     out = Path(out)
-    classes = all(re.fullmatch(r"((train|test)[/\\])?(AD|NC)", folder) for folder in table.folder)
+    classes = _in_classes(table).all()
 
     def work(row):
         try:
@@ -363,6 +377,7 @@ class CutInputs:
             held.enter_context(self.temporary)
         folder = held.enter_context(own_folder(args.keep_slices or self.temporary.name, None, " or --keep-slices"))
         found, tables = find_all(volumes), []
+        self.warnings += filter(None, [describe_mixed(found)])
         try:
             found, tables, lines = tabled_subjects(found, volumes)
             self.warnings += lines

@@ -85,6 +85,20 @@ def test_folders_of_classes_are_kept_so_that_a_set_can_be_trained_on(tmp_path):
         "trainAD", "trainNC", "testAD", "testNC"}  # fmt: skip
 
 
+@pytest.mark.parametrize("other", ["train/CN", "train/MCI", "val/AD", "."])
+def test_volumes_outside_the_classes_are_named_before_the_classes_of_all_are_lost(run_folder, tmp_path, capsys, other):
+    for folder in ("train/AD", "test/NC", other):
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(head(), tmp_path / "in" / folder / f"{len(folder)}.nii")
+    said = f"2 of 3 volumes are in folders AD/ and NC/ .*, and others are not, such as .*{len(other)}.nii, so that the"
+    with pytest.raises(InputError, match=said):
+        run_extract(tmp_path / "in", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    words = ["--plane", "axial", "--spacing", "4", "--count", "1"]
+    assert run_predict(run_folder, tmp_path / "out", tmp_path / "in", *words).label.isna().all()
+    assert re.search(said, capsys.readouterr().err)
+
+
 def test_names_are_safe_and_no_scan_takes_the_place_of_another(tmp_path):
     names = ["=cmd|' /C calc'!A0.nii", "a\nb.nii", "..nii", "x" * 200 + ".nii", "t1.nii", "T1.nii.gz"]
     names += ["one/t1.nii", "two/t1.nii", "two/t1.nii.gz"]
