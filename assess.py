@@ -185,7 +185,7 @@ def read_run(folder, part="test"):
         folder = folder / part
     try:
         for name in ("metrics.json", "predictions.csv"):
-            (folder / name).stat()
+            (folder / name).stat()  # an OSError of its own: what is not there is not damaged
         scores = json.loads(read_bytes(folder / "metrics.json"))
         table = read_csv(folder / "predictions.csv")
         missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)

@@ -126,7 +126,7 @@ def load_set(args, root, bar="decoding"):
            "after what --subjects, --fold and --drop-test-subjects take away, train/ needs two subjects or more of "
            f"each class, and --val-fraction (it is {args.val_fraction}) more than 0")
     check_classes(index, slices.root, how)
-    unused = [f"who is in val says {args.split}; --val-fraction is not used"] if args.split else []
+    unused = [f"{args.split} says who is in val; --val-fraction is not used"] if args.split else []
     return replace(slices, index=index.reset_index(drop=True), dropped=dropped, passed=slices.passed + unused)
 
 

@@ -191,7 +191,7 @@ def own_folder(path, default=None, or_else=""):
         with locked(folder):
             if _holds_results(folder):  # of another process, meanwhile
                 raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
-            clear_folder(folder)  # of drafts
+            clear_folder(folder, f"{DRAFT}*")
             yield folder
     finally:
         if made:
@@ -199,11 +199,11 @@ def own_folder(path, default=None, or_else=""):
                 folder.rmdir()
 
 
-def clear_folder(folder):
-    """Empty the folder of work that failed at its start, so that the corrected command can be given."""
+def clear_folder(folder, pattern="*"):
+    """Remove what work that failed has left in its folder, so that the corrected command can be given."""
     import shutil
 
-    for path in folder.iterdir():
+    for path in folder.glob(pattern):
         with contextlib.suppress(OSError):  # what went wrong before counts more
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

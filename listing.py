@@ -214,7 +214,8 @@ def list_inputs(inputs, pattern=None, failed=None):
             other = [scan for scan in known.keys() & who.keys()
                      if metadata.spelling(known[scan]) != metadata.spelling(who[scan])]
             if other:
-                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {[*sources][0]}")
+                place = next(path for path, scans in sources.items() if other[0] in scans)
+                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {place}")
             who = known | who
         except (InputError, OSError) as problem:
             warnings.append(f"subjects are not known: {problem}")
@@ -247,7 +248,7 @@ def _list_input(given, warnings):
                     if folder and (folder.name == label or not right_here)}
         for label, folder in (*labelled.items(), (None, given)):
             if label or not labelled:
-                found += [(path, label, None) for path in list_folder(folder)[0]]
+                found += [(path, label, None) for path in (list_folder(folder)[0] if label else right_here)]
             if label and folder.name != label:
                 warnings.append(f"the folder {folder} is taken for {label}")
     except OSError as problem:

@@ -43,6 +43,10 @@ def read_subjects(root, *named):
     return subjects, labels, sources
 
 
+def has_table(folder):
+    return any(name.lower() in TABLES for name in _names_in(Path(folder)))
+
+
 def _places(folder):
     beside = folder.parent if folder.name not in ("", "..") else folder.resolve().parent
     return [folder, beside, folder.resolve().parent, *[beside.parent] * (beside.name == folder.name)]

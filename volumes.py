@@ -23,7 +23,7 @@ from PIL import Image
 
 import readers
 from files import DRAFT, clear_folder, own_folder, read_bytes, write_csv, write_json
-from metadata import check_match, read_subjects, spelling
+from metadata import check_match, has_table, read_subjects, spelling
 from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
 from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
 from utils import InputError, Threads
@@ -274,13 +274,15 @@ def tabled_subjects(table, inputs):
     before those of BIDS names; the paths of these tables; and lines on tables that know no volume. InputError where two
     contradict each other, or one cannot be read."""
     known, read, lines = {}, {}, []
-    places = [path if os.path.isdir(path) else os.path.dirname(path) for path in (*map(str, inputs), *table.source)]
-    for folder in dict.fromkeys(map(os.path.realpath, places)):
+    places = [given if os.path.isdir(given) else os.path.dirname(given) for given in map(str, inputs)]
+    places += filter(has_table, dict.fromkeys(map(os.path.dirname, table.source)))  # not beside each of a thousand
+    for folder in dict.fromkeys(map(os.path.abspath, places)):
         who, _, sources = read_subjects(folder)
         for scan in who.keys() & known.keys():
             if spelling(who[scan]) != spelling(known[scan]):
-                raise InputError(f"scan {scan} is of {who[scan]} in {[*sources][0]}, and of {known[scan]} in "
-                                 f"{[*read][0]}; correct one of them, or move it away")
+                one, other = (next(path for path, scans in of.items() if scan in scans) for of in (sources, read))
+                raise InputError(f"scan {scan} is of {who[scan]} in {one}, and of {known[scan]} in {other}; correct "
+                                 "one of them, or move it away")
         known, read = who | known, read | sources
     used = []
     for path, who in read.items():

@@ -306,6 +306,18 @@ def test_a_table_beside_volumes_says_who_is_in_them(run_folder, tmp_path, capsys
     assert "subjects are not known: scan foo is of" in capsys.readouterr().err
 
 
+def test_a_table_is_read_once_however_many_folders_it_is_beside(tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / f"p{number}").mkdir()
+        nib.save(head(), tmp_path / f"p{number}" / f"{number}.nii")
+    (tmp_path / "subjects.csv").write_text("scan,subject\n7,a\n")
+    genuine, calls = volumes.read_subjects, []
+    monkeypatch.setattr(volumes, "read_subjects", lambda *folders: calls.append(folders) or genuine(*folders))
+    table, tables, lines = volumes.tabled_subjects(volumes.find_all([tmp_path]), [tmp_path])
+    assert dict(zip(table.scan, table.subject))["7"] == "a" and len(calls) == 1
+    assert tables == [tmp_path / "subjects.csv"] and lines == []
+
+
 def test_two_volumes_of_one_name_are_said_to_be_and_known_to_the_table_by_it(tmp_path, capsys):
     for folder in ("train/AD", "test/NC"):
         (tmp_path / "in" / folder).mkdir(parents=True)

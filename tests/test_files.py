@@ -84,6 +84,7 @@ def test_a_folder_of_results_is_for_one_process_and_goes_if_nothing_is_in_it(tmp
             1 / 0  # noqa: B018
         assert (tmp_path / name).exists() == left
     with pytest.raises(ZeroDivisionError), files.own_folder(tmp_path / "c") as folder:
+        assert list(folder.iterdir()) == [folder / "in_use"]
         (folder / "results").touch()
         1 / 0  # noqa: B018
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["c", "results", "here"]

@@ -184,7 +184,7 @@ def test_the_split_csv_of_a_run_gives_its_split_again(ad_nc, tmp_path, given):
     first = load_checkpoint(run / "last.pth")["split_hash"]
     assert subjects.split_hash(load(table.sample(frac=1, random_state=0)).index) == first  # in any order
     assert subjects.split_hash(load(table[["path", "split"]]).index) == first  # by hand, two columns do
-    assert f"who is in val says {tmp_path / 'mine.csv'}; --val-fraction is not used" in load(table).passed
+    assert f"{tmp_path / 'mine.csv'} says who is in val; --val-fraction is not used" in load(table).passed
     other = train_steps(ad_nc, tmp_path / "other", "--epochs", "1", "--seed", "4", "--split", str(run / "split.csv"))
     assert load_checkpoint(other / "last.pth")["split_hash"] == first
     shutil.rmtree(run)  # the run keeps its own split.csv
