@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils import CLASSES, STOP_SIGNALS, InputError, Parser, is_new_request, picture, printable, read_flags, run_script
+from adnc.cli import CLASSES, STOP_SIGNALS, InputError, Parser, is_new_request, picture, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -45,16 +45,16 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-import cache
-import plots
-import subjects
-from listing import describe_bad, list_set, usable
-from listing import read_index as read_index
-from metrics import window_vote
-from slices import common_size, describe_bits, describe_strange, mean_slice
-from subjects import assign_groups
-from subjects import split_index as split_index
-from transforms import as_trained, send
+from adnc.data import cache
+from adnc.scoring import plots
+from adnc.data import subjects
+from adnc.data.index import describe_bad, list_set, usable
+from adnc.data.index import read_index as read_index
+from adnc.scoring.metrics import window_vote
+from adnc.data.pixels import common_size, describe_bits, describe_strange, mean_slice
+from adnc.data.subjects import assign_groups
+from adnc.data.subjects import split_index as split_index
+from adnc.data.augment import as_trained, send
 
 # ---------------------------------------------------------------- decoded slices, ready to train on or to predict
 

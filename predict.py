@@ -23,7 +23,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from utils import COUNT, InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
+from adnc.cli import COUNT, InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
 
 METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of explain.py, not imported for --help
 
@@ -57,18 +57,18 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = read_flags(parse_args)
 
-from assess import format_assessment, statements, write_results
-from checkpoint import load_checkpoint
+from adnc.scoring.assess import format_assessment, statements, write_results
+from utils import load_checkpoint
 from dataset import load_inputs
-from explain import Explainer
-from files import own_folder
-from inference import calibrated, most_coverage, predict_slices
-from listing import list_inputs
-from metrics import aggregate, verdict
+from adnc.explain.attribution import Explainer
+from adnc.files import own_folder
+from adnc.cpu_engine import calibrated, most_coverage, predict_slices
+from adnc.data.index import list_inputs
+from adnc.scoring.metrics import aggregate, verdict
 from modules import describe_model
-from report import Report, claimed, write_report
-from runtime import Runtime, explain_end, pick_amp, pick_device
-from volumes import CutInputs
+from adnc.explain.report import Report, claimed, write_report
+from adnc.distributed import Runtime, explain_end, pick_amp, pick_device
+from adnc.volumes.cut import CutInputs
 
 
 def newest_checkpoint():

@@ -20,8 +20,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from files import read_bytes
-from utils import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
+from adnc.files import read_bytes
+from adnc.cli import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
 
 DEMO_SUBJECTS = 80
 # The flags of each recipe; explicit flags take precedence.
@@ -163,19 +163,19 @@ if __name__ == "__main__":
 import pandas as pd
 import torch
 
-import checkpoint
-import plots
-from assess import assess_run
-from cache import cache_folder
-from checkpoint import Run, load_checkpoint, save_checkpoint
+import utils as checkpoint
+from adnc.scoring import plots
+from adnc.scoring.assess import assess_run
+from adnc.data.cache import cache_folder
+from utils import Run, load_checkpoint, save_checkpoint
 from dataset import load_set, make_loader
-from engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
-from files import clear_folder, locked, make_log, own_folder, write_csv
-from inference import COVERAGE
+from adnc.engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
+from adnc.files import clear_folder, locked, make_log, own_folder, write_csv
+from adnc.cpu_engine import COVERAGE
 from modules import VARIANTS, describe_model
-from runtime import Stopped, StopRequest, explain_end, seed_everything, start
-from subjects import describe_split, describe_transfer
-from utils import fingerprint, near, seed_of
+from adnc.distributed import Stopped, StopRequest, explain_end, seed_everything, start
+from adnc.data.subjects import describe_split, describe_transfer
+from adnc.cli import fingerprint, near, seed_of
 
 # ---------------------------------------------------------------- data and run folder
 

@@ -1,320 +1,269 @@
-"""What every script needs: the command line, its streams and its end, the learning rate, seeds.
+"""Checkpoints, and what else a run leaves in its folder: data, never code.
 
-Not run by itself. Neither PyTorch nor pandas is imported before a function needs it, so that `--help` and a mistyped
-flag answer at once, and importing this file changes nothing in the process.
+Not run by itself. A checkpoint holds plain Python values and tensors, is written beside the old one and moved into its
+place, and is read with weights_only=True. A file that is damaged, foreign or of another version gets a sentence.
+
+best_model.pth is a model with all that predict.py needs; last.pth is a run with all that --resume needs.
 """
 
 import argparse
-import contextlib
-import errno
-import hashlib
-import math
 import os
 import re
-import signal
+import stat
 import sys
-import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import zipfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path, PosixPath
+from typing import NamedTuple
 
-# a job scheduler or container, Ctrl-C, SLURM's warning, a lost connection
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-CLASSES = ("NC", "AD")  # the position is the class number of the model; AD is the positive class
+import numpy as np
+import pandas as pd
+import torch
 
-# ---------------------------------------------------------------- the command line of every script
+from adnc.data import subjects
+from adnc.files import write_atomically, write_csv, write_json
+from modules import PAPER, describe_model, load_weights, make_model
+from adnc.data.pixels import mean_slice, stats_range
+from adnc.data.augment import MEAN, STD
+from adnc.cli import CLASSES, InputError
+from adnc.volumes.cut import recorded_look
 
+FORMAT = 3  # raise it when an older checkpoint can no longer be read
+# What every checkpoint has; a finished best_model.pth has baselines and calibration as well, a last.pth the RESUMABLE.
+KEYS = ("model", "classes", "image_size", "slice_size", "mean", "std", "split_by", "split_hash", "slice_stats",
+        "exposure", "init", "flags", "precision", "machine", "weights", "epoch")  # fmt: skip
+RESUMABLE = ("ema", "optimizer", "scaler", "history", "step", "sums", "pixels")
 
-class InputError(ValueError):
-    """Something that the user can fix. The text says what was found, what was expected and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as the manual; wrong usage is one `error: ...` line and status 2."""
-
-    def __init__(self, manual):
-        super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add_subject_pattern(self, group):
-        group.add_argument("--subject-pattern", type=regex, metavar="REGEX", help="finds the subject in names of scans "
-                           "that no metadata know, with the first group of a regular expression, e.g. '(sub\\d+)_'")
-
-    def parse_known_args(self, args=None, namespace=None):
-        """As argparse, which takes a value such as -10mm:10mm for a flag."""
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            if re.match(r"-\.?\d", word) and words and re.fullmatch("--[a-z-]+", words[-1]):
-                words[-1] += f"={word}"
-            else:
-                words.append(word)
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message):
-        self.exit(2, f"error: {printable(message)}\n")
+# ---------------------------------------------------------------- files
 
 
-def number(low, high, kind=float):
-    """A `type` for argparse: a number from `low` to `high`; with kind=int a whole one."""
+def save_checkpoint(path, **content):
+    """Save plain Python values and tensors, so that they load with weights_only=True. OSError if it cannot be done."""
 
-    def read(word):
-        with contextlib.suppress(ValueError):
-            if low <= kind(word) <= high:  # not so for nan
-                return kind(word)
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{word} is not a {what} from {low:.10g} to {high:.10g}")
+    def write(temporary):
+        try:
+            torch.save(content | {"format": FORMAT}, temporary)
+        except RuntimeError as problem:  # of PyTorch's own writer, on a full disk
+            raise OSError(f"no space, or a file system that refuses: {str(problem).splitlines()[0]}") from None
 
-    return read
-
-
-AMOUNT, POSITIVE = number(0, 1e6), number(1e-30, 1e6)  # more, or inf, is a slip of the finger
-SHARE = number(0, 0.999999)
-COUNT, SIDE, SEED = number(1, 1e6, int), number(32, 4096, int), number(0, 2**32 - 1, int)
+    write_atomically(path, write)
 
 
-def regex(word):
-    """A `type` for argparse: a regular expression with a group, as text."""
+# Plain data that training scripts put beside weights: their flags, paths and scores. NumPy's maker of numbers had
+# another name before version 2.
+_NUMBER = np.float64(0).__reduce__()[0]
+PLAIN = [argparse.Namespace, PosixPath, _NUMBER, (_NUMBER, "numpy.core.multiarray.scalar"),
+         (_NUMBER, "numpy._core.multiarray.scalar"), np.dtype,
+         *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool"))]
+
+
+def load_tensors(path):
+    """What torch.save wrote, or a .safetensors file, on the CPU, as data and never as code. InputError if it is
+    anything else."""
     try:
-        if re.compile(word).groups:
-            return word
-        raise argparse.ArgumentTypeError(f"{word} has no group; put what is the subject in (...), as in '(sub\\d+)_'")
-    except re.error as problem:
-        raise argparse.ArgumentTypeError(f"{word} is no regular expression ({problem})") from None
+        if not (stat.S_ISREG(os.stat(path).st_mode) or os.path.isdir(path)):  # a pipe would wait for ever
+            raise ValueError("not a regular file")
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        else:
+            with open(path, "rb") as file:
+                if file.read(4) == b"PK\3\4":  # a zip file, whose directory is at its end
+                    raise ValueError("it is cut off")
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that is refused in a moment
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; expected one that torch.save or train.py wrote") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a file, such as best_model.pth of a run") from None
+    except Exception as problem:  # torch.load raises nearly anything on a foreign file
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # torch colours its advice
+        if found := re.search(r"Unsupported \w+: GLOBAL (\S+)", text):
+            raise InputError(f"{path} holds {found[1]}, which cannot be read without running code of the file, and "
+                             "that is not done; where it was made, save the weights alone: "
+                             "torch.save(model.state_dict(), FILE)") from None
+        reason = re.split(r"[.:]\s|\n", text)[0]
+        reason = reason if " " in reason else "it is of another kind"  # of text pickle says nothing but a number
+        raise InputError(f"{path} cannot be read as tensors ({reason}); expected a file of torch.save, or .safetensors"
+                         ) from None
 
 
-def span(word):
-    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices, -10mm:10mm are positions."""
-    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})|(-?\d{1,4}(?:\.\d+)?)mm:(-?\d{1,4}(?:\.\d+)?)mm", word)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{word} is not FROM:TO; expected slice numbers as in 81:100, or millimetres "
-                                         "as in -10mm:10mm")
-    low, high = (float(bound) for bound in match.groups() if bound is not None)
-    if low > high:
-        raise argparse.ArgumentTypeError(f"{word} ends before it begins")
-    return low, high, "index" if match[1] else "mm"
+def load_checkpoint(path):
+    """A checkpoint of `save_checkpoint`. InputError for a file that is damaged, of another kind or of another version:
+    the checksums of its parts, its format and its keys are checked, so that it holds what this version wrote."""
+    checkpoint = load_tensors(path)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is not a checkpoint of this project; expected best_model.pth of a run")
+    if checkpoint["format"] != FORMAT:
+        raise InputError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; train it again, or "
+                         "use the version that wrote it")
+    expected = KEYS + RESUMABLE * any(name in checkpoint for name in RESUMABLE)
+    missing = [name for name in expected if name not in checkpoint]
+    if missing:
+        raise InputError(f"{path} is not a whole checkpoint: it has no {', '.join(missing)}; train it again")
+    if checkpoint["classes"] != list(CLASSES):
+        raise InputError(f"{path} knows the classes {checkpoint['classes']}; expected {list(CLASSES)}")
+    return checkpoint
 
 
-def size(word):
-    """A `type` for argparse: WIDTHxHEIGHT in pixels, as (width, height)."""
-    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", word)
-    if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is")
-    return int(match[1]), int(match[2])
+def build_model(checkpoint):
+    """The model that a checkpoint describes, with its weights; InputError where they are those of another one."""
+    try:
+        model = make_model(**checkpoint["model"])
+        model.load_state_dict(checkpoint["weights"])
+    except (RuntimeError, ValueError) as problem:
+        first = str(problem).splitlines()[1:2] or [str(problem)]
+        raise InputError(f"the weights are not those of a {describe_model(checkpoint['model']['variant'])}: "
+                         f"{first[0].strip()}") from None
+    return model
 
 
-def picture(word):
-    """A `type` for argparse: a PNG file to write, which is not there yet."""
-    path = Path(word)
-    if path.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"{word} does not end in .png")
-    if os.path.lexists(path):
-        raise argparse.ArgumentTypeError(f"{word} is already there, and nothing is overwritten; choose another name")
-    if not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write into")
-    return word
+def model_options(args):
+    """The arguments of `modules.make_model` that the flags of train.py ask for."""
+    given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
+    return {"variant": args.model, "in_chans": 1, "num_classes": 2, "drop_path_rate": args.drop_path, **given}
 
 
-def add_volume_flags(parser, default="those in brackets"):
-    """The flags that say how a volume is cut into slices, of extract.py and predict.py; None where not given. Returns
-    their group."""
-    group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
-    add = group.add_argument
-    add("--plane", choices=("axial", "coronal", "sagittal"), help="left is on the left, faces look to it (axial)")
-    add("--slices", type=span, metavar="FROM:TO", help="numbers as in 81:100, or positions as in -10mm:10mm")
-    add("--count", type=number(1, 1000, int), metavar="N", help="the N slices in the middle of the head (20)")
-    add("--size", type=size, metavar="WxH", help="pixels of a slice, about the middle of the head (the whole volume)")
-    add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
-    add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
-    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (as --spacing)")
-    add("--strip", action="store_true", help="remove the skull with deepbet (requirements-volumes.txt)")
-    return group
+def start_model(args, log, last=None):
+    """(model, init): a model with fresh weights, or those of --init; and what is known about the latter: None, or the
+    file and the exposure of its training (None where the file does not say). A run that resumes from the checkpoint
+    `last` knows init from there."""
+    try:
+        model = make_model(**model_options(args))
+        if last or not args.init:
+            return model, last["init"] if last else None
+        state = load_tensors(args.init)
+        loaded, left, taken = load_weights(model, state)
+    except ValueError as problem:
+        raise InputError(str(problem)) from None
+    exposure = state.get("exposure")
+    log(f"--init {args.init}: {len(loaded)} of {len(model.state_dict())} tensors loaded"
+        f"{f' from {taken}' * bool(taken)}, left: {', '.join(left) or 'nothing'}")
+    if exposure is None:
+        log("--init does not say on whom it was trained; if on subjects of val or test, their scores LEAK")
+    return model, {"file": os.path.basename(args.init), "exposure": exposure}
 
 
-@contextlib.contextmanager
-def time_limit(seconds, sentence):
-    """InputError with the sentence where what is inside takes longer: in the main thread, where there are alarms."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+# ---------------------------------------------------------------- a run
+
+
+class Run(NamedTuple):
+    """A run's folder, the function that writes its log, its model card (see `model_card`) and what its files show (see
+    `record_pixels`)."""
+
+    out: Path
+    log: Callable
+    card: dict
+    pixels: dict
+
+    @property
+    def last(self):
+        return self.out / "last.pth"
+
+    @property
+    def best(self):
+        return self.out / "best_model.pth"
+
+    def save(self, state, sums=None):
+        """last.pth: all that the run needs to resume. `sums` lists the running sums of each process, where they may
+        differ: within an epoch."""
+        save_checkpoint(self.last, **self.card, **state.state_dict(sums), pixels=self.pixels)
+
+
+def record_pixels(slices):
+    """What each file of a SliceSet shows, by its path below the folder: the hash of its pixels, or its only grey."""
+    names, index = (os.path.relpath(path, slices.root) for path in slices.index.path), slices.index
+    return dict(zip(names, index.pixel_hash.where(index.pixel_hash != "", index["median"].map(str))))
+
+
+def model_card(args, slices, runtime, init=None):
+    """What a checkpoint says about its model beside the weights: all that predict.py needs. `init` is that of
+    `start_model`; whom its weights have seen, this model has seen."""
+    deep = slices.index.bits[slices.index.depth > 0]
+    exposure = subjects.record_exposure(slices.index[slices.index.split != "test"])  # trained and chosen on
+    if init and init["exposure"]:
+        exposure = subjects.merge_exposure(exposure, init["exposure"])
+    return {
+        "model": model_options(args),
+        "classes": list(CLASSES), "image_size": args.image_size, "slice_size": list(slices.images.shape[1:]),
+        "mean": MEAN, "std": STD, "split_by": args.split_by, "split_hash": subjects.split_hash(slices.index),
+        "slice_stats": stats_range(slices.index[slices.index.split == "train"]), "exposure": exposure, "init": init,
+        "extraction": recorded_look(slices.root),  # None: cut elsewhere
+        "bits": int(deep.max()) if len(deep) else None,  # of files of 16 bits a pixel
+        # what attributions compare a slice with; no slice of a person, but an average of all in training
+        "mean_slice": torch.from_numpy(
+            mean_slice(slices.images, slices.rows[slices.index.split == "train"]).round().astype("uint8")),
+        "flags": vars(args), "precision": runtime.precision, "machine": runtime.machine,
+    }  # fmt: skip
+
+
+def write_start(out, args, slices, runtime):
+    """config.json with every flag, split.csv with who is where, and with --skip-bad skipped.csv."""
+    packages = ("torchvision", "numpy", "pandas", "pillow", "scikit-learn")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    versions |= {name: metadata.version(name) for name in packages}
+    used = {"data": os.path.abspath(slices.root), "device": runtime.device_name, "amp": runtime.precision,
+            "threads": torch.get_num_threads(), "processes": runtime.world}
+    write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
+    index = slices.index[["path", "label", "scan", "slice", "subject", "split", "group"]]
+    write_csv(out / "split.csv", index.assign(path=[os.path.relpath(path, slices.root) for path in index.path]))
+    if args.skip_bad:
+        write_csv(out / "skipped.csv", pd.DataFrame(slices.bad, columns=["path", "reason"]))
+
+
+def check_best(run, last):
+    """InputError where best_model.pth is gone, or of another run than last.pth, as loaded."""
+    if not last["history"]:
         return
+    if not run.best.exists():
+        raise InputError(f"{run.best} is gone, and {run.last} cannot give the best epoch back; restore it, or start a "
+                         "new run")
+    best, rows = load_checkpoint(run.best), {row["epoch"]: row for row in last["history"]}
+    ahead = best["epoch"] == last["epoch"] + 1  # killed between the two: the epoch is repeated
+    if not (ahead or str(rows.get(best["epoch"])) == str(best.get("val"))) or any(
+            best[name] != last[name] for name in ("model", "split_hash", "image_size")):
+        raise InputError(f"{run.best} is of another run than {run.last}; restore its own, or start a new run")
 
-    def stop(number, frame):
-        raise InputError(sentence)
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def restore_run(state, last, args, run, runtime):
+    """Put last.pth, as loaded, back into `state` and log what will differ. InputError where it is of other slices, or
+    does not fit."""
+    if "optimizer" not in last:
+        raise InputError(f"{run.last} holds a model and not a training to resume; restore it, or start a new run")
+    check_best(run, last)
+    if args.epochs < last["epoch"] + (last["step"] > 0):
+        steps = f" and {last['step']} steps of the next" * (last["step"] > 0)
+        raise InputError(f"--epochs is {args.epochs}, but {run.out} has trained {last['epoch']}{steps}; expected no "
+                         "fewer")
+    if last["split_hash"] != run.card["split_hash"]:
+        raise InputError(f"these slices are not those that {run.out} was trained on; expected the same files and "
+                         "split, and the same subjects in the scans")
+    changed = [name for name, pixels in run.pixels.items() if last["pixels"].get(name) != pixels]
+    if changed:
+        raise InputError(f"{len(changed):,} of {len(run.pixels):,} files do not show what they showed when {run.out} "
+                         f"was started, first {changed[0]}; restore them, or start a new run")
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def read_flags(parse_args):
-    """The flags of a script that is run, read before the imports that take time: --help and a mistyped flag answer at
-    once, and Ctrl-C in those imports ends without a traceback (exit status 130)."""
-
-    def end_quietly(kind, problem, trace):
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, problem, trace)
-
-    sys.excepthook = end_quietly
-    return parse_args()
-
-
-class Outlived:
-    """A stream whose reader may go away, as in `train.py | head`, or with its terminal: what is written after that goes
-    nowhere, and the work goes on."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        return self._try(self.stream.write, text)
-
-    def flush(self):
-        self._try(self.stream.flush)
-
-    def _try(self, work, *given):
-        try:
-            return work(*given)
-        except OSError as problem:
-            with contextlib.suppress(OSError, AttributeError):  # a notebook's has no descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if problem.errno not in (errno.EPIPE, errno.EIO):
-                raise OSError(f"what is printed cannot be written: {problem.strerror}") from None
-            return len(*given) if given else None
-
-
-@contextlib.contextmanager
-def own_streams():
-    """Standard output and error of a script: they may be closed, as by a daemon, lose their reader, or belong to a
-    notebook."""
-    before = sys.stdout, sys.stderr, warnings.showwarning
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know all letters of a name
-        setattr(sys, name, Outlived(stream))
-    warnings.showwarning = lambda message, *where, **more: print(f"warning: {printable(message)}", file=sys.stderr)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr, warnings.showwarning = before
-
-
-def run_script(main, args):
-    """Run a script's main. InputError, OSError and MemoryError become one `error: ...` line and exit status 2, warnings
-    a `warning: ...` line; any other exception is a defect of this program and keeps its traceback."""
-    with own_streams(), stopped_by_signals():
-        try:
-            try:
-                main(args)
-            finally:
-                sys.stdout.flush()
-        except (InputError, OSError, MemoryError) as problem:
-            said = problem
-            if isinstance(problem, MemoryError):
-                said = f"memory ran out ({problem or 'no more is said'})"
-            elif isinstance(problem, OSError) and problem.filename:
-                said = f"{os.fsdecode(problem.filename)} cannot be used: {problem.strerror}"
-            print(f"error: {printable(said)}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr)
-            sys.exit(130)
-        except Stopped as stopped:
-            if not stopped.reported:
-                print(f"stopped by {stopped}", file=sys.stderr)
-            raise
-
-
-class Stopped(SystemExit):
-    """Somebody asked the process to end; `code` is the exit status, 128 + the number of the signal; `reported` whether
-    the user has been told."""
-
-    reported = False
-
-    def __str__(self):
-        return signal.Signals(self.code - 128).name
-
-
-ONE_REQUEST = 1.0  # seconds in which signals are one: who signals a whole group may reach a process twice
-
-
-def is_new_request(times):
-    """Whether a signal that arrives now is another request than that of the last of `times`, which it is added to; if
-    not, what the first one has begun to tidy up is not disturbed."""
-    if times and time.monotonic() - times[-1] < ONE_REQUEST:
-        return False
-    times.append(time.monotonic())
-    return True
-
-
-@contextlib.contextmanager
-def stopped_by_signals():
-    """STOP_SIGNALS that would end the process at once raise Stopped, so that nothing temporary is left."""
-
-    before, stopped = {}, []
-
-    def stop(number, frame):
-        if is_new_request(stopped):
-            raise Stopped(128 + number)
-
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:  # Ctrl-C raises anyway, and nohup ignores SIGHUP
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Threads(ThreadPoolExecutor):
-    """Threads that begin nothing more once their context ends by an exception, as Ctrl-C and signals are."""
-
-    def __exit__(self, kind, *problem):
-        self.shutdown(cancel_futures=kind is not None)
-
-
-def printable(text, breaks="\n"):
-    """Text for a terminal: what does not print (control characters, bytes that are not UTF-8) becomes an escape."""
-    return "".join(c if c.isprintable() or c in breaks else ascii(c)[1:-1] for c in str(text))
-
-
-# ---------------------------------------------------------------- the schedule, and seeds
-
-
-def lr_at(step, *, steps_per_epoch, epochs, warmup_epochs, lr):
-    """The learning rate of optimizer step `step` (from 0): linear to `lr` over the warm-up, then cosine to 0.
-
-    The warm-up ends after warmup_epochs * steps_per_epoch steps, the cosine (Loshchilov & Hutter 2017, arXiv
-    1608.03983) after epochs * steps_per_epoch. A pure function, so that a resumed run cannot drift.
-    """
-    warmup, total = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
-    if step < warmup:
-        return lr * min(1.0, (step + 1) / warmup)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def seed_of(*seeds):
-    """One seed (32 bits) out of a tuple of whole numbers, such as (seed, epoch)."""
-    import numpy as np
-
-    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
-
-
-def fingerprint(text, digits=12):
-    """The first hex digits of the SHA-256 of a text, such as an id that a file should not name."""
-    return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:digits]
-
-
-def near(path):
-    """The path as a person would type it here: relative if it lies below the working directory."""
-    relative = os.path.relpath(path)
-    return os.path.abspath(path) if relative.startswith("..") else relative
+        state.load_state_dict(last, same_precision=last["precision"] == runtime.precision)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
+        raise InputError(f"{run.last} does not fit the run ({str(problem).splitlines()[0]}); expected its own last.pth"
+                         ) from None
+    if (run.out / "test" / "metrics.json").exists():
+        run.log(f"this run had come to its end: what {run.out / 'test'} holds is replaced, and if it trains on, its "
+                "test scores are no longer the first")
+    run.log(f"resumed after epoch {state.epoch}" + f" and {state.step} steps of the next" * (state.step > 0))
+    if last["flags"]["epochs"] != args.epochs:
+        run.log(f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, so that the "
+                "learning rate jumps here, and the run is not the one that started with this length")
+    if last["precision"] != runtime.precision:
+        run.log(f"the run so far was in {last['precision']}, it resumes in {runtime.precision}")
+    if last["machine"] != run.card["machine"]:
+        run.log(f"the run so far was on {last['machine']}, it resumes on {run.card['machine']}: its bits will differ")

@@ -114,7 +114,7 @@ DRAWING = {}  # the functions of plots.py, which are replaced
 @pytest.fixture(scope="session", autouse=True)
 def _draw_nothing():
     """A picture takes a second or two, and few tests look at one."""
-    import plots
+    from adnc.scoring import plots
 
     DRAWING.update({name: draw for name, draw in vars(plots).items() if name.startswith("plot_")})
     with mock.patch.multiple(plots, **dict.fromkeys(DRAWING, lambda *args, **kwargs: None)):
@@ -135,7 +135,7 @@ def pictures():
 
 def without_report():
     """A context in which train.py trains, and neither draws pictures nor assesses the model at the end."""
-    import plots
+    from adnc.scoring import plots
     import train
 
     nothing = dict.fromkeys(("plot_lr", "plot_history"), lambda *args, **kwargs: None)

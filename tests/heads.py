@@ -5,8 +5,8 @@ import struct
 import numpy as np
 import pytest
 
-import volumes
-from volumes import Look
+from adnc.volumes import cut as volumes
+from adnc.volumes.cut import Look
 
 nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-volumes.txt)")
 CENTRE = -2.0, 4.0, 6.0  # mm

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import assess
+from adnc.scoring import assess
 import dataset
-import files
+from adnc import files
 import predict
-import slices
+from adnc.data import pixels as slices
 import train
-import utils
+from adnc import cli as utils
 
 GREY = np.random.default_rng(0).integers(0, 256, (40, 48), dtype=np.uint8)
 

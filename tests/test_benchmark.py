@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import benchmark
+from tools import benchmark
 
 
 def test_candidates_take_turns_and_the_ratio_is_that_of_the_first():

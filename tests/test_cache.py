@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, write_slice
 
-import cache
+from adnc.data import cache
 import dataset
 import train
 from dataset import read_index

@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT, train_steps, without_report
 from safetensors.torch import save_file
 
-import checkpoint
+import utils as checkpoint
 import train
-import utils
-from checkpoint import build_model, load_checkpoint, save_checkpoint
+from adnc import cli as utils
+from utils import build_model, load_checkpoint, save_checkpoint
 from modules import convnext
 
 

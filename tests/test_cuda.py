@@ -9,11 +9,11 @@ from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 import dataset
-import engine
+from adnc import engine
 import train
-from engine import TrainState, make_mix, train_one_epoch, validate
+from adnc.engine import TrainState, make_mix, train_one_epoch, validate
 from modules import make_model
-from runtime import Runtime, StopRequest
+from adnc.distributed import Runtime, StopRequest
 
 CUDA = torch.device("cuda", 0)
 

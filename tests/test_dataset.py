@@ -11,14 +11,14 @@ from conftest import SCANS, train_steps, write_set, write_slice
 from PIL import Image
 
 import dataset
-import metrics
+from adnc.scoring import metrics
 import predict
-import slices
-import subjects
-from checkpoint import load_checkpoint
+from adnc.data import pixels as slices
+from adnc.data import subjects
+from utils import load_checkpoint
 from dataset import SliceSet, make_loader, read_index
-from listing import list_inputs
-from utils import InputError
+from adnc.data.index import list_inputs
+from adnc.cli import InputError
 
 # ---------------------------------------------------------------- index
 

@@ -11,9 +11,9 @@ from conftest import SMALL
 import dataset
 import train
 from dataset import make_loader
-from engine import SUMS, TrainState, train_one_epoch, train_step, validate
+from adnc.engine import SUMS, TrainState, train_one_epoch, train_step, validate
 from modules import convnext
-from runtime import Runtime, StopRequest
+from adnc.distributed import Runtime, StopRequest
 
 
 def make_state(seed=0, **how):

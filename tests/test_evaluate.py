@@ -9,8 +9,8 @@ import pytest
 from conftest import SCANS, train_small, write_set, write_slice
 
 import dataset
-import evaluate
-import phantom
+from tools import evaluate
+from adnc.phantom import draw as phantom
 import predict
 
 

@@ -14,15 +14,15 @@ from PIL import Image
 from test_checkpoint import content
 from torch import nn
 
-import explain
+from adnc.explain import attribution as explain
 import predict
-from anatomy import render
-from checkpoint import load_checkpoint, save_checkpoint
+from adnc.phantom.anatomy import render
+from utils import load_checkpoint, save_checkpoint
 from dataset import read_index
-from files import read_csv
+from adnc.files import read_csv
 from modules import ConvNeXt, make_model
-from phantom import plan_local
-from transforms import eval_transform
+from adnc.phantom.draw import plan_local
+from adnc.data.augment import eval_transform
 
 BLACK = -torch.ones(1, 1, 32, 32)
 

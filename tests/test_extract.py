@@ -17,14 +17,14 @@ from heads import AFFINE, VALUES, cut, head, nib, write_dicom
 from PIL import Image
 from test_predict import run_predict
 
-import checkpoint
-import extract
+import utils as checkpoint
+from tools import extract
 import predict
-import readers
-import volumes
-from files import read_csv
-from utils import InputError, run_script
-from volumes import Look
+from adnc.volumes import read as readers
+from adnc.volumes import cut as volumes
+from adnc.files import read_csv
+from adnc.cli import InputError, run_script
+from adnc.volumes.cut import Look
 
 
 @pytest.mark.parametrize("words", [

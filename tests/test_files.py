@@ -8,8 +8,8 @@ import tempfile
 import command
 import pytest
 
-import files
-import utils
+from adnc import files
+from adnc import cli as utils
 
 
 def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_input import CONVERTED, JPEG, REFUSED, L, encoded, rotated, use
 
-import checkpoint
+import utils as checkpoint
 import dataset
-import files
-import listing
+from adnc import files
+from adnc.data import index as listing
 import predict
-import slices
+from adnc.data import pixels as slices
 import train
 
 SEEDS = [JPEG, rotated(), *(data for data, *_ in CONVERTED.values()), *(data for data, _ in REFUSED.values() if

@@ -13,7 +13,7 @@ import pytest
 from conftest import GPUS, ROOT, SMALL
 from test_interruption import same
 
-from checkpoint import load_checkpoint
+from utils import load_checkpoint
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not glob.glob("/dev/nvidia[0-9]*"), reason="no NVIDIA GPU")

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import dataset
-import inference
-import listing
-from checkpoint import build_model, load_checkpoint
+from adnc import cpu_engine as inference
+from adnc.data import index as listing
+from utils import build_model, load_checkpoint
 from modules import convnext
-from runtime import Runtime
+from adnc.distributed import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 ROOT = Path(__file__).parents[1]

@@ -17,15 +17,15 @@ import torch
 from conftest import ROOT, SMALL, train_small, train_steps, without_report
 from PIL import Image, ImageOps
 
-import checkpoint
-import engine
-import inference
-import runtime
+import utils as checkpoint
+from adnc import engine
+from adnc import cpu_engine as inference
+from adnc import distributed as runtime
 import train
-import utils
-from checkpoint import Run, load_checkpoint
-from engine import TrainState
-from runtime import Runtime, StopRequest
+from adnc import cli as utils
+from utils import Run, load_checkpoint
+from adnc.engine import TrainState
+from adnc.distributed import Runtime, StopRequest
 
 FLAGS = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
 

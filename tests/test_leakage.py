@@ -10,15 +10,15 @@ import torch
 from conftest import SCANS, train_small, write_set, write_slice
 from PIL import Image
 
-import baselines
+from adnc.scoring import baselines
 import dataset
-import inference
-import listing
-import phantom
-import slices
-import subjects
-from checkpoint import load_checkpoint
-from runtime import Runtime
+from adnc import cpu_engine as inference
+from adnc.data import index as listing
+from adnc.phantom import draw as phantom
+from adnc.data import pixels as slices
+from adnc.data import subjects
+from utils import load_checkpoint
+from adnc.distributed import Runtime
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import pytest
 from conftest import ROOT, SCANS, SMALL, write_set, write_slice
 
 import dataset
-import listing
-import metadata
-import subjects
-import utils
-from listing import list_inputs, read_index
+from adnc.data import index as listing
+from adnc.data import metadata
+from adnc.data import subjects
+from adnc import cli as utils
+from adnc.data.index import list_inputs, read_index
 
 
 def propose(root):

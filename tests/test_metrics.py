@@ -6,7 +6,7 @@ import pytest
 from scipy.special import expit
 from sklearn import metrics as sk
 
-import metrics
+from adnc.scoring import metrics
 
 
 def predictions_of(**columns):

@@ -9,9 +9,9 @@ import torch
 from conftest import train_steps
 from test_interruption import at_step
 
-import checkpoint
-import engine
-from checkpoint import load_checkpoint
+import utils as checkpoint
+from adnc import engine
+from utils import load_checkpoint
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

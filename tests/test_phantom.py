@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-import phantom
-from baselines import STRENGTHS, shrink
+from adnc.phantom import draw as phantom
+from adnc.scoring.baselines import STRENGTHS, shrink
 
 SUBJECTS = 14
 

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 import dataset
-import plots
-from slices import mean_slice
-from transforms import as_trained
+from adnc.scoring import plots
+from adnc.data.pixels import mean_slice
+from adnc.data.augment import as_trained
 
 
 def test_a_set_is_drawn_as_contact_sheets_and_mean_slices(ad_nc, tmp_path, pictures, capsys):

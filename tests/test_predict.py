@@ -9,18 +9,18 @@ import torch
 from conftest import write_slice
 from PIL import Image
 
-import files
-import inference
-import metrics
+from adnc import files
+from adnc import cpu_engine as inference
+from adnc.scoring import metrics
 import predict
-import slices
-from checkpoint import load_checkpoint, save_checkpoint
+from adnc.data import pixels as slices
+from utils import load_checkpoint, save_checkpoint
 from dataset import load_inputs
-from listing import list_inputs
-from report import claimed
-from runtime import Runtime
-from slices import MOST_PLACES, passed_over
-from utils import InputError
+from adnc.data.index import list_inputs
+from adnc.explain.report import claimed
+from adnc.distributed import Runtime
+from adnc.data.pixels import MOST_PLACES, passed_over
+from adnc.cli import InputError
 
 
 def run_predict(run_folder, out, *inputs, checkpoint=None):

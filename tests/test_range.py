@@ -9,9 +9,9 @@ from scipy import ndimage
 from test_report import Page
 
 import dataset
-import phantom
+from adnc.phantom import draw as phantom
 import predict
-import slices
+from adnc.data import pixels as slices
 
 
 @pytest.fixture(scope="module")

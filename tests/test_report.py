@@ -15,14 +15,14 @@ from conftest import ROOT, drawing, write_slice
 from PIL import Image
 
 import predict
-import report
-from checkpoint import load_checkpoint
+from adnc.explain import report
+from utils import load_checkpoint
 from dataset import load_inputs
-from inference import calibrated, predict_slices
-from listing import list_inputs
-from report import Report, write_report
-from runtime import Runtime, pick_device
-from utils import InputError, Stopped
+from adnc.cpu_engine import calibrated, predict_slices
+from adnc.data.index import list_inputs
+from adnc.explain.report import Report, write_report
+from adnc.distributed import Runtime, pick_device
+from adnc.cli import InputError, Stopped
 
 HOSTILE = ["<script>document.title='taken'<!--_70.png", "\"'><img src=x onerror=document.title='taken'>_71.png",
            "right\u202eto-left_72.png", "control\x1b[31m\n\x07_73.png", "{{ 7*7 }}&amp;_74.png", "a" * 200 + "_75.png",

@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, train_small, without_report
 
-import evaluate
+from tools import evaluate
 import predict
-import runtime
+from adnc import distributed as runtime
 import train
-from checkpoint import load_checkpoint
+from utils import load_checkpoint
 from modules import ConvNeXtBlock
-from runtime import Runtime
+from adnc.distributed import Runtime
 
 EXACT = ["--amp", "off", "--no-flip", "--warmup-epochs", "0"]
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import dataset
-import slices
-import transforms
+from adnc.data import pixels as slices
+from adnc.data import augment as transforms
 from dataset import read_index
 
 TF = v2.functional

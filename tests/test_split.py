@@ -8,13 +8,13 @@ import pytest
 from conftest import SCANS, SMALL, train_steps, without_report, write_set
 
 import dataset
-import metrics
-import subjects
+from adnc.scoring import metrics
+from adnc.data import subjects
 import train
-from checkpoint import load_checkpoint
+from utils import load_checkpoint
 from dataset import read_index, split_index
-from subjects import assign_groups, fold_index
-from utils import InputError
+from adnc.data.subjects import assign_groups, fold_index
+from adnc.cli import InputError
 
 
 def fake_index(subjects):

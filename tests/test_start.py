@@ -11,13 +11,13 @@ import pytest
 from conftest import ROOT, SMALL, train_small, train_steps
 
 import dataset
-import engine
-import files
+from adnc import engine
+from adnc import files
 import predict
-import runtime
+from adnc import distributed as runtime
 import train
-import utils
-from checkpoint import load_checkpoint
+from adnc import cli as utils
+from utils import load_checkpoint
 
 
 def unreadable(path):

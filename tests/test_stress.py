@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-import evaluate
-import stress
-from assess import read_run
+from tools import evaluate
+from docs.experiments import stress
+from adnc.scoring.assess import read_run
 from modules import convnext, make_model
-from runtime import Runtime
+from adnc.distributed import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 

@@ -13,12 +13,12 @@ import torch
 import torchvision
 from conftest import ROOT, SCANS, SMALL, train_small, train_steps, write_set
 
-import engine
-import files
+from adnc import engine
+from adnc import files
 import modules
 import train
-import utils
-from checkpoint import load_checkpoint
+from adnc import cli as utils
+from utils import load_checkpoint
 from modules import convnext
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import utils
+from adnc import cli as utils
 
 RECIPE = dict(steps_per_epoch=10, epochs=5, warmup_epochs=1, lr=1e-3)
 

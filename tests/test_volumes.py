@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from heads import AFFINE, CENTRE, VALUES, centre_of, cut, head, nib, place, stored, write_dicom
 
-import anatomy
-import phantom
-import readers
-import volumes
-from slices import Unfit, passed_over
-from utils import InputError
-from volumes import ADNI, Look
+from adnc.phantom import anatomy
+from adnc.phantom import draw as phantom
+from adnc.volumes import read as readers
+from adnc.volumes import cut as volumes
+from adnc.data.pixels import Unfit, passed_over
+from adnc.cli import InputError
+from adnc.volumes.cut import ADNI, Look
 
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
 # ---------------------------------------------------------------- where things are

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slices import Unfit, is_junk, list_folder
-from utils import InputError, printable
+from adnc.data.pixels import Unfit, is_junk, list_folder
+from adnc.cli import InputError, printable
 
 INSTALL = "python -m pip install -r requirements-volumes.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")

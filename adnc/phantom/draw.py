@@ -39,7 +39,7 @@ import tempfile
 from pathlib import Path
 from statistics import NormalDist
 
-from utils import SEED, InputError, Parser, Threads, number, picture, read_flags, run_script
+from adnc.cli import SEED, InputError, Parser, Threads, number, picture, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -62,8 +62,8 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from anatomy import Scan, render, render_head
-from files import make_folder, write_atomically, write_csv
+from adnc.phantom.anatomy import Scan, render, render_head
+from adnc.files import make_folder, write_atomically, write_csv
 
 EFFECT = 1.37                            # half the distance between the classes, in SD; Phi(1.37) = 0.915
 SCAN_IDS = np.arange(10_000, 1_210_000)  # image ids as ADNI has them
@@ -217,7 +217,7 @@ def draw_volumes(out, count, seed=0, every=1):
     import pandas as pd
     from tqdm import tqdm
 
-    import readers
+    from adnc.volumes import read as readers
 
     out, nib = Path(out), readers.nibabel()
     first = [scan for scan in plan(max(10, 4 * count), seed) if scan.visit == 0]

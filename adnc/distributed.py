@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import STOP_SIGNALS, InputError, Stopped, is_new_request, seed_of
+from adnc.cli import STOP_SIGNALS, InputError, Stopped, is_new_request, seed_of
 
 # ---------------------------------------------------------------- device, precision, seeds
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from utils import COUNT, SIDE, InputError, Parser, number, read_flags, run_script
+from adnc.cli import COUNT, SIDE, InputError, Parser, number, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -59,16 +59,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import cache
-import slices
-from anatomy import SLICES, Scan, render
+from adnc.data import cache
+from adnc.data import pixels as slices
+from adnc.phantom.anatomy import SLICES, Scan, render
 from dataset import SliceSet, make_loader
-from engine import TrainState, train_one_epoch, train_step
-from files import write_json
-from inference import make_engine
+from adnc.engine import TrainState, train_one_epoch, train_step
+from adnc.files import write_json
+from adnc.cpu_engine import make_engine
 from modules import VARIANTS, convnext, load_weights
-from runtime import Runtime, StopRequest, has_native_bf16, pick_device, precision_name
-from transforms import eval_transform
+from adnc.distributed import Runtime, StopRequest, has_native_bf16, pick_device, precision_name
+from adnc.data.augment import eval_transform
 
 WHO = ("torchvision", "ours")  # the first one is the reference
 

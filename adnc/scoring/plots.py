@@ -10,9 +10,9 @@ import textwrap
 
 import numpy as np
 
-import metrics
-from files import write_atomically
-from utils import CLASSES, lr_at, printable
+from adnc.scoring import metrics
+from adnc.files import write_atomically
+from adnc.cli import CLASSES, lr_at, printable
 
 # one look: black and white first, so that a print shows what the screen shows
 LOOK = {"slice": dict(color="#999999", linestyle="--"), "scan": dict(color="#000000", linestyle="-"),

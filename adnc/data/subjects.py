@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 
-from files import read_table
-from metadata import spelling
-from utils import InputError, fingerprint
+from adnc.files import read_table
+from adnc.data.metadata import spelling
+from adnc.cli import InputError, fingerprint
 
 # ---------------------------------------------------------------- groups
 

@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-import metrics
-from checkpoint import build_model, load_checkpoint
+from adnc.scoring import metrics
+from utils import build_model, load_checkpoint
 from dataset import load_inputs, make_loader
-from inference import calibrated, predict_slices
-from listing import list_inputs
+from adnc.cpu_engine import calibrated, predict_slices
+from adnc.data.index import list_inputs
 from modules import ConvNeXt
-from transforms import eval_transform
-from utils import InputError, Threads
+from adnc.data.augment import eval_transform
+from adnc.cli import InputError, Threads
 
 FOLDS = 5  # of the linear probe
 

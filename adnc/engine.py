@@ -14,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from inference import micro_batch, predict_logits
-from metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
-from runtime import seed_everything
-from transforms import train_transform
-from utils import CLASSES, InputError, lr_at, seed_of
+from adnc.cpu_engine import micro_batch, predict_logits
+from adnc.scoring.metrics import THRESHOLD, arrays, expit, point_scores, with_predictions
+from adnc.distributed import seed_everything
+from adnc.data.augment import train_transform
+from adnc.cli import CLASSES, InputError, lr_at, seed_of
 
 NOT_FINITE = 20  # steps in a row without a finite gradient end the run
 SUMS = ("loss", "correct", "slices", "skipped", "skipped_in_a_row")

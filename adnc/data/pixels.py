@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from utils import InputError, Threads, printable
+from adnc.cli import InputError, Threads, printable
 
 SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph or an attack on the memory
 NEAR_BLACK = 16  # grey levels below are background

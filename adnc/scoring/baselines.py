@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from metrics import fit_windows
+from adnc.scoring.metrics import fit_windows
 
 SIDE = 16  # pixels of the short side after averaging
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation

@@ -12,7 +12,7 @@ import re
 import socket
 from pathlib import Path
 
-from utils import InputError, printable
+from adnc.cli import InputError, printable
 
 # ---------------------------------------------------------------- written whole, or not at all
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import slices
-from utils import fingerprint
+from adnc.data import pixels as slices
+from adnc.cli import fingerprint
 
 FORMAT = 6  # raise it when decoding changes
 UNUSED_DAYS = 60

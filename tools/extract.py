@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from utils import InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
+from adnc.cli import InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -34,15 +34,15 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = read_flags(parse_args)
 
-import volumes
-from files import clear_folder, own_folder
-from slices import load_slices, out_of_range
+from adnc.volumes import cut as volumes
+from adnc.files import clear_folder, own_folder
+from adnc.data.pixels import load_slices, out_of_range
 
 
 def main(args):
     checkpoint, warnings = None, []
     if args.like and args.like != "ADNI":
-        from checkpoint import load_checkpoint  # PyTorch: seconds that other volumes need not wait
+        from utils import load_checkpoint  # PyTorch: seconds that other volumes need not wait
 
         checkpoint = load_checkpoint(args.like)
         look, known, warnings = volumes.look_of(checkpoint, args)

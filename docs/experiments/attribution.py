@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils import Parser, number, read_flags, run_script
+from adnc.cli import Parser, number, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -36,17 +36,17 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-import explain
-import plots
-from anatomy import render
-from assess import format_table
-from checkpoint import build_model, load_checkpoint
+from adnc.explain import attribution as explain
+from adnc.scoring import plots
+from adnc.phantom.anatomy import render
+from adnc.scoring.assess import format_table
+from utils import build_model, load_checkpoint
 from dataset import load_inputs, read_index
-from files import write_atomically
-from listing import list_inputs
-from metrics import expit
-from phantom import EFFECT, plan, plan_local
-from utils import CLASSES
+from adnc.files import write_atomically
+from adnc.data.index import list_inputs
+from adnc.scoring.metrics import expit
+from adnc.phantom.draw import EFFECT, plan, plan_local
+from adnc.cli import CLASSES
 
 # cue: (subjects of the phantom, how its scans are planned, recipe)
 PHANTOMS = {"local": (200, plan_local, "small"), "global": (100, plan, "demo")}

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-import metrics
-import plots
-import subjects
-from baselines import fit_baselines
-from checkpoint import load_checkpoint, save_checkpoint
-from files import read_bytes, read_csv, write_csv, write_json
-from inference import COVERAGE, calibrated, most_coverage, predict_slices
-from metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
-from utils import CLASSES, InputError
+from adnc.scoring import metrics
+from adnc.scoring import plots
+from adnc.data import subjects
+from adnc.scoring.baselines import fit_baselines
+from utils import load_checkpoint, save_checkpoint
+from adnc.files import read_bytes, read_csv, write_csv, write_json
+from adnc.cpu_engine import COVERAGE, calibrated, most_coverage, predict_slices
+from adnc.scoring.metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
+from adnc.cli import CLASSES, InputError
 
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import InputError, Parser, picture, read_flags, run_script
+from adnc.cli import InputError, Parser, picture, read_flags, run_script
 
 
 def parse_args(argv=None):
@@ -50,12 +50,12 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 
-import assess
-import metrics
-import plots
-from assess import COMPARED, cell, format_difference, format_table, read_run
-from files import own_folder, read_bytes, read_csv, read_table, write_csv, write_json
-from metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
+from adnc.scoring import assess
+from adnc.scoring import metrics
+from adnc.scoring import plots
+from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
+from adnc.files import own_folder, read_bytes, read_csv, read_table, write_csv, write_json
+from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 from modules import describe_model
 
 # ---------------------------------------------------------------- finished runs
@@ -283,8 +283,8 @@ def format_metrics(head, parts, names=COMPARED):
 
 def show_stress(args, out):
     """Print, and with --out write, what changes do to the decisions of runs, and what their stages know."""
-    import stress
-    from runtime import Runtime, explain_end, pick_amp, pick_device
+    from docs.experiments import stress
+    from adnc.distributed import Runtime, explain_end, pick_amp, pick_device
 
     device = pick_device()
     runtime = Runtime(device, pick_amp("auto", device))

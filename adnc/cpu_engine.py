@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import metrics
-from baselines import predict_baselines
-from checkpoint import build_model
+from adnc.scoring import metrics
+from adnc.scoring.baselines import predict_baselines
+from utils import build_model
 from dataset import make_loader
 from modules import ConvNeXt
-from slices import out_of_range
-from subjects import find_exposure
-from transforms import MEAN, STD, eval_transform
-from utils import CLASSES, InputError, Threads
+from adnc.data.pixels import out_of_range
+from adnc.data.subjects import find_exposure
+from adnc.data.augment import MEAN, STD, eval_transform
+from adnc.cli import CLASSES, InputError, Threads
 
 COVERAGE = 0.9  # of the prediction sets of a run's own evaluation
 HIDDEN_BYTES = 2**20  # of the widest activations of a block at once: a core's share of the cache

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-import metadata
-from slices import EXTENSIONS, list_folder, parse_name, passed_over
-from subjects import assign_groups
-from utils import CLASSES, InputError, printable
+from adnc.data import metadata
+from adnc.data.pixels import EXTENSIONS, list_folder, parse_name, passed_over
+from adnc.data.subjects import assign_groups
+from adnc.cli import CLASSES, InputError, printable
 
 # ---------------------------------------------------------------- index
 

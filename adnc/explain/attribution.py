@@ -23,14 +23,14 @@ from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 from tqdm import tqdm
 
-import plots
-from checkpoint import build_model
-from files import make_folder, write_atomically, write_csv, write_json
-from inference import micro_batch
+from adnc.scoring import plots
+from utils import build_model
+from adnc.files import make_folder, write_atomically, write_csv, write_json
+from adnc.cpu_engine import micro_batch
 from modules import ConvNeXt, make_model
-from slices import NEAR_BLACK
-from transforms import MEAN, STD, eval_transform
-from utils import CLASSES, InputError, printable
+from adnc.data.pixels import NEAR_BLACK
+from adnc.data.augment import MEAN, STD, eval_transform
+from adnc.cli import CLASSES, InputError, printable
 
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # the occluded square has the side of the input divided by so much, and moves by half of that

@@ -8,8 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from files import MISSING, read_bytes, read_table
-from utils import InputError, time_limit
+from adnc.files import MISSING, read_bytes, read_table
+from adnc.cli import InputError, time_limit
 
 METADATA = "meta_data_with_label.json"
 TABLES = (METADATA, "subjects.csv")

@@ -23,12 +23,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from assess import cell, format_baselines, format_sets, read_run, statements
+from adnc.scoring.assess import cell, format_baselines, format_sets, read_run, statements
 from dataset import SliceSet
-from files import open_locked, write_atomically
-from metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
+from adnc.files import open_locked, write_atomically
+from adnc.scoring.metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
 from modules import describe_model
-from utils import InputError, Threads, printable
+from adnc.cli import InputError, Threads, printable
 
 INLINE = 6_500_000  # bytes of pictures; in base64 a third more, so that a page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most

@@ -21,12 +21,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-import readers
-from files import DRAFT, clear_folder, own_folder, read_bytes, write_csv, write_json
-from metadata import check_match, has_table, read_subjects, spelling
-from readers import EXTENSIONS, MOST_VOXELS, find_volumes, reason
-from slices import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
-from utils import InputError, Threads
+from adnc.volumes import read as readers
+from adnc.files import DRAFT, clear_folder, own_folder, read_bytes, write_csv, write_json
+from adnc.data.metadata import check_match, has_table, read_subjects, spelling
+from adnc.volumes.read import EXTENSIONS, MOST_VOXELS, find_volumes, reason
+from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit, passed_over
+from adnc.cli import InputError, Threads
 
 # world axis of slices, rows, columns, and whether it is counted upwards
 PLANES = {"axial": ((2, 1), (1, -1), (0, 1)), "coronal": ((1, 1), (2, -1), (0, 1)),
