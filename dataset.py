@@ -1,90 +1,63 @@
-"""The data: an index of slices, who is in them, the audit, and the sets that models train on and predict.
+"""The data: an index of slices, the split by subject, the audit, and batches for training.
 
-    python dataset.py AD_NC                            # the audit: what the folder holds, where its subjects leak
-    python dataset.py AD_NC --mean means.png           # and whether a mean slice already tells the classes apart
+    python dataset.py AD_NC                     # the audit: what the folder holds and where it leaks
+    python dataset.py AD_NC --mean means.png    # does a mean slice already tell the classes apart?
 
-    index = read_index("ADNI/AD_NC")   # a DataFrame, a row a slice: path, label, scan, slice, subject, split, group
+    index = read_index("ADNI/AD_NC")   # a DataFrame, one row a slice: path, label, scan, slice, subject, split, group
     index = split_index(index)         # 10 % of the training subjects become split "val"
 
-The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: who is in a scan is known only from
-meta_data_with_label.json or subjects.csv beside AD_NC, and without them the audit says what could not be checked.
+The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: the subject of a scan
+is known only from meta_data_with_label.json or subjects.csv beside AD_NC, or from names of scans in a known
+form. The audit reports what could not be checked without them. Exit status 1: training would refuse the set.
 """
 
-import os
-import shutil
-import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from adnc.cli import CLASSES, STOP_SIGNALS, InputError, Parser, is_new_request, picture, printable, read_flags, run_script
-
-
-def parse_args(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("root", metavar="AD_NC", help="the folder with train/ and test/")
-    parser.add_subject_pattern(parser)
-    add = parser.add_argument_group("pictures of the training slices, in PNG files that are new").add_argument
-    for flag, what in (("--montage", "a contact sheet of train/, by class and subject"),
-                       ("--augmented", "the same slices as the network sees them in training"),
-                       ("--mean", "the mean training slice of AD, of NC, and their difference, by slice number")):
-        add(flag, type=picture, metavar="PNG", help=f"save {what}")
-    args = parser.parse_args(argv)
-    drawn = [os.path.abspath(path) for path in (args.montage, args.augmented, args.mean) if path]
-    if len(set(drawn)) < len(drawn):
-        parser.error(f"two pictures cannot both be {drawn[0]}; name a file for each")
-    inside = [path for path in drawn if Path(args.root).resolve() in Path(path).resolve().parents]
-    if inside:
-        parser.error(f"{inside[0]} is in the set, where it would be taken for a slice; name a file outside {args.root}")
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = read_flags(parse_args)
-
 import numpy as np
 import pandas as pd
+import torch
 
-from adnc.data import cache
-from adnc.scoring import plots
-from adnc.data import subjects
+from adnc import CLASSES
+from adnc.cli import Parser, add_subject_pattern, new_png, run_script
+from adnc.data import pixels, subjects
+from adnc.data.augment import as_trained
 from adnc.data.index import describe_bad, list_set, usable
 from adnc.data.index import read_index as read_index
-from adnc.scoring.metrics import window_vote
-from adnc.data.pixels import common_size, describe_bits, describe_strange, mean_slice
-from adnc.data.subjects import assign_groups
 from adnc.data.subjects import split_index as split_index
-from adnc.data.augment import as_trained, send
+from adnc.errors import InputError, printable
+from adnc.scoring import plots
+from adnc.scoring.metrics import window_vote
 
-# ---------------------------------------------------------------- decoded slices, ready to train on or to predict
+# ---------------------------------------------------------------- slices with their pixels
 
 
 @dataclass
 class SliceSet:
-    """Slices with their pixels. `index` has listing.COLUMNS, error, row, pixel_hash, slices.STATS, bits and depth; the
-    pixels of a slice are images[row], uint8 (H, W), whatever the order of the index; one that cannot be read has an
-    error and no row. `bad` lists the (path, reason) of files that were left out, `dropped` is the number of scans that
-    --drop-test-subjects left out, or None, `sources` the files that the subjects came from, `passed` lines on
-    what was passed over or converted."""
+    """Slices with their pixels.
+
+    index: one row a slice, with the columns of `read_index`, and error (reason why the file could not be
+        read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
+    images: uint8 (M, H, W). The pixels of a slice are images[row], whatever the order of the index.
+    root: the folder AD_NC.
+    bad: (path, reason) of the files that were left out.
+    dropped: the number of scans that --drop-test-subjects left out, or None.
+    sources: the files that name the subjects.
+    notes: sentences on what was converted, assumed, or not used.
+    """
 
     index: pd.DataFrame
     images: np.ndarray
     root: str = ""
     bad: list = field(default_factory=list)
     dropped: int | None = None
-    sources: list[Path] = field(default_factory=list)
-    passed: list = field(default_factory=list)
+    sources: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.index)
-
-    def where(self, rows):
-        """The same pixels with only some rows of the index, given by a boolean array."""
-        return replace(self, index=self.index[np.asarray(rows)])
-
-    def part(self, split):
-        """The rows of a split, in the order of the pixels, whatever the order of the index."""
-        return replace(self, index=self.index[self.index.split == split].sort_values("row"))
 
     @property
     def rows(self):
@@ -94,173 +67,161 @@ class SliceSet:
     def is_ad(self):
         return (self.index.label == "AD").to_numpy()
 
+    def where(self, mask):
+        """The same pixels with only some rows of the index, given by a boolean array."""
+        return replace(self, index=self.index[np.asarray(mask)])
 
-def decode_set(root, keep=True, bar="decoding", pattern=None):
-    """Index and decode the folder `root`, for training and for the audit; returns a SliceSet. `keep`: in the cache.
-    `pattern` finds subjects in names of scans (see metadata.py).
+    def part(self, split):
+        """The rows of a split, in the order of the pixels."""
+        return replace(self, index=self.index[self.index.split == split].sort_values("row"))
 
-    Files that cannot be used are left out and listed in `bad`; InputError if no slice of train/ is left.
+
+def decode_set(root, *, use_cache=True, subject_pattern=None, progress="decoding"):
+    """Index and decode the folder `root`, for training and for the audit; returns a SliceSet.
+
+    Files that cannot be used are left out and listed in `bad`. InputError if no slice of train/ is left.
     """
-    listing = list_set(root, pattern)
+    listing = list_set(root, subject_pattern)
     index, bad = usable(listing.index)
-    train, paths = index.path[index.split == "train"], index.path.tolist()
+    train = index.path[index.split == "train"]
     if train.empty:
         raise InputError(f"no slice is left in train/; {describe_bad(bad)}")
-    images, known, errors = cache.decode(paths, lambda: common_size(train), listing.root if keep else None, bar)
+
+    paths = index.path.tolist()
+    images, stats, errors = pixels.decode_files(
+        paths, lambda: pixels.common_size(train), root=listing.root if use_cache else None, progress=progress
+    )
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
-    index, unread = usable(pd.concat([index, known], axis=1))
-    return SliceSet(assign_groups(index), images, listing.root, bad + unread, sources=listing.sources,
-                    passed=[*listing.warnings, *describe_bits(index), *describe_strange(index)])
+    index, unreadable = usable(pd.concat([index, stats], axis=1))
+    notes = [*listing.notes, *pixels.describe_bits(index), *pixels.describe_outliers(index)]
+    return SliceSet(
+        subjects.assign_groups(index), images, listing.root,
+        bad=bad + unreadable, sources=listing.sources, notes=notes,
+    )  # fmt: skip
 
 
-def load_set(args, root, bar="decoding"):
-    """Index, decode and split the folder `root` as the flags of train.py say; returns a SliceSet.
+def load_set(
+    root, *, val_fraction=0.1, split_by="subject", seed=0, split_file=None, fold=None, folds=None,
+    pool_test=False, drop_test_subjects=False, n_subjects=None, skip_bad=False, use_cache=True,
+    subject_pattern=None, progress="decoding",
+):  # fmt: skip
+    """Index, decode and split the folder `root`; the arguments are flags of train.py. Returns a SliceSet.
 
-    Files that cannot be used are an InputError, or with --skip-bad they are left out and listed in `bad`.
+    Files that cannot be used are an InputError; with `skip_bad` they are left out and listed in `bad`.
     """
-    slices = decode_set(root, not args.no_cache, bar, args.subject_pattern)
-    if slices.bad and not args.skip_bad:
+    slices = decode_set(root, use_cache=use_cache, subject_pattern=subject_pattern, progress=progress)
+    if slices.bad and not skip_bad:
         raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
-    index, dropped = subjects.split_as_asked(slices.index, args, slices.root)
-    how = (f"{args.split} needs both classes in train and in val" if args.split else
-           "after what --subjects, --fold and --drop-test-subjects take away, train/ needs two subjects or more of "
-           f"each class, and --val-fraction (it is {args.val_fraction}) more than 0")
-    check_classes(index, slices.root, how)
-    unused = [f"{args.split} says who is in val; --val-fraction is not used"] if args.split else []
-    return replace(slices, index=index.reset_index(drop=True), dropped=dropped, passed=slices.passed + unused)
+
+    index, dropped = slices.index, None
+    if pool_test:
+        index = index.assign(split="train")
+    elif folds is not None:  # the official test set takes no part in a cross-validation
+        index = index[index.split == "train"]
+
+    if split_file is not None:
+        index = subjects.read_split(index, split_file, slices.root)
+    else:
+        if drop_test_subjects:
+            index, dropped = subjects.drop_test_subjects(index)
+        if n_subjects is not None:
+            index = subjects.take_subjects(index, n_subjects, seed)
+        if folds is not None:
+            index = subjects.fold_index(index, fold, folds, split_by, seed)
+        index = split_index(index, val_fraction, split_by, seed)
+
+    check_classes(index, slices.root)
+    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
 
 
-def check_classes(index, root, how):
-    """InputError where train or val lacks a class, or test is empty; `how` says what it takes."""
+def check_classes(index, root):
+    """InputError if train or val lacks a class, or test is empty."""
     if not (index.split == "test").any():
-        raise InputError(f"{root}: no slices are left for test, which is read once, at the end; name some as test")
+        raise InputError(f"{root}: no slice is in test, which is read once, at the end")
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
-            raise InputError(f"{root}: no {' or '.join(sorted(missing))} is left for {split}; {how}")
+            raise InputError(
+                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two or more subjects "
+                "of each class in train/, and a --val-fraction above 0"
+            )
 
 
-def load_inputs(listing, checkpoint, bar="decoding"):
-    """Decode the slices of a Listing like those that a checkpoint was trained on, into memory; returns a SliceSet with
-    all its rows."""
-    index, wanted = listing.index, listing.index.error.isna().to_numpy()
-    size, bits = checkpoint["slice_size"], checkpoint.get("bits")
-    images, known, errors = cache.decode(index.path[wanted].tolist(), lambda: size, None, bar, bits)
-    known = known.assign(row=np.arange(len(known)), failed=pd.array(errors, "string")).set_index(index.index[wanted])
-    index = index.assign(error=index.error.fillna(known.failed)).join(known[known.failed.isna()].drop(columns="failed"))
-    return SliceSet(assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna(""))), images,
-                    passed=[*listing.warnings, *describe_bits(index)])
+def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
+    """Decode the slices of a Listing, into memory, as the slices of a checkpoint's training were.
+
+    `slice_size` is (H, W) and `bits` the depth of 16-bit files in training. Returns a SliceSet with every
+    row of the listing; a file that cannot be read has an error and no row.
+    """
+    index = listing.index
+    readable = index.error.isna()
+    images, stats, errors = pixels.decode_files(
+        index.path[readable].tolist(), lambda: slice_size, progress=progress, bits=bits
+    )
+    stats = stats.assign(row=np.arange(len(stats)), failed=pd.array(errors, "string"))
+    stats.index = index.index[readable]
+    decoded = stats[stats.failed.isna()].drop(columns="failed")
+    index = index.assign(error=index.error.fillna(stats.failed)).join(decoded)
+    index = subjects.assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna("")))
+    return SliceSet(index, images, notes=[*listing.notes, *pixels.describe_bits(index)])
 
 
 # ---------------------------------------------------------------- batches
 
-AHEAD = 2  # batches that each worker fetches ahead
-LONGEST_FETCH = 60  # seconds for a batch of decoded slices; a worker that needs more has lost it
 
+class Batches:
+    """Batches of (images uint8 (B, 1, H, W), labels int64 (B,)) of a SliceSet, on the device.
 
-def make_loader(slices, batch_size, *, generator=None, device=None, share=None, workers=0):
-    """Batches of (uint8 (B, 1, H, W), int64 (B,)) of a SliceSet through the standard DataLoader.
-
-    With a generator the order is a random permutation drawn from it, without one it is that of the index. The last
-    batch may be smaller. For a CUDA `device` the set is put there once if it fits into half of the free memory; if not,
-    two processes fetch and pin batches ahead. With `workers` so many processes fetch them, on any device: the batches
-    are the same. `share` = (rank, world, size) makes of each batch the part of one process of several: the rows rank,
-    rank + world, ..., filled up to `size` with the first row of the batch.
+    With a generator the order is a random permutation drawn from it, without one that of the index. The
+    last batch may be smaller. The set is put on a GPU once if it fits into half of the free memory; else one
+    thread fetches and pins the next batch. With `world` processes, process `rank` gets the rows rank,
+    rank + world, ... of each batch.
     """
-    import torch
-    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-    cuda = device is not None and device.type == "cuda"
-    pixels = _InMemory(slices.images, slices.rows, slices.is_ad)
-    if cuda and not workers:
-        if len(slices) * slices.images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            pixels = _OnDevice(pixels, device)
-        else:
-            workers = 2
-    ahead = {}
-    if workers:
-        check_shared_memory(workers, min(batch_size, len(slices)) * slices.images[0].nbytes)
-        ahead = dict(num_workers=workers, persistent_workers=True, pin_memory=cuda, worker_init_fn=_leave_signals,
-                     prefetch_factor=AHEAD, timeout=LONGEST_FETCH)
-    order = RandomSampler(pixels, generator=generator) if generator else SequentialSampler(pixels)
-    # batch_size=None: the sampler hands over a whole batch of rows, which one index fetches
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    if share is not None:
-        batches = _Share(batches, *share)
-    return DataLoader(pixels, batch_size=None, sampler=batches, **ahead)
+    def __init__(self, slices, batch_size, *, generator=None, device=None, rank=0, world=1):
+        self.images, self.rows = slices.images, slices.rows
+        self.labels = torch.from_numpy(slices.is_ad.astype(np.int64))
+        self.batch_size, self.generator = batch_size, generator
+        self.device = device or torch.device("cpu")
+        self.rank, self.world = rank, world
+        if self.device.type == "cuda":
+            self._move_to_gpu()
 
-
-def check_shared_memory(workers, size):
-    """OSError where /dev/shm has no room for the batches of `size` bytes that so many processes fetch ahead: one that
-    cannot hand over its batch says so nowhere, and the other end waits for it."""
-    if not os.path.isdir("/dev/shm"):  # as outside Linux
-        return
-    needed, free = size * (workers * AHEAD + 2), shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        raise OSError(f"{workers} workers hand over up to {needed / 1e6:,.0f} MB at a time through /dev/shm, which has "
-                      f"{free / 1e6:,.0f} MB free; take --workers 0 or a smaller --batch-size, or give a container "
-                      "more of it (docker run --shm-size 1g)")
-
-
-def _leave_signals(worker):
-    """A signal to a whole group of processes is the first one's to answer. A SIGTERM that comes later ends a worker, or
-    one that hangs would be waited for without limit when the process ends."""
-    times = []
-
-    def end(number, frame):
-        if is_new_request(times) and len(times) > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
-
-
-class _Share:
-    """A process's part of each batch of a batch sampler."""
-
-    def __init__(self, batches, rank, world, size):
-        self.batches, self.rank, self.world, self.size = batches, rank, world, size
+    def _move_to_gpu(self):
+        self.labels = self.labels.to(self.device)
+        size = len(self.rows) * self.images[0].nbytes
+        if size < torch.cuda.mem_get_info(self.device)[0] / 2:
+            parts = [torch.from_numpy(self.images[rows]) for rows in np.array_split(self.rows, 1 + size // 2**28)]
+            self.images = torch.cat([part.to(self.device) for part in parts])
+            self.rows = np.arange(len(self.rows))
 
     def __len__(self):
-        return len(self.batches)
+        return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self):
-        for batch in self.batches:
-            part = batch[self.rank :: self.world]
-            yield part + batch[:1] * (self.size - len(part))
+        n = len(self.rows)
+        order = torch.arange(n)
+        if self.generator is not None:
+            order = torch.randperm(n, generator=self.generator)
+        with ThreadPoolExecutor(1) as pool:
+            fetched = None
+            for numbers in order.split(self.batch_size):
+                next_fetched = pool.submit(self._fetch, numbers[self.rank :: self.world])
+                if fetched is not None:
+                    yield fetched.result()
+                fetched = next_fetched
+            if fetched is not None:
+                yield fetched.result()
 
-
-class _InMemory:
-    def __init__(self, images, rows, labels):
-        self.images, self.rows, self.labels = images, rows, labels.astype(np.int64)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, batch):
-        import torch
-
-        return torch.from_numpy(self.images[self.rows[batch]][:, None]), torch.from_numpy(self.labels[batch])
-
-
-class _OnDevice(_InMemory):
-    """The same, with the pixels on a device."""
-
-    def __init__(self, pixels, device):
-        import torch
-
-        first = range(0, len(pixels), 1024)  # in parts, so that memory holds no second copy of the set
-        parts = (pixels[np.arange(start, min(start + 1024, len(pixels)))] for start in first)
-        parts = [(images.to(device), labels.to(device)) for images, labels in parts]
-        self.images, self.labels = (torch.cat(part) for part in zip(*parts))
-
-    def __getitem__(self, batch):
-        import torch
-
-        batch = send(torch.tensor(batch), self.labels.device)
-        return self.images[batch], self.labels[batch]
+    def _fetch(self, numbers):
+        rows = self.rows[numbers.numpy()]
+        if torch.is_tensor(self.images):  # on the GPU
+            images = self.images[torch.from_numpy(rows).to(self.device)]
+        else:
+            images = torch.from_numpy(self.images[rows])
+            if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
+                images = images.pin_memory().to(self.device, non_blocking=True)
+        return images[:, None], self.labels[numbers.to(self.labels.device)]  # (B, H, W) -> (B, 1, H, W)
 
 
 # ---------------------------------------------------------------- audit
@@ -268,81 +229,132 @@ class _OnDevice(_InMemory):
 
 def audit(slices):
     """What a SliceSet of `decode_set` holds and where it leaks, as lines of text."""
-    index, sources = slices.index, " and ".join(map(str, slices.sources))
+    index = slices.index
     yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
-    unmapped = index.scan[index.subject.isna()].nunique()
-    yield from slices.passed
-    yield f"subjects from {sources}" if sources else "no meta_data_with_label.json or subjects.csv"
+    yield from slices.notes
+    if slices.sources:
+        yield f"subjects from {' and '.join(map(str, slices.sources))}"
+    else:
+        yield "no meta_data_with_label.json or subjects.csv"
+
     yield ""
     yield f"{'':<8}{'slices':>10}{'scans':>8}{'subjects':>10}"
     for (split, label), part in index.groupby(["split", "label"]):
-        known = part.subject.nunique() if part.subject.notna().any() else "?"
-        yield f"{split + ' ' + label:<8}{len(part):>10,}{part.scan.nunique():>8,}{known:>10}"
+        n_subjects = part.subject.nunique() if part.subject.notna().any() else "?"
+        yield f"{split + ' ' + label:<8}{len(part):>10,}{part.scan.nunique():>8,}{n_subjects:>10}"
     yield ""
+
     per_scan = index.groupby("scan").size().value_counts().sort_index()
     yield "slices per scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
     sizes = index[["width", "height"]].astype(int).value_counts().items()
     sizes = ", ".join(f"{width} wide x {height} high ({n:,} slices)" for (width, height), n in sizes)
     yield f"image sizes: {sizes}; {(index.colour > 0).sum():,} slices are in colour"
+
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
-    yield (f"a vote on the slice window alone is right on {window_vote(index):.3f} of the {len(test_scans)} test "
-           f"scans; always {majority} on {(test_scans.label == majority).mean():.3f}")
-    if unmapped:
-        yield (f"NOT CHECKED: {unmapped} of {index.scan.nunique()} scans have no known subject, first "
-               f"{index.scan[index.subject.isna()].iloc[0]}; whether train and test share these patients is unknown, "
-               "and a split treats each such scan as a subject of its own")
-    test_subjects = index[index.split == "test"].subject.nunique()
+    yield (
+        f"baselines: a vote on the slice window alone is right for {window_vote(index):.3f} of the "
+        f"{len(test_scans)} test scans, the larger class ({majority}) for "
+        f"{(test_scans.label == majority).mean():.3f}"
+    )
+    yield from audit_subjects(index)
+
+
+def audit_subjects(index):
+    """Lines on leaks between train and test, and on what could not be checked."""
+    unknown = index.scan[index.subject.isna()]
+    if len(unknown):
+        yield (
+            f"NOT CHECKED: the subject of {unknown.nunique()} of {index.scan.nunique()} scans is unknown, first "
+            f"{unknown.iloc[0]}; whether train and test share these patients is unknown too, and a split treats "
+            "each such scan as a subject of its own"
+        )
+    n_test = index[index.split == "test"].subject.nunique()
     shared = subjects.shared_subjects(index)
     if shared:
-        yield (f"LEAK: {len(shared)} of the {test_subjects} test subjects are also in train: scores on all of test are "
-               "too high; look at those on subjects not seen in training")
-    elif test_subjects:
-        yield f"none of the {test_subjects} known test subjects is in train"
+        yield (
+            f"LEAK: {len(shared)} of the {n_test} test subjects are also in train: scores on all of test are too "
+            "high; look at those on subjects not seen in training"
+        )
+    elif n_test:
+        yield f"none of the {n_test} known test subjects is in train"
     yield from subjects.describe_copies(index)
     yield from subjects.describe_both_classes(index)
 
 
-POSITIONS = 4  # ranges of slice numbers that --mean draws
+# ---------------------------------------------------------------- pictures of the training slices
 
 
-def means_by_position(slices):
-    """Rows for `plots.plot_means` of a SliceSet: all slices, and those of each range of slice numbers."""
-    numbers, rows = slices.index.slice, []
-    ranges = np.array_split(np.unique(numbers), min(POSITIONS, numbers.nunique()))
-    for text, low, high in (("all slices", numbers.min(), numbers.max()),
-                            *((f"slices {part[0]} to {part[-1]}", part[0], part[-1]) for part in ranges)):
-        of = {label: slices.rows[numbers.between(low, high) & (slices.index.label == label)] for label in CLASSES}
-        rows.append((text, {label: (mean_slice(slices.images, own) if len(own) else None, len(own))
-                            for label, own in of.items()}))
+def means_by_position(slices, ranges=4):
+    """Rows for `plots.plot_means`: mean slices of each class, of all slices and of ranges of slice numbers."""
+    numbers = slices.index.slice
+    spans = [("all slices", numbers.min(), numbers.max())]
+    for part in np.array_split(np.unique(numbers), min(ranges, numbers.nunique())):
+        spans.append((f"slices {part[0]} to {part[-1]}", part[0], part[-1]))
+    rows = []
+    for text, low, high in spans:
+        means = {}
+        for label in CLASSES:
+            own = slices.rows[numbers.between(low, high) & (slices.index.label == label)]
+            mean = pixels.mean_slice(slices.images, own) if len(own) else None
+            means[label] = (mean, len(own))
+        rows.append((text, means))
     return rows
 
 
-def draw(slices, args):
-    """The pictures of the training slices that the flags ask for; yields a line on each."""
-    train, what = slices.part("train"), f"training slices of {slices.root}"
-    for path, change, how in ((args.montage, np.asarray, ""), (args.augmented, as_trained, ", augmented")):
-        if path:
-            plots.plot_montage(path, plots.montage_rows(train.index, slices.images, change), what + how)
-            yield f"contact sheet in {path}"
-    if args.mean:
-        plots.plot_means(args.mean, means_by_position(train), what)
-        yield f"mean slices in {args.mean}"
+def draw_pictures(slices, *, montage=None, augmented=None, mean=None):
+    """Draw the pictures that have a path; yields a line on each."""
+    train = slices.part("train")
+    title = f"training slices of {slices.root}"
+    if montage:
+        plots.plot_montage(montage, plots.montage_rows(train.index, slices.images), title)
+        yield f"contact sheet in {montage}"
+    if augmented:
+        rows = plots.montage_rows(train.index, slices.images, as_trained)
+        plots.plot_montage(augmented, rows, f"{title}, augmented")
+        yield f"contact sheet in {augmented}"
+    if mean:
+        plots.plot_means(mean, means_by_position(train), title)
+        yield f"mean slices in {mean}"
 
 
-def main(args):
-    slices = decode_set(args.root, pattern=args.subject_pattern)
-    for line in (*audit(slices), *draw(slices, args)):
-        print(printable(line, ""))
+# ---------------------------------------------------------------- command
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("root", metavar="AD_NC", help="folder with train/ and test/")
+    add_subject_pattern(parser)
+    add = parser.add_argument_group("pictures of the training slices, new PNG files").add_argument
+    add("--montage", type=new_png, metavar="PNG", help="contact sheet of train/, by class and subject")
+    add("--augmented", type=new_png, metavar="PNG", help="the same slices as the network sees them in training")
+    add("--mean", type=new_png, metavar="PNG", help="mean slice of AD, of NC, and their difference")
+    args = parser.parse_args(argv)
+
+    root = Path(args.root).resolve()
+    for path in filter(None, (args.montage, args.augmented, args.mean)):
+        if root in Path(path).resolve().parents:
+            parser.error(f"{path} is inside the set, where it would be taken for a slice; name a file outside")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    slices = decode_set(args.root, use_cache=False, subject_pattern=args.subject_pattern)
+    for line in audit(slices):
+        print(printable(line))
+    for line in draw_pictures(slices, montage=args.montage, augmented=args.augmented, mean=args.mean):
+        print(printable(line))
+
     if slices.bad:
         advice = "fix or remove them, or train without them with --skip-bad"
         sys.exit(f"error: {describe_bad(slices.bad, advice)}")  # status 1; 2 is wrong usage
     try:
-        check_classes(split_index(slices.index), slices.root, "train/ needs two subjects or more of each class")
+        check_classes(split_index(slices.index), slices.root)
     except InputError as problem:
         sys.exit(f"error: training would refuse this set: {problem}")
 
 
 if __name__ == "__main__":
-    run_script(main, ARGS)
+    run_script(main)

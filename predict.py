@@ -2,175 +2,298 @@
 
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
-    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where it is not sure enough
+    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where the model is not sure
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
-    python predict.py SLICES --explain auto            # and what in each slice speaks for it
-    python predict.py SLICES --report report.html      # and a page to look at, with every slice
+    python predict.py SLICES --explain auto            # attribution maps of each slice
+    python predict.py SLICES --report report.html      # an HTML page with every scan
 
-INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM folder, or a
-folder of volumes. The checkpoint alone decides the architecture, the image size and the classes, and how volumes are
-cut, if it knows; where its slices have the size of AD_NC, that is assumed, else --plane is needed. Written to --out:
-predictions.csv (a row a slice), scans.csv and subjects.csv (mean p_AD, the probability of AD, calibrated on the run's
-validation), and where the labels are known metrics.json and pictures.
---coverage 0.9 adds prediction sets that promise to hold the truth for 90 % of scans like those of validation. A file
-that cannot be read gets a row with the reason; the exit status is 2 if none could be. A slice that is out of the
-training range (a photograph, an inverted picture, a head with its skull) gets a warning.
+INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM
+folder, or a folder of volumes. The checkpoint decides the architecture, the image size and, if it knows, how
+volumes are cut. Written to --out: predictions.csv (one row a slice), scans.csv and subjects.csv (mean p_AD,
+the calibrated probability of AD), and if the labels are known metrics.json and pictures. A file that cannot be
+read gets a row with the reason; a slice out of the training range gets a warning.
 """
 
-import contextlib
-import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from adnc.cli import COUNT, InputError, Parser, add_volume_flags, number, printable, read_flags, run_script
+import numpy as np
+import torch
+from tqdm import tqdm
 
-METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of explain.py, not imported for --help
+from adnc import CLASSES
+from adnc.cli import COUNT, Parser, number, run_script
+from adnc.cpu_engine import make_engine
+from adnc.data.augment import MEAN, STD, eval_transform
+from adnc.data.index import list_inputs
+from adnc.data.pixels import out_of_range
+from adnc.data.subjects import find_exposure
+from adnc.errors import InputError, printable
+from adnc.files import new_folder, require_new, unused_name
+from adnc.scoring import metrics
+from adnc.scoring.assess import format_assessment, statements, write_results
+from adnc.scoring.baselines import predict_baselines
+from adnc.scoring.calibration import apply_calibration, max_coverage
+from adnc.volumes.look import add_look_flags, given_look_flags
+from dataset import Batches, load_inputs
+from modules import describe_model, make_model
+from utils import build_model, explain_out_of_memory, load_checkpoint, pick_amp, pick_device, precision_name
+
+METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of adnc.explain, imported on demand
+
+# ---------------------------------------------------------------- from slices to logits
+
+
+@torch.inference_mode()
+def predict_logits(
+    model, slices, *, image_size, device, amp, mean=MEAN, std=STD, batch_size=64, progress=None
+):
+    """z_AD - z_NC of a model for the N slices of a SliceSet, float64 (N,), in the order of its index.
+
+    The inference path of validation, the final test and predict.py. `progress` labels a progress bar.
+    InputError if an output is not finite, as when float16 overflows.
+    """
+    engine = make_engine(model, device=device, amp=amp)
+    batches = Batches(slices, batch_size, device=device)
+    logits = [torch.zeros(0, len(CLASSES), device=device)]
+    for images, _ in tqdm(batches, progress, unit=" batches", leave=False, disable=None if progress else True):
+        logits.append(engine(eval_transform(images, image_size, mean, std)))
+
+    z = torch.cat(logits).double().cpu().numpy()
+    z = z[:, CLASSES.index("AD")] - z[:, CLASSES.index("NC")]
+    n_lost = int((~np.isfinite(z)).sum())
+    if n_lost:
+        raise InputError(
+            f"the model gives no finite output for {n_lost} of {len(z)} slices in {precision_name(amp)}; "
+            "try --amp off, or a lower --lr if it is being trained"
+        )
+    return z
+
+
+# ---------------------------------------------------------------- from logits to predictions
+
+
+def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=None):
+    """Predict a SliceSet with the model and the baselines of a checkpoint.
+
+    Returns a table with metrics.PREDICTIONS, one row a row of the index; rows of files that could not be read
+    are empty. p_AD, the softmax probability of AD, is not yet calibrated: see `apply_calibration`. `exposure`
+    replaces the record of the checkpoint's training.
+    """
+    slices = replace(slices, index=slices.index.reset_index(drop=True))
+    readable = slices.where(slices.index.error.isna())
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    logits = predict_logits(
+        model, readable, image_size=checkpoint["image_size"], mean=checkpoint["mean"], std=checkpoint["std"],
+        device=device, amp=amp, batch_size=batch_size, progress="predicting",
+    )  # fmt: skip
+
+    index = readable.index
+    predicted = index[[]].assign(
+        logit=logits,
+        p_AD=metrics.expit(logits),
+        out_of_range=out_of_range(index, checkpoint["slice_stats"]),
+        exposure=find_exposure(index, checkpoint["exposure"] if exposure is None else exposure),
+    )
+    if "baselines" in checkpoint:
+        predicted = predicted.join(predict_baselines(checkpoint["baselines"], readable))
+    table = slices.index.join(predicted).reindex(columns=metrics.PREDICTIONS)
+    types = {**dict.fromkeys(metrics.PREDICTIONS, "string"), **metrics.NUMBERS}
+    return table.astype(types).assign(threshold=metrics.THRESHOLD)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def warn_of_rows(predictions, column, what):
+    """Warnings about the rows that have a text in a column: the first ten, and how many there are."""
+    rows = predictions[predictions[column].notna()]
+    for path, text in rows[["path", column]].head(10).itertuples(index=False):
+        if column == "out_of_range":
+            text = f"is out of the training range: {text}"
+        yield f"{path} {text}"
+    if len(rows):
+        yield f"{len(rows)} of {len(predictions)} {what} (column {column} of predictions.csv)"
+
+
+def warnings_about(predictions, checkpoint, coverage):
+    """Warnings about calibrated predictions, as lines of text."""
+    readable = predictions[predictions.p_AD.notna()]
+    if "calibration" not in checkpoint:
+        yield "the run did not finish: its p_AD are not calibrated"
+    elif coverage is not None:
+        most = max_coverage(checkpoint["calibration"], coverage)
+        if most is not None:
+            n_groups = checkpoint["calibration"]["groups"]
+            yield f"{n_groups} validation subjects allow a coverage of at most {most:.3f}: every set is AD|NC"
+    n_unlabelled = readable.label.isna().sum()
+    if 0 < n_unlabelled < len(readable):
+        yield f"{n_unlabelled} of {len(readable)} slices have no label: no scores are computed"
+    yield from warn_of_rows(predictions, "error", "files could not be read")
+    yield from warn_of_rows(
+        readable, "out_of_range", "slices are out of the training range, do not rely on their p_AD; if they show "
+        "skulls and the training slices did not, strip volumes with --strip",
+    )  # fmt: skip
+    n_seen = readable.scan[readable.exposure == "yes"].nunique()
+    if n_seen:
+        yield (
+            f"{n_seen} of {readable.scan.nunique()} scans are of subjects seen in training: memory, not a test "
+            "(column exposure of scans.csv)"
+        )
+
+
+def format_scans(scans, most=10):
+    """A line for each of the first scans of a table of `metrics.aggregate`."""
+    for row in scans.head(most).itertuples():
+        slices = f"{row.n_slices} slice{'s' if row.n_slices > 1 else ''}"
+        verdict = metrics.verdict(row)
+        if verdict == "no verdict":
+            text = f"no verdict: {slices}"
+        else:
+            name = "AD|NC (uncertain)" if verdict == "AD|NC" else verdict
+            text = f"{name}, p_AD {row.p_AD:.3f}, mean of {slices}"
+        if row.n_out_of_range:
+            text += f", {row.n_out_of_range} out of the training range"
+        yield f"scan {row.scan}: {text}"
+    if len(scans) > most:
+        yield f"... and {len(scans) - most} more scans"
+
+
+# ---------------------------------------------------------------- command
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of such")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either")
     parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
-    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: predictions/<time>)")
-    add = parser.add_argument_group("what is asked beside probabilities").add_argument
+    parser.add_argument("--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)")
+    add = parser.add_argument_group("beyond probabilities").add_argument
     add("--coverage", type=number(1e-6, 0.999999), metavar="C",
-        help="scan-level prediction sets that hold the truth with this probability, e.g. 0.9")
+        help="scan-level prediction sets that contain the label with this probability, e.g. 0.9")  # fmt: skip
     add("--explain", choices=METHODS, metavar="METHOD",
-        help="what in each slice speaks for AD or NC, as pictures and arrays in --out/explanations; "
-             f"{', '.join(METHODS)} (auto: the first that passes its check on this model)")
-    add("--report", metavar="FILE",
-        help="write a page (.html) for people: each scan with its slices, and what not to conclude")
+        help=f"attribution maps in --out/explanations: {', '.join(METHODS)} (auto: the first that passes its check)")  # fmt: skip
+    add("--report", metavar="FILE", help="write an HTML page with every scan")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
-        help="precision; auto is fp16 on CUDA, bf16 on a CPU that has it (default: auto)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    add_volume_flags(parser, "the checkpoint's, or those of AD_NC").add_argument(
-        "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
-    args = parser.parse_args(argv)
-    if args.out and args.keep_slices and os.path.abspath(args.out) == os.path.abspath(args.keep_slices):
-        parser.error(f"--out and --keep-slices are both {args.out}; name two folders")
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = read_flags(parse_args)
-
-from adnc.scoring.assess import format_assessment, statements, write_results
-from utils import load_checkpoint
-from dataset import load_inputs
-from adnc.explain.attribution import Explainer
-from adnc.files import own_folder
-from adnc.cpu_engine import calibrated, most_coverage, predict_slices
-from adnc.data.index import list_inputs
-from adnc.scoring.metrics import aggregate, verdict
-from modules import describe_model
-from adnc.explain.report import Report, claimed, write_report
-from adnc.distributed import Runtime, explain_end, pick_amp, pick_device
-from adnc.volumes.cut import CutInputs
+        help="auto: fp16 on CUDA, bf16 on a CPU that has it (auto)")  # fmt: skip
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
+    group = add_look_flags(parser, "the checkpoint's, or those of AD_NC")
+    group.add_argument("--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
+    return parser.parse_args(argv)
 
 
 def newest_checkpoint():
-    found = sorted(Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError("there is no runs/*/best_model.pth; train a model with train.py or name one with --checkpoint")
-    return found[-1]
+    checkpoints = sorted(Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
+        raise InputError("there is no runs/*/best_model.pth; train a model with train.py, or name one with --checkpoint")
+    return checkpoints[-1]
 
 
-def warn_of_rows(predictions, column, kind, what):
-    """Warnings of the rows, of some kind, that have something in a column: the first ten, and how many there are."""
-    rows = predictions[predictions[column].notna()]
-    for row in rows.head(10).itertuples():
-        text = "is out of the training range: " * (column == "out_of_range") + getattr(row, column)
-        yield f"{row.path} {text}"
-    if len(rows):
-        yield f"{len(rows)} of {len(predictions)} {kind} {what} (column {column} of predictions.csv)"
-
-
-def format_scans(scans):
-    """A line for each of the first ten scans; where there is no verdict, p_AD means nothing."""
-    for row in scans.head(10).itertuples():
-        said = {"AD|NC": "AD|NC (uncertain)"}.get(verdict(row), verdict(row))
-        said += f", p_AD {row.p_AD:.3f}, mean of" * (said != "no verdict") + ":" * (said == "no verdict")
-        strange = f", {row.n_out_of_range} of them out of the training range" * (row.n_out_of_range > 0)
-        yield printable(f"scan {row.scan}: {said} {row.n_slices} slice{'s' * (row.n_slices > 1)}{strange}", "")
-    if len(scans) > 10:
-        yield f"... and {len(scans) - 10} more scans"
-
-
-def warn(predictions, checkpoint, coverage):
-    """Warnings about predictions as `calibrated` gives them."""
-    read = predictions[predictions.p_AD.notna()]
-    if "calibration" not in checkpoint:
-        yield "the run did not finish: its p_AD are not calibrated"
-    elif coverage is not None and (most := most_coverage(checkpoint, coverage)) is not None:
-        subjects = checkpoint["calibration"]["groups"]
-        yield f"{subjects} validation subjects can promise a coverage of at most {most:.3f}: every set is AD|NC"
-    if 0 < read.label.isna().sum() < len(read):
-        yield f"{read.label.isna().sum()} of {len(read)} slices have no label: no scores are computed"
-    yield from warn_of_rows(predictions, "error", "files", "could not be read")
-    yield from warn_of_rows(read, "out_of_range", "slices", "are out of the training range, do not rely on their p_AD; "
-                            "if they show skulls and training did not, strip volumes with --strip")
-    seen, scans = read.scan[read.exposure == "yes"].nunique(), read.scan.nunique()
-    if seen:
-        yield (f"{seen} of {scans} scans are of subjects seen in training: memory, not a test (column exposure of "
-               "scans.csv)")
-
-
-def main(args):
-    path = args.checkpoint = args.checkpoint or newest_checkpoint()
+def main(argv=None):
+    args = parse_args(argv)
+    out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
+    require_new(out)
+    path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
         raise InputError(f"{path} is there to resume a training; predict with best_model.pth beside it")
-    args.batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
-    device = pick_device(args.device)
-    runtime = Runtime(device, pick_amp(args.amp, device))
-    explainer = Explainer(checkpoint, args.explain, device) if args.explain else None
-    with contextlib.ExitStack() as held:
-        out = held.enter_context(own_folder(args.out, f"predictions/{datetime.now():%Y%m%d-%H%M%S}"))
-        held.enter_context(claimed(args.report))  # which may be in it
-        cut = CutInputs(args, checkpoint, held)  # volumes become slices
-        predict(args, checkpoint, runtime, explainer, cut, out)
-
-
-def predict(args, checkpoint, runtime, explainer, cut, out):
-    """Predict the slices of CutInputs, and write all that was asked for into the folder `out`."""
-    path = args.checkpoint
-    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
-    listing.warnings.extend(cut.warnings)
-    print(f"{path}: {describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
-          f"{checkpoint['epoch']}; {len(listing.index):,} slices on {runtime.device}, {runtime.precision}",
-          *cut.lines, sep="\n")
-
-    with explain_end(args):
-        slices = load_inputs(listing, checkpoint)
-        cut.finish(slices.index)
-        raw = predict_slices(checkpoint, slices, runtime, batch_size=args.batch_size)
-    predictions = calibrated(raw, checkpoint, args.coverage)
-    title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
-    scores = write_results(predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
-                           calibration=checkpoint.get("calibration"))
-    warnings = [*slices.passed, *warn(predictions, checkpoint, args.coverage)]
-    for warning in warnings:
-        print(f"warning: {printable(warning, '')}", file=sys.stderr)
-    scans = aggregate(predictions[predictions.p_AD.notna()], "scan")
-    if scans.empty:
-        raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} says why")
-    print(*format_scans(scans), sep="\n")
-    print(*(format_assessment(scores) if scores else []), f"results in {out}", sep="\n")
-    overlays = {}
-    if explainer:
-        with explain_end(args):
-            explained = explainer.write(slices, out / "explanations")
-        print("warning: " * (not explained.usable) + explained.sentence,
-              file=sys.stdout if explained.usable else sys.stderr)
-        print(f"attribution maps in {explained.folder}")
-        overlays = {"overlays": explained.overlays, "overlay_note": f"{explained.caution} {explained.sentence}."}
+    if args.coverage is not None and "calibration" not in checkpoint:
+        raise InputError(
+            "the checkpoint is not calibrated, since its run did not finish; finish it with --resume, or leave out "
+            "--coverage"
+        )
     if args.report:
-        print(write_report(args.report, Report(path, checkpoint, args.inputs, args.coverage, slices, predictions, out,
-                                               scores, warnings, cut.lines, **overlays)))
+        from adnc.explain import report
+
+        report.require_writable(args.report)
+    device = pick_device(args.device)
+    amp = pick_amp(args.amp, device)
+
+    explainer = None
+    if args.explain:
+        from adnc.explain.attribution import Explainer
+
+        explainer = Explainer(
+            build_model(checkpoint), lambda: make_model(**checkpoint["model"]), checkpoint, args.explain, device
+        )
+    with explain_out_of_memory("lower --batch-size, or give fewer files at once"):
+        predict(args, path, checkpoint, Path(out), explainer, device, amp)
+
+
+def predict(args, path, checkpoint, out, explainer, device, amp):
+    """Read the inputs, predict, and write everything that was asked for into the new folder `out`."""
+    cut = cut_volumes(args, checkpoint)
+    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
+    name = describe_model(checkpoint["model"]["variant"])
+    print(
+        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; {len(listing.index):,} slices "
+        f"on {device}, {precision_name(amp)}"
+    )
+    for line in cut.lines:
+        print(printable(line))
+
+    slices = load_inputs(listing, slice_size=checkpoint["slice_size"], bits=checkpoint["bits"])
+    slices.index = cut.name_rows(slices.index)
+    cut.close()
+    batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
+    predictions = predict_slices(checkpoint, slices, device=device, amp=amp, batch_size=batch_size)
+    predictions = apply_calibration(predictions, checkpoint.get("calibration"), args.coverage)
+
+    new_folder(out)
+    title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
+    scores = write_results(
+        predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
+        calibration=checkpoint.get("calibration"),
+    )  # fmt: skip
+    warnings = [*cut.notes, *slices.notes, *warnings_about(predictions, checkpoint, args.coverage)]
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
+    scans = metrics.aggregate(predictions[predictions.p_AD.notna()], "scan")
+    if scans.empty:
+        raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists why")
+    for line in format_scans(scans):
+        print(printable(line))
+    if scores:
+        print("\n".join(format_assessment(scores)))
+    print(f"results in {out}")
+
+    explained = None
+    if explainer:
+        explained = explainer.write(slices, out / "explanations")
+        if explained.usable:
+            print(explained.sentence)
+        else:
+            print(f"warning: {explained.sentence}", file=sys.stderr)
+        print(f"attribution maps in {explained.folder}")
+    if args.report:
+        write_page(args, path, checkpoint, slices, predictions, out, scores, warnings, cut.lines, explained)
+
+
+def cut_volumes(args, checkpoint):
+    """The inputs with every volume replaced by a folder of its slices."""
+    from adnc.volumes.cut import cut_inputs
+
+    return cut_inputs(args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices)
+
+
+def write_page(args, path, checkpoint, slices, predictions, out, scores, warnings, notes, explained):
+    """The HTML page of --report."""
+    from adnc.explain.report import Report, write_report
+
+    overlays = {}
+    if explained:
+        note = f"{explained.caution} {explained.sentence}."
+        overlays = dict(overlays=explained.overlays, overlay_note=note)
+    page = Report(
+        file=str(path), checkpoint=checkpoint, model_name=describe_model(checkpoint["model"]["variant"]),
+        inputs=args.inputs, coverage=args.coverage, index=slices.index, images=slices.images,
+        predictions=predictions, out=out, scores=scores, warnings=warnings, notes=notes, **overlays,
+    )  # fmt: skip
+    print(write_report(args.report, page))
 
 
 if __name__ == "__main__":
-    run_script(main, ARGS)
+    run_script(main)

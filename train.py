@@ -1,183 +1,535 @@
 """Train a ConvNeXt to tell AD from NC.
 
-    python train.py --demo                             # no data needed: draws a phantom set, under 2 minutes on a CPU
+    python train.py --demo                             # no data needed: draws a phantom set, two minutes on a CPU
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
-    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4  # a quarter of each batch on each
+    python train.py --out runs/tiny --resume           # resume a run, however it was stopped
+    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4   # four GPUs, a quarter of each batch on each
 
-A run folder holds best_model.pth, last.pth, config.json (every value), split.csv (who is where), training_log.txt,
-training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val (unless --keep
-last); test is read once, at the end. `--out RUN --resume` resumes a run that was stopped, at any moment, and ends where
-it would have ended. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the step, save and say so (exit status 130, 143, 138, 129).
+A run folder holds best_model.pth, last.pth, config.json (every flag), split.csv, training_log.txt,
+training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val, unless
+--keep is last; test is read once, at the end. last.pth is written after each epoch: `--resume` repeats the
+epoch that was lost, and ends with the bits that a run without the stop would have had.
 """
 
 import contextlib
-import json
 import os
 import shlex
-import shutil
-import subprocess
 import sys
+import tempfile
+import time
+from argparse import Namespace
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
-from adnc.files import read_bytes
-from adnc.cli import AMOUNT, COUNT, POSITIVE, SEED, SHARE, SIDE, InputError, Parser, number, read_flags, run_script
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
+from tqdm import tqdm
 
-DEMO_SUBJECTS = 80
-# The flags of each recipe; explicit flags take precedence.
-RECIPES = {
-    "default": {},  # the documented one: the architecture of Liu et al. 2022, but not their training settings
-    # few subjects: chosen on folds of the training set with the local cue, see docs/recipes.md
-    "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
-    # the small one, in a minute on two cores; with so few steps the last epoch is not reliably the best
-    "demo": dict(model="narrow", image_size=64, epochs=4, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
-}
-# What a ConvNeXt may differ from the paper's in: the names of modules.PAPER, which is not imported for --help.
-ARCHITECTURE = ("norm", "stem", "downsample", "layer_scale", "init_std", "head_norm")
-# What may differ when a run is resumed: where it runs and when it ends, not how it learns.
-FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
-                  "workers"}
+from adnc import CLASSES, distributed
+from adnc.cli import AMOUNT, COUNT, FRACTION, POSITIVE, SEED, SIDE, Parser, add_subject_pattern, number, run_script
+from adnc.data import pixels, subjects
+from adnc.data.augment import MEAN, STD, train_transform
+from adnc.errors import InputError
+from adnc.files import new_folder, require_new, unused_name, write_csv, write_json
+from adnc.phantom.draw import draw
+from adnc.pretrained import find_state_dict, load_tensors
+from adnc.scoring import assess
+from adnc.scoring.baselines import fit_baselines
+from adnc.scoring.calibration import apply_calibration, calibrate, max_coverage
+from adnc.volumes.cut import recorded_look
+from dataset import Batches, load_set
+from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_weights, make_model
+from predict import predict_logits, predict_slices
+from utils import (
+    autocast,
+    build_model,
+    device_name,
+    explain_out_of_memory,
+    load_checkpoint,
+    lr_at,
+    make_log,
+    pick_amp,
+    pick_device,
+    plot_lr_schedule,
+    plot_training_curves,
+    precision_name,
+    save_checkpoint,
+    seed_everything,
+    seed_of,
+    validation_scores,
+)
 
 # ---------------------------------------------------------------- flags
 
+# Every flag with its value in the documented recipe: the architecture of Liu et al. 2022, but not their
+# training settings.
+DEFAULTS = dict(
+    data=None, demo=False, recipe="default", out=None, resume=False, skip_bad=False, subject_pattern=None,
+    no_cache=False,
+    split=None, val_fraction=0.1, split_by="subject", fold=None, folds=None, pool_test=False,
+    drop_test_subjects=False, subjects=None,
+    model="tiny", image_size=224, drop_path=0.1, model_args=(), init=None,
+    epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, clip_grad=1.0,
+    warmup_epochs=1, patience=20, keep="best", threshold="0.5", ema=0.0,
+    augment="full", mixup=0.0, cutmix=0.0,
+    amp="auto", compile=False, device="auto", deterministic=False, seed=0,
+)  # fmt: skip
+
+# What a recipe changes. Flags that are given win.
+RECIPES = {
+    "default": {},
+    # For few subjects: chosen on folds of the phantom's local cue, see docs/recipes.md.
+    "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
+    # The small one in a minute on two cores. With so few steps the last epoch is not reliably the best.
+    "demo": dict(model="narrow", image_size=64, epochs=4, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
+}
+
+# Flags that may differ when a run is resumed: where it runs and when it ends, not how it learns.
+FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile"}
+
+DEMO_SUBJECTS = 80
+DEMO_VERSION = 1  # raise it when the phantom changes
+MAX_NONFINITE_STEPS = 20  # in a row; then the run ends
+
 
 def make_parser():
+    """The flags. None of them has a default here, so that `merge_flags` knows which were given."""
     parser = Parser(__doc__)
+    switch = dict(action="store_true", default=None)
+
     data = parser.add_argument_group("data and output")
     add = data.add_argument
-    add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC, if it is there)")
-    add("--demo", action="store_true", help="draw a phantom set into the cache once, and train a small model on it")
-    add("--out", metavar="RUN", help="run folder, must be new (default: runs/<time>-<model>)")
-    add("--resume", action="store_true", help="resume the run in --out; its flags are taken from config.json")
-    add("--skip-bad", action="store_true", help="leave out files that cannot be used, and list them in skipped.csv")
-    parser.add_subject_pattern(data)
-    add("--no-cache", action="store_true", help="decode into memory at each start, instead of once into the cache")
-    add("--recipe", choices=RECIPES, default="default", help="small: narrow, 112 px, 10 epochs, for few subjects")
+    add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC)")
+    add("--demo", **switch, help="draw a phantom set into the cache once, and train a small model on it")
+    add("--recipe", choices=RECIPES, help="small: narrow, 112 px, 10 epochs, for few subjects (default)")
+    add("--out", metavar="RUN", help="run folder, must not exist (default: runs/<time>-<model>)")
+    add("--resume", **switch, help="resume the run in --out, with its flags")
+    add("--skip-bad", **switch, help="leave out files that cannot be used, and list them in skipped.csv")
+    add("--no-cache", **switch, help="decode into memory at each start, not once into the cache")
+    add_subject_pattern(data)
+
     add = parser.add_argument_group("split").add_argument
-    add("--split", metavar="FILE", help="take who is where from the split.csv of an earlier run, or one made by hand")
-    add("--val-fraction", type=SHARE, default=0.1, metavar="F", help="share of train/ for validation (0.1)")
-    add("--split-by", choices=("subject", "slice"), default="subject", help="slice LEAKS, to show what it does")
-    add("--fold", type=int, metavar="K", help="hold out fold K (from 0) of --folds of train/ instead of test/")
+    add("--split", metavar="FILE", help="take the split from this split.csv, of another run or made by hand")
+    add("--val-fraction", type=FRACTION, metavar="F", help="share of train/ for validation (0.1)")
+    add("--split-by", choices=("subject", "slice"), help="slice LEAKS, to show what a leak does (subject)")
+    add("--fold", type=int, metavar="K", help="hold out fold K, from 0, of --folds of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
-    add("--pool-test", action="store_true", help="folds of train/ and test/ together, where there are few subjects")
-    add("--drop-test-subjects", action="store_true", help="leave out of train/ who is also in test/")
-    add("--subjects", type=COUNT, metavar="N", help="use N subjects of train/ only, to see how many it takes")
+    add("--pool-test", **switch, help="folds of train/ and test/ together, for sets with few subjects")
+    add("--drop-test-subjects", **switch, help="leave subjects of test/ out of train/")
+    add("--subjects", type=COUNT, metavar="N", help="train on N subjects of train/, for learning curves (all)")
+
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="tiny", metavar="V",
-        help="narrow, atto, femto, pico, nano, tiny, small, base or large; cnn: a plain CNN without drop-path (tiny)")
-    add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's square input (224)")
-    add("--drop-path", type=SHARE, default=0.1, metavar="P", help="drop-path rate of the last block (0.1)")
-    add("--norm", choices=("layer", "batch"), help="normalisation (that of the variant: layer, of narrow batch)")
-    add("--stem", choices=("patch", "conv"), help="4x4 with stride 4, or 3x3 twice and pooling (that of the variant)")
-    add("--downsample", choices=("patch", "pool"), help="2x2 with stride 2, or 3x3 and pooling (that of the variant)")
-    add("--head-norm", choices=("layer", "batch"), help="normalisation of the pooled features (layer)")
-    add("--layer-scale", type=AMOUNT, metavar="G", help="start of LayerScale (that of the variant)")
-    add("--init-std", type=POSITIVE, metavar="SD", help="of the initial weights (that of the variant)")
+    add("--model", metavar="V", help=f"{', '.join(VARIANTS)}; or cnn, a plain CNN (tiny)")
+    add("--image-size", type=SIDE, metavar="PX", help="side of the square input in pixels (224)")
+    add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
+    add("--model-args", nargs="+", metavar="KEY=VALUE",
+        help="differences from the paper: norm, stem, downsample, head_norm, layer_scale, init_std")  # fmt: skip
     add("--init", metavar="FILE", help="start from weights of torchvision, timm, the paper or this project")
+
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=COUNT, default=100, metavar="N", help="length of the schedule (100)")
-    add("--batch-size", type=COUNT, default=64, metavar="N", help="slices a step (64)")
-    add("--lr", type=POSITIVE, default=1e-4, help="peak learning rate of AdamW (1e-4)")
-    add("--weight-decay", type=AMOUNT, default=1e-4, metavar="W", help="not on 1-D parameters (1e-4)")
-    add("--label-smoothing", type=SHARE, default=0.1, metavar="S", help="of the cross-entropy (0.1)")
-    add("--clip-grad", type=POSITIVE, default=1.0, metavar="NORM", help="largest norm of the gradient (1.0)")
-    add("--warmup-epochs", type=AMOUNT, default=1, metavar="N", help="linear warm-up before the cosine (1)")
-    add("--patience", type=number(0, 1e6, int), default=20, metavar="N",
-        help="stop after N epochs without a better val (20; 0, or --keep last: never)")
-    add("--keep", choices=("best", "last"), default="best", help="the epoch: best on validation, or the last")
-    add("--threshold", choices=("0.5", "youden"), default="0.5", help="p_AD of an AD; youden: from validation (0.5)")
-    add("--ema", type=SHARE, default=0.0, metavar="D", help="validate and keep a moving average, e.g. 0.999 (0: off)")
+    add("--epochs", type=COUNT, metavar="N", help="length of the schedule (100)")
+    add("--batch-size", type=COUNT, metavar="N", help="slices per step (64)")
+    add("--lr", type=POSITIVE, help="peak learning rate of AdamW (1e-4)")
+    add("--weight-decay", type=AMOUNT, metavar="W", help="not on 1-D parameters (1e-4)")
+    add("--label-smoothing", type=FRACTION, metavar="S", help="of the cross-entropy (0.1)")
+    add("--clip-grad", type=POSITIVE, metavar="NORM", help="largest norm of the gradient (1.0)")
+    add("--warmup-epochs", type=AMOUNT, metavar="N", help="linear warm-up before the cosine (1)")
+    add("--patience", type=number(0, 1e6, int), metavar="N",
+        help="stop after N epochs without a better validation accuracy; 0: never (20)")  # fmt: skip
+    add("--keep", choices=("best", "last"), help="the epoch to keep: best on validation, or last (best)")
+    add("--threshold", choices=("0.5", "youden"), help="p_AD from which AD is predicted; youden: from val (0.5)")
+    add("--ema", type=FRACTION, metavar="D", help="decay of a moving average of the weights; 0: none (0)")
+
     add = parser.add_argument_group("augmentation").add_argument
-    add("--no-flip", action="store_true", help="no horizontal flip (on AD_NC it swaps front and back)")
-    add("--no-augment", action="store_true", help="train on the view of the evaluation; memorises soonest")
-    add("--mixup", type=AMOUNT, default=0.0, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2 (0: off)")
-    add("--cutmix", type=AMOUNT, default=0.0, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0 (0: off)")
+    add("--augment", choices=("full", "no-flip", "none"),
+        help="no-flip: on AD_NC a flip swaps front and back; none: as in evaluation (full)")  # fmt: skip
+    add("--mixup", type=AMOUNT, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2; 0: off (0)")
+    add("--cutmix", type=AMOUNT, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0; 0: off (0)")
+
     add = parser.add_argument_group("machine").add_argument
-    add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto", help="auto: fp16 on CUDA, native bf16 on CPU")
-    add("--compile", action="store_true", help="compile the step; for long runs, and needs a C++ compiler or CUDA")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: CUDA if there is one)")
-    add("--workers", type=number(0, 256, int), default=0, metavar="N",
-        help="processes that fetch batches; the result is the same (0: none, two if a set does not fit onto the GPU)")
-    add("--deterministic", action="store_true", help="on CUDA only kernels that give the same bits again; slower")
-    add("--seed", type=SEED, default=0, metavar="S", help="of split, weights, order and augmentation (0)")
+    add("--amp", choices=("auto", "fp16", "bf16", "off"), help="auto: fp16 on CUDA, bf16 on a CPU that has it")
+    add("--compile", **switch, help="compile the model; needs a C++ compiler or CUDA, pays off in long runs")
+    add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
+    add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")
+    add("--seed", type=SEED, metavar="S", help="of split, weights, order and augmentation (0)")
     return parser
 
 
-def changed_flags(saved, args):
-    """The flags, as words, that a run must keep when it is resumed and that are other ones now."""
-    return ", ".join(f"--{name.replace('_', '-')} was {value}" for name, value in saved.items()
-                     if name not in FREE_ON_RESUME and getattr(args, name, value) != value)
+def merge_flags(given, saved=None):
+    """The value of every flag: flags that are given win over the saved ones of a run that is resumed, or over
+    the recipe's, and those over the defaults. All are dicts by name."""
+    if saved is not None:
+        return {**DEFAULTS, **saved, **given}
+    recipe = given.get("recipe", "demo" if given.get("demo") else "default")
+    return {**DEFAULTS, **RECIPES[recipe], "recipe": recipe, **given}
 
 
 def parse_args(argv=None):
-    """The flags; where not given, those of --demo, or on --resume those of the run."""
+    """The flags as a Namespace, checked; with --resume those of the run, from its last.pth."""
     parser = make_parser()
-    args = parser.parse_args(argv)  # for --recipe, --resume and --out; explicit flags win over what these set
-    parser.set_defaults(**RECIPES["demo" if args.demo and args.recipe == "default" else args.recipe])
-    if args.resume:
-        if not args.out:
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    saved = None
+    if given.get("resume"):
+        if "out" not in given:
             parser.error("--resume needs --out RUN, the folder of the run to resume")
-        try:
-            config = json.loads(read_bytes(Path(args.out) / "config.json"))
-            saved = config["flags"]
-            where = config["used"]["data"]
-            if not saved["demo"] and os.path.abspath(saved["data"] or "AD_NC") != where:
-                saved["data"] = where  # it is resumed from another folder
-            if saved["split"]:
-                saved["split"] = str(Path(args.out) / "split.csv")  # which holds the same
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            parser.error(f"{args.out} holds no run to resume (config.json: {problem!r})")
-        # as words, which are checked like those of the command line
-        parser.set_defaults(**{name: value if isinstance(value, bool) else str(value) for name, value in saved.items()
-                               if name not in ("resume", "out") and value is not None})
-    args = parser.parse_args(argv)
-    if args.resume:
-        changed = changed_flags(saved, args)
+        saved = read_saved_flags(Path(given["out"]))
+        changed = [
+            f"--{name.replace('_', '-')} was {saved[name]}"
+            for name, value in given.items()
+            if name not in FREE_ON_RESUME and saved[name] != value
+        ]
         if changed:
-            parser.error(f"a resumed run keeps its flags ({changed}); leave them out, or start a new run")
+            parser.error(f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a new run")
+    args = Namespace(**merge_flags(given, saved))
+
+    if args.model not in (*VARIANTS, "cnn"):
+        parser.error(f"there is no --model {args.model}; choose one of {', '.join(VARIANTS)}, cnn")
     if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs is {args.warmup_epochs:g}, longer than --epochs {args.epochs}: the learning "
-                     "rate would never reach --lr")
+        parser.error(
+            f"--warmup-epochs is {args.warmup_epochs:g}, longer than --epochs {args.epochs}: "
+            "the learning rate would never reach --lr"
+        )
     if args.demo and args.data:
-        parser.error("--demo draws its own data; leave out --data, or --demo")
+        parser.error("--demo draws its own data; leave out --data or --demo")
     if (args.fold is None) != (args.folds is None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
     if args.pool_test and args.folds is None:
         parser.error("--pool-test puts test/ into the folds; it goes with --fold and --folds")
-    if args.split and (args.folds is not None or args.drop_test_subjects or args.split_by == "slice"):
-        parser.error("--split names every slice's part; leave out --fold, --drop-test-subjects and --split-by slice")
-    given = [name for name in ARCHITECTURE if getattr(args, name) is not None]
-    if args.model == "cnn" and given:
-        parser.error(f"--model cnn has no --{given[0].replace('_', '-')}; leave it out")
-    if args.split and args.subjects:
-        parser.error("--split names who is in train; leave out --subjects")
     if args.folds is not None and args.drop_test_subjects:
         parser.error("--drop-test-subjects looks into test/, which --folds does not read; leave out one of them")
+    if args.split:
+        for name in ("folds", "drop_test_subjects", "subjects"):
+            if args.__dict__[name]:
+                parser.error(f"--split names the split of every slice; leave out --{name.replace('_', '-')}")
+        if args.split_by == "slice":
+            parser.error("--split names the split of every slice; leave out --split-by slice")
+    if args.model == "cnn" and args.model_args:
+        parser.error("--model cnn takes no --model-args; leave them out")
+    if not saved:
+        try:
+            args.model_args = parse_model_args(args.model_args)
+        except ValueError as problem:
+            parser.error(f"--model-args: {problem}")
     return args
 
 
-if __name__ == "__main__":
-    ARGS = read_flags(parse_args)
+def read_saved_flags(out):
+    """The flags of the run in folder `out`, as the resumed run needs them."""
+    if not (out / "last.pth").exists():
+        raise InputError(f"{out} holds no last.pth to resume; start the run again, under a new --out")
+    last = load_checkpoint(out / "last.pth")
+    if "optimizer" not in last:
+        raise InputError(f"{out / 'last.pth'} holds a model and no training to resume; restore it, or start a new run")
+    saved = last["flags"]
+    if saved["split"]:
+        saved["split"] = str(out / "split.csv")  # the same split, and it cannot have moved away
+    if saved["data"] is None and not saved["demo"]:
+        saved["data"] = last["data"]  # ./AD_NC of another working directory
+    return saved
 
-# late, so that --help answers at once
-import pandas as pd
-import torch
 
-import utils as checkpoint
-from adnc.scoring import plots
-from adnc.scoring.assess import assess_run
-from adnc.data.cache import cache_folder
-from utils import Run, load_checkpoint, save_checkpoint
-from dataset import load_set, make_loader
-from adnc.engine import TrainState, check_batches, make_mix, schedule, train_one_epoch, validate
-from adnc.files import clear_folder, locked, make_log, own_folder, write_csv
-from adnc.cpu_engine import COVERAGE
-from modules import VARIANTS, describe_model
-from adnc.distributed import Stopped, StopRequest, explain_end, seed_everything, start
-from adnc.data.subjects import describe_split, describe_transfer
-from adnc.cli import fingerprint, near, seed_of
+def parse_model_args(words):
+    """KEY=VALUE words as a dict for `modules.convnext`. ValueError for an unknown key or value."""
+    options = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in MODEL_ARGS:
+            raise ValueError(f"there is no {key or word}; expected one of {', '.join(MODEL_ARGS)}, as in norm=batch")
+        choices = MODEL_ARGS[key]
+        if choices and value not in choices:
+            raise ValueError(f"{key} is {value or 'empty'}; choose {' or '.join(choices)}")
+        if choices or (key, value) == ("init_std", "fan_in"):
+            options[key] = value
+        else:
+            try:
+                options[key] = POSITIVE(value)
+            except Exception:
+                raise ValueError(f"{key} is {value or 'empty'}; expected a number above 0") from None
+    return options
 
-# ---------------------------------------------------------------- data and run folder
+
+# ---------------------------------------------------------------- loss, optimizer, state
+
+
+def make_loss(label_smoothing=0.1):
+    """The loss as a function of logits (N, 2) and labels int (N,) or class shares (N, 2), returning (N,).
+
+    Cross-entropy with label smoothing. For another loss change this function.
+    """
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="none")
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW (Loshchilov & Hutter 2019), with decay on matrices and kernels, not on biases, norms and gamma."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def make_mix(mixup=0.0, cutmix=0.0):
+    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them per batch; None if both are off."""
+    mixes = []
+    if mixup > 0:
+        mixes.append(v2.MixUp(alpha=mixup, num_classes=len(CLASSES)))
+    if cutmix > 0:
+        mixes.append(v2.CutMix(alpha=cutmix, num_classes=len(CLASSES)))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+class TrainState:
+    """All that an epoch changes: model, moving average of its weights (or None), optimizer, scaler, history.
+
+    Random states are not part of it: the random numbers of a step come from (seed, epoch, step).
+    """
+
+    def __init__(self, model, *, device, amp, lr, weight_decay=1e-4, ema=0.0, world=None):
+        self.device, self.amp = device, amp
+        self.world = world or distributed.World()
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.ema = None
+        if ema:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self.optimizer = make_optimizer(model, lr, weight_decay)
+        # The scaler skips a step whose gradient is not finite. It scales the loss for float16 alone;
+        # elsewhere by 1, or by a power of two after a skipped step, which changes no bit.
+        scaling = dict(init_scale=1.0, growth_interval=2**31 - 1)
+        if amp == torch.float16:
+            scaling = {}
+        self.scaler = torch.amp.GradScaler(device.type, **scaling)
+        self.forward = self.world.wrap(self.model, device)
+        self.history = []  # a dict an epoch
+
+    @property
+    def epoch(self):
+        """How many epochs are finished."""
+        return len(self.history)
+
+    @property
+    def kept_model(self):
+        """The model that is validated and kept: the averaged one, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def min_batch(self):
+        """The smallest batch for a step: BatchNorm needs two slices, and every process needs one."""
+        return max(2 if has_batchnorm(self.model) else 1, self.world.size)
+
+    def state_dict(self):
+        return {
+            "weights": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state, same_precision=True):
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if same_precision:  # else the scale would be wrong
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.history = list(state["history"])
+
+
+# ---------------------------------------------------------------- a step, an epoch, the validation
+
+
+def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
+    """One step on images float32 (B, 1, S, S) and labels int (B,) or class shares (B, 2), on the device.
+
+    `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or gradient
+    is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses, the number of
+    correct predictions and of slices (all 0 if skipped), and 1 if the step was skipped, else 0.
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    with autocast(state.device, state.amp):
+        logits = state.forward(x.contiguous(memory_format=torch.channels_last))
+        loss = criterion(logits, y).float().sum()
+    # The mean over processes of these is the mean over the batch. A loss that is not finite must not have
+    # a finite gradient.
+    share = torch.where(loss.isfinite(), state.world.size / (batch_size or len(x)), torch.nan)
+    state.scaler.scale(loss * share).backward()
+
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    state.scaler.step(state.optimizer)  # does nothing if a gradient is not finite
+    state.scaler.update()
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+
+    labels = y if y.ndim == 1 else y.argmax(1)
+    correct = (logits.detach().argmax(1) == labels).sum()
+    sums = torch.stack((loss.detach(), correct, torch.full_like(loss, len(x))))
+    finite = grad_norm.isfinite()
+    return torch.cat((torch.where(finite, sums, 0.0), (~finite).float()[None]))
+
+
+def train_one_epoch(
+    state, batches, *, criterion, schedule, image_size, seed=0, clip_grad=1.0, augment="full", mix=None
+):
+    """A pass over `batches`. `schedule` holds the arguments of `lr_at`. Returns the row of the history: mean
+    loss and accuracy per slice, the last learning rate, slices per second and the number of skipped steps."""
+    epoch, n_slices, size = state.epoch + 1, len(batches.rows), batches.batch_size
+    world = state.world
+    state.model.train()
+    start = time.perf_counter()
+    augmentation = torch.Generator()
+    sums = torch.zeros(4, device=state.device)
+    nonfinite_in_a_row = torch.zeros((), device=state.device)
+    bar = tqdm(
+        batches, f"epoch {epoch}/{schedule['epochs']}", unit=" steps", leave=False,
+        disable=None if world.is_main else True,
+    )  # fmt: skip
+    for step, (x, y) in enumerate(bar):
+        batch_size = min(size, n_slices - step * size)  # over all processes
+        if batch_size < state.min_batch:
+            continue
+        # Every process drops other paths of other images, but augments an image as one process would.
+        seed_everything(seed, epoch, step + 1, world.rank + 1)
+        augmentation.manual_seed(seed_of(seed, epoch, step + 1))
+
+        lr = lr_at((epoch - 1) * len(batches) + step, **schedule)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        x = train_transform(
+            x, image_size, augment=augment != "none", flip=augment == "full",
+            generator=augmentation, share=(batch_size, world.rank, world.size),
+        )  # fmt: skip
+        if mix is not None:
+            x, y = mix(x, y)  # y becomes (B, 2), a share of each class
+        done = train_step(state, x, y, criterion=criterion, clip_grad=clip_grad, batch_size=batch_size)
+        sums += done
+        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * done[3]
+
+        if step % 10 == 0 or step == len(batches) - 1:  # reading a number waits for a GPU
+            if nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+                raise InputError(
+                    f"the loss or its gradient was not finite in {nonfinite_in_a_row:.0f} steps in a row, the last of "
+                    f"them step {step + 1} of epoch {epoch}; start a new run with a lower --lr, or with --amp off"
+                )
+            mean_loss = (sums[0] / sums[2].clamp(min=1)).item()
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {lr:.2e}")
+
+    loss, correct, used, skipped = world.sum(sums).tolist()
+    used = used or float("nan")
+    return {
+        "train_loss": loss / used,
+        "train_accuracy": correct / used,
+        "lr": lr_at(epoch * len(batches) - 1, **schedule),
+        "images_per_s": n_slices / (time.perf_counter() - start),
+        "skipped_steps": int(skipped) // world.size,
+    }
+
+
+def validate(state, slices, *, image_size, batch_size):
+    """(scores, remark) of the kept model on a SliceSet: see `utils.validation_scores`. In process 0 alone,
+    for all; along the inference path of the final test."""
+    answer = None
+    if state.world.is_main:
+        logits = predict_logits(
+            state.kept_model, slices, image_size=image_size, device=state.device, amp=state.amp,
+            batch_size=batch_size, progress="validation",
+        )  # fmt: skip
+        answer = validation_scores(slices.index, logits)
+    return state.world.broadcast(answer)
+
+
+# ---------------------------------------------------------------- all epochs
+
+HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC    img/s"
+
+
+def format_epoch(row, best, remark):
+    """A row of the epoch table, aligned with HEADER."""
+    auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
+    cells = [
+        f"{row['epoch']:>5}", f"{row['lr']:>8.2e}", f"{row['train_loss']:>7.4f}", f"{row['train_accuracy']:>6.3f}",
+        f"{row['val_loss']:>8.4f}", f"{row['val_accuracy']:>7.3f}", f"{row['val_balanced_accuracy']:>7.3f}",
+        f"{auroc:>6}", f"{row['images_per_s']:>7.1f}",
+    ]  # fmt: skip
+    if best:
+        cells.append("best")
+    if row["skipped_steps"]:
+        cells.append(f"{row['skipped_steps']} steps skipped, not finite")
+    if remark:
+        cells.append(remark)
+    return "  ".join(cells)
+
+
+def kept_row(history, keep):
+    """The row of the epoch that is kept, or None: the last one, or the best by validation accuracy. Ties: lower
+    loss, then earlier epoch."""
+    if not history:
+        return None
+    if keep == "last":
+        return history[-1]
+    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+
+def fit(state, slices, args, out, card, log):
+    """Train up to args.epochs and keep the epoch that --keep names. best_model.pth, last.pth and
+    training_history.csv are written after each epoch."""
+    world, order = state.world, torch.Generator()
+    train, val = slices.part("train"), slices.part("val")
+    batches = Batches(
+        train, args.batch_size, generator=order, device=state.device, rank=world.rank, world=world.size
+    )
+    schedule = dict(
+        steps_per_epoch=len(batches), epochs=args.epochs, warmup_epochs=args.warmup_epochs, lr=args.lr
+    )
+    criterion = make_loss(args.label_smoothing)
+    mix = make_mix(args.mixup, args.cutmix)
+    if args.compile:
+        state.model.compile()
+        log("the model is compiled: the first step takes a minute or more")
+    if world.is_main:
+        plot_lr_schedule(out / "lr_schedule.png", **schedule)
+        if state.history:  # a killed run may have saved an epoch and not yet listed it
+            write_csv(out / "training_history.csv", pd.DataFrame(state.history))
+
+    log(HEADER)
+    while state.epoch < args.epochs:
+        best = kept_row(state.history, args.keep)
+        if best is not None and 0 < args.patience <= state.epoch - best["epoch"]:
+            log(f"stopped early: no better validation in {args.patience} epochs")
+            break
+        order.manual_seed(seed_of(args.seed, state.epoch + 1))
+        row = train_one_epoch(
+            state, batches, criterion=criterion, schedule=schedule, image_size=args.image_size, seed=args.seed,
+            clip_grad=args.clip_grad, augment=args.augment, mix=mix,
+        )  # fmt: skip
+        scores, remark = validate(state, val, image_size=args.image_size, batch_size=args.batch_size)
+        state.history.append({"epoch": state.epoch + 1, **row, **scores})
+
+        is_best = kept_row(state.history, args.keep) is state.history[-1]
+        if world.is_main:
+            if is_best:
+                weights = state.kept_model.state_dict()
+                save_checkpoint(out / "best_model.pth", **card, weights=weights, epoch=state.epoch)
+            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+            write_csv(out / "training_history.csv", pd.DataFrame(state.history))
+            log(format_epoch(state.history[-1], is_best and args.keep == "best", remark))
+
+    if world.is_main:
+        title = args.model
+        if args.split_by == "slice":
+            title += ", LEAKY split by slice"
+        best = kept_row(state.history, args.keep)
+        plot_training_curves(out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
+    if state.device.type == "cuda":
+        log(f"peak GPU memory: {torch.cuda.max_memory_allocated(state.device) / 2**30:.2f} GiB")
+
+
+# ---------------------------------------------------------------- data, weights, run folder
 
 
 def find_data(args):
@@ -185,7 +537,7 @@ def find_data(args):
     if args.data:
         return args.data
     if args.demo:
-        return demo_data()
+        return draw_demo()
     if os.path.isdir("AD_NC"):
         return "AD_NC"
     raise InputError(
@@ -195,246 +547,297 @@ def find_data(args):
     )
 
 
-def demo_data():
-    """The phantom set of --demo, drawn by phantom.py on the first call; another one where its code has changed."""
-    here = Path(__file__).parent
-    version = fingerprint("".join((here / name).read_text() for name in ("anatomy.py", "phantom.py")), 8)
-    folder = cache_folder() / f"phantom-{DEMO_SUBJECTS}-{version}"
+def draw_demo():
+    """The phantom set of --demo, drawn on the first call."""
+    folder = pixels.cache_folder() / f"phantom-{DEMO_SUBJECTS}-v{DEMO_VERSION}"
     if not folder.is_dir():
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be drawing it, too
-        try:
-            draft.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise OSError(f"{draft} cannot be made: {problem.strerror}; name a folder that can be written with the "
-                          "environment variable XDG_CACHE_HOME") from None
         print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
-        words = [sys.executable, here / "phantom.py", draft, "--subjects", str(DEMO_SUBJECTS)]
-        try:
-            status = subprocess.run(words, stdout=subprocess.DEVNULL).returncode
-            if status:
-                raise SystemExit(status)  # it has said why
-            with contextlib.suppress(OSError):  # another was faster
-                os.replace(draft, folder)
-            if not folder.is_dir():
-                raise OSError(f"{draft} cannot be moved to {folder}; name another folder with XDG_CACHE_HOME")
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            draw(Path(temporary) / "set", DEMO_SUBJECTS)
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.rename(Path(temporary) / "set", folder)
     return folder / "AD_NC"
 
 
-def open_run(args, held):
-    """The run's folder: a new one, or on --resume the one that is there. It is for this process alone as long as the
-    ExitStack `held` is open."""
-    if not args.resume:
-        default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{'-LEAKY' * (args.split_by == 'slice')}"
-        return held.enter_context(own_folder(args.out, default, ", or add --resume"))
-    out = Path(args.out)
-    held.enter_context(locked(out))
-    if (out / "best_model.pth").exists() and not (out / "last.pth").exists():
-        raise InputError(f"{out} has a best_model.pth but no last.pth to resume from, and a run never overwrites "
-                         "another; choose a new --out")
-    return out
+def load_init(model, path, log):
+    """Fill the model from the file of --init. Returns what is known about these weights: the file's name and
+    the exposure of their training, None if the file does not record it."""
+    content = load_tensors(path)
+    try:
+        loaded, left = load_weights(model, find_state_dict(content))
+    except ValueError as problem:
+        raise InputError(f"--init {path}: {problem}") from None
+    log(f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: {', '.join(left) or 'none'}")
+    exposure = content.get("exposure")
+    if exposure is None:
+        log("--init does not record its training subjects; if subjects of val or test are among them, scores LEAK")
+    return {"file": os.path.basename(path), "exposure": exposure}
 
 
-def join(words):
-    return shlex.join(map(str, words))
+def model_card(args, slices, state, init):
+    """What a checkpoint records beside the weights: everything that predict.py needs."""
+    index = slices.index
+    train = index[index.split == "train"]
+    deep = index.bits[index.depth > 0]
+    exposure = subjects.record_exposure(index[index.split != "test"])  # trained and chosen on
+    if init and init["exposure"]:
+        exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
+    mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
+    names = [os.path.relpath(path, slices.root) for path in index.path]
+    model = dict(variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path)
+    return {
+        "model": {**model, **dict(args.model_args)},
+        "classes": list(CLASSES),
+        "image_size": args.image_size,
+        "slice_size": list(slices.images.shape[1:]),
+        "mean": MEAN,
+        "std": STD,
+        "bits": int(deep.max()) if len(deep) else None,  # of files with 16 bits a pixel
+        "extraction": recorded_look(slices.root),  # how volumes were cut; None: elsewhere
+        "slice_stats": pixels.stats_range(train),
+        # The average of all training slices, which attributions compare a slice with.
+        "mean_slice": torch.from_numpy(mean_slice.round().astype(np.uint8)),
+        "split_by": args.split_by,
+        "split_hash": subjects.split_hash(index),
+        "data_hash": subjects.fingerprint("\n".join(sorted(f"{a} {b}" for a, b in zip(names, index.pixel_hash)))),
+        "exposure": exposure,
+        "init": init,
+        "data": os.path.abspath(slices.root),
+        "flags": vars(args),
+        "precision": precision_name(state.amp),
+        "machine": f"{device_name(state.device)}, {torch.get_num_threads()} threads, {state.world.size} processes",
+    }
 
 
-def how_to_resume(out):
-    return f"resume with:\n  {join([near(sys.executable), near(__file__), '--out', out, '--resume'])}"
+def write_start(out, args, slices, card):
+    """config.json with every flag, split.csv, and with --skip-bad skipped.csv."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in ("torchvision", "numpy", "pandas", "pillow", "scikit-learn"):
+        versions[name] = metadata.version(name)
+    used = {name: card[name] for name in ("data", "precision", "machine")}
+    write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
+    split = slices.index[["path", "label", "scan", "slice", "subject", "split", "group"]]
+    split = split.assign(path=[os.path.relpath(path, slices.root) for path in split.path])
+    write_csv(out / "split.csv", split)
+    if args.skip_bad:
+        write_csv(out / "skipped.csv", pd.DataFrame(slices.bad, columns=["path", "reason"]))
 
 
-def what_is_left(run):
-    """What a run that had to end has saved, for its error: what the file holds, not what was to be written."""
-    if not run.last.exists():
-        return f"nothing is left of the run: {run.last} is gone"
-    epoch = load_checkpoint(run.last)["epoch"]
-    best = f", and {run.best} the best epoch so far" * run.best.exists()
-    return (f"the last good checkpoint is {run.last}, after epoch {epoch}{best}; a resumed run keeps its flags, so to "
-            f"change them start a new one, or {how_to_resume(run.out)}")
+def restore(state, last, card, args, out, log):
+    """Put last.pth, as loaded, back into `state`, and log what differs now. InputError if the data changed."""
+    if args.epochs < last["epoch"]:
+        raise InputError(f"--epochs is {args.epochs}, but {out} has trained {last['epoch']}; expected no fewer")
+    if last["split_hash"] != card["split_hash"]:
+        raise InputError(
+            f"the slices are not those that {out} was trained on; expected the same files, split and subjects"
+        )
+    if last["data_hash"] != card["data_hash"]:
+        raise InputError(f"some files show other pixels than when {out} was started; restore them, or start a new run")
+    if last["epoch"] and not (out / "best_model.pth").exists():
+        raise InputError(f"{out / 'best_model.pth'} is gone; restore it, or start a new run")
+    state.load_state_dict(last, same_precision=last["precision"] == card["precision"])
+
+    log(f"resumed after epoch {state.epoch}")
+    if (out / "test" / "metrics.json").exists():
+        log("this run was finished: if it trains on, its test scores are no longer the first")
+    if last["flags"]["epochs"] != args.epochs:
+        log(
+            f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, the learning rate "
+            "jumps here, and the run is not the one that started with this length"
+        )
+    for name in ("precision", "machine"):
+        if last[name] != card[name]:
+            log(f"so far the run used {last[name]}, now {card[name]}: its bits will differ")
 
 
-# ---------------------------------------------------------------- the loop
-
-HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC    img/s"
-
-
-def format_epoch(row, best, remark):
-    if row["skipped_steps"]:
-        remark = "; ".join(filter(None, [f"{row['skipped_steps']} steps skipped, not finite", remark]))
-    auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
-    return (f"{row['epoch']:>5}  {row['lr']:>8.2e}  {row['train_loss']:>7.4f}  {row['train_accuracy']:>6.3f}  "
-            f"{row['val_loss']:>8.4f}  {row['val_accuracy']:>7.3f}  {row['val_balanced_accuracy']:>7.3f}  {auroc:>6}  "
-            f"{row['images_per_s']:>7.1f}  {'best ' if best else ''}{remark}").rstrip()
-
-
-def kept_of(history, keep):
-    """The row of the epoch that is kept, or None: the last, or the one with the best validation accuracy; the lower
-    loss decides between equals, for a whole-class guess ties in many epochs, and then the earlier row."""
-    if keep == "last":
-        return history[-1] if history else None
-    return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=None)
+def check_batches(state, n_slices, batch_size):
+    """Lines on batches that BatchNorm or several processes leave out; InputError if nothing can be trained."""
+    if has_batchnorm(state.model) and state.world.size > 1 and state.device.type != "cuda":
+        raise InputError("PyTorch has BatchNorm over several processes on CUDA only; start one process")
+    if min(batch_size, n_slices) < state.min_batch:
+        raise InputError(
+            f"a batch needs {state.min_batch} slices or more (BatchNorm, or one for each process); --batch-size is "
+            f"{batch_size}, and there are {n_slices:,} training slices"
+        )
+    rest = n_slices % batch_size
+    if 0 < rest < state.min_batch:
+        yield (
+            f"the last batch of each epoch has {rest} of {n_slices:,} slices, too few for BatchNorm or for "
+            f"{state.world.size} processes; it is left out, in each epoch another one"
+        )
 
 
-def make_batches(state, train, args):
-    """The batches of the training set, and the generator that orders them; `state.forward` is set to what a step
-    calls."""
-    runtime, order = state.runtime, torch.Generator()
-    # a compiled step wants one shape, and no process may be without images; but what fills up counts for BatchNorm
-    filled = (args.compile or runtime.world > 1) and not state.whole
-    size = -(-args.batch_size // runtime.world) if filled else 0
-    share = runtime.rank, runtime.world, size
-    if args.compile:
-        state.model.compile(dynamic=False)  # in place: the names of the weights stay clean
-    state.forward = runtime.wrap(state.model)
-    return make_loader(train, args.batch_size, generator=order, device=runtime.device, share=share,
-                       workers=args.workers), order
+def command(*words):
+    """A command as the user would type it here: relative paths for what is below the working directory."""
+    relative = []
+    for word in map(str, words):
+        if os.path.isabs(word) and not os.path.relpath(word).startswith(".."):
+            word = os.path.relpath(word)
+        relative.append(word)
+    return shlex.join(relative)
 
 
-def fit(state, slices, args, run):
-    """Train up to args.epochs, keep the epoch that --keep names, stop early. Returns whether training came to
-    its end; False if a signal stopped it, and last.pth then holds the state after the last step."""
-    runtime, train, val = state.runtime, slices.part("train"), slices.part("val")
-    batches, order = make_batches(state, train, args)
-    mix, best = make_mix(args), kept_of(state.history, args.keep)
-    if runtime.is_rank_0:
-        plots.plot_lr(run.out / "lr_schedule.png", **schedule(args, len(batches)))
-        if state.history:  # a killed run may have saved an epoch and not yet listed it
-            write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
-    if args.compile:
-        run.log("the step is compiled: the first one takes a minute or more")
-    run.log(HEADER)
-    while state.epoch < args.epochs:
-        if best is not None and 0 < args.patience <= state.epoch - best["epoch"]:
-            run.log(f"stopped early: no better validation in {args.patience} epochs")
-            break
-        order.manual_seed(seed_of(args.seed, state.epoch + 1))
-        row = {"epoch": state.epoch + 1} | train_one_epoch(state, batches, len(train), args, mix)
-        validated = None if runtime.stop.agreed else validate(state, val, args)
-        if validated is None:  # a stop was requested: all processes agree on it, and hand over what they have summed up
-            runtime.stop_requested()
-            sums = runtime.gather(state.numbers())
-            if runtime.is_rank_0:
-                run.save(state, sums)
-            run.log(f"saved after step {state.step} of {len(batches)} of epoch {state.epoch + 1}")
-            return False
-        scores, remark = validated
-        state.history.append(row | scores)
-        state.start_epoch()
-        best = kept_of(state.history, args.keep)
-        better = best is state.history[-1]
-        if runtime.is_rank_0:
-            if better:
-                save_checkpoint(run.best, **run.card, weights=state.kept.state_dict(), epoch=state.epoch, val=best)
-            run.save(state)
-            write_csv(run.out / "training_history.csv", pd.DataFrame(state.history))
-            run.log(format_epoch(state.history[-1], better and args.keep == "best", remark))
-        if runtime.stop_requested():
-            return False
-    if runtime.is_rank_0:
-        title = f"{args.model}{', LEAKY split by slice' if args.split_by == 'slice' else ''}"
-        plots.plot_history(run.out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
-        if runtime.device.type == "cuda":
-            most = torch.cuda.max_memory_allocated(runtime.device) / 2**30
-            run.log(f"memory of the GPU used at most: {most:.2f} GiB")
-    return True
+# ---------------------------------------------------------------- the final evaluation
 
 
-# ---------------------------------------------------------------- from the flags to the assessment
+def evaluate_kept_model(slices, args, out, *, device, amp, log):
+    """Calibrate the kept model on val, then evaluate it on val and, once, on test, along the path of predict.py.
+
+    What is learned here, from train and val alone, goes into best_model.pth: baselines and calibration.
+    """
+    path = out / "best_model.pth"
+    checkpoint = load_checkpoint(path)
+    checkpoint["baselines"] = fit_baselines(slices)
+    titles = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
+    if args.keep == "last":
+        log(f"last epoch {checkpoint['epoch']}")
+        titles["val"] = "validation (calibration was chosen on it)"
+    else:
+        log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
+    if args.folds is not None:
+        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
+
+    inherited = (checkpoint["init"] or {}).get("exposure")
+    for split, title in titles.items():
+        part = slices.part(split)
+        part.index = part.index.sort_values(["scan", "slice"])  # as predict.py orders them: same batches, same bits
+        exposure = checkpoint["exposure"]
+        stated = assess.statements(checkpoint)
+        leaks, notes = stated["leaks"], stated["notes"]
+        if split == "val":  # in the exposure of the run by design; what counts is whether --init saw it
+            exposure = inherited or subjects.record_exposure(slices.index[:0])
+            if leaks:
+                leaks = ["split by slice, its scans were trained on"]
+        predictions = predict_slices(
+            checkpoint, part, device=device, amp=amp, batch_size=args.batch_size, exposure=exposure
+        )
+        if split == "val":
+            checkpoint["calibration"] = calibration = calibrate(predictions, args.threshold)
+            save_checkpoint(path, **checkpoint)
+            log(describe_calibration(calibration, predictions))
+        predictions = apply_calibration(predictions, calibration, assess.COVERAGE)
+        scores = assess.write_results(
+            predictions, out / split, title=title, leaks=leaks, notes=notes, coverage=assess.COVERAGE,
+            calibration=calibration,
+        )  # fmt: skip
+        if split == "val":  # it was chosen on: a line is enough
+            log(
+                f"{scores['title']}: accuracy slice-level {assess.cell(scores['slice'], 'accuracy')}, "
+                f"scan-level {assess.cell(scores['scan'], 'accuracy')}"
+            )
+        else:
+            log("\n".join(assess.format_assessment(scores)))
 
 
-def main(args):
-    with StopRequest() as stop, explain_end(args):
-        try:
-            train(args, stop)
-        except Stopped as stopped:
-            if not stopped.reported:
-                print(f"stopped by {stopped} before the first step", file=sys.stderr)
-                stopped.reported = True
-            raise
+def describe_calibration(calibration, predictions):
+    unit = "subjects" if predictions.subject.notna().all() else "subjects (or scans of unknown subjects)"
+    text = (
+        f"calibrated on the {calibration['groups']} {unit} of validation: temperature "
+        f"{calibration['temperature']:.3f}, threshold {calibration['threshold']:.3f}"
+    )
+    if max_coverage(calibration, assess.COVERAGE) is not None:
+        text += f"; too few subjects for a coverage of {assess.COVERAGE}: every prediction set is AD|NC"
+    return text
 
 
-def train(args, stop):
-    runtime = start(args, stop)
-    if args.model not in (*VARIANTS, "cnn"):
-        raise InputError(f"there is no ConvNeXt variant {args.model!r}; choose one of {', '.join(VARIANTS)}, or cnn")
-    bar = "decoding" if runtime.is_rank_0 else None
-    slices = runtime.one_after_the_other(lambda: load_set(args, find_data(args), bar))
-    with contextlib.ExitStack() as held:
-        out = runtime.from_rank_0(lambda: open_run(args, held))
-        state = None
-        try:
-            with explain_end(args):  # here, too: memory that runs out arrives below as an OSError
-                state, run = prepare(args, slices, out, runtime)
-                with stop.deferred():
-                    done = fit(state, slices, args, run) and not runtime.stop_requested()
-                if not done:
-                    raise Stopped(128 + stop.agreed)
-                runtime.leave()
-                if runtime.is_rank_0:
-                    finish(slices, args, run, runtime)
-        except BaseException as problem:  # nothing trained, stopped by a signal, or an error of the user
-            if state is None or (isinstance(problem, Exception) and not (state.epoch or state.step)):
-                if runtime.is_rank_0 and not args.resume:
-                    clear_folder(out)
-            elif isinstance(problem, Stopped):
-                run.log(f"stopped by {problem}; {how_to_resume(out)}")
-                problem.reported = True
-            elif isinstance(problem, (InputError, OSError)):
-                raise type(problem)(f"{problem}\n{what_is_left(run)}") from None
-            raise
+# ---------------------------------------------------------------- from the flags to the evaluation
 
 
-def prepare(args, slices, out, runtime):
-    """(TrainState, Run) before the first step, or where last.pth left them; writes config.json, split.csv and the
-    first lines of the log."""
-    log = make_log(out / "training_log.txt") if runtime.is_rank_0 else lambda line: None
-    last = load_checkpoint(out / "last.pth") if args.resume and (out / "last.pth").exists() else None
-    if not last and runtime.is_rank_0:
-        checkpoint.write_start(out, args, slices, runtime)
+def main(argv=None):
+    args = parse_args(argv)
+    if args.out and not args.resume:
+        require_new(args.out, "--out, or add --resume")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS demands
+        torch.use_deterministic_algorithms(True)
+    world, device = distributed.join(pick_device(args.device))
+    amp = pick_amp(args.amp, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
+
+    advice = f"lower --batch-size (now {args.batch_size}) first, then --image-size (now {args.image_size})"
+    with explain_out_of_memory(advice):
+        train(args, world, device, amp)
+
+
+def train(args, world, device, amp):
+    """Read the data, build the model, make or open the run folder, train, evaluate."""
+    with world.main_first():  # one process fills the cache
+        slices = load_set(
+            find_data(args), val_fraction=args.val_fraction, split_by=args.split_by, seed=args.seed,
+            split_file=args.split, fold=args.fold, folds=args.folds, pool_test=args.pool_test,
+            drop_test_subjects=args.drop_test_subjects, n_subjects=args.subjects, skip_bad=args.skip_bad,
+            use_cache=not args.no_cache, subject_pattern=args.subject_pattern,
+            progress="decoding" if world.is_main else None,
+        )  # fmt: skip
+
+    lines = []  # for the log, whose folder is made when nothing can fail any more
     seed_everything(args.seed)
-    model, init = checkpoint.start_model(args, log, last)
-    state = TrainState(model, runtime, lr=args.lr, weight_decay=args.weight_decay, ema=args.ema)
-    lines = runtime.from_rank_0(lambda: check_batches(state, len(slices.part("train")), args))
-    run = Run(out, log, checkpoint.model_card(args, slices, runtime, init), checkpoint.record_pixels(slices))
+    model = make_model(args.model, drop_path_rate=args.drop_path, **dict(args.model_args))
+    last, init = None, None
+    if args.resume:
+        last = load_checkpoint(Path(args.out) / "last.pth")
+        init = last["init"]
+    elif args.init:
+        init = load_init(model, args.init, lines.append)
+    state = TrainState(
+        model, device=device, amp=amp, lr=args.lr, weight_decay=args.weight_decay, ema=args.ema, world=world
+    )
+    card = model_card(args, slices, state, init)
+    lines += check_batches(state, len(slices.part("train")), args.batch_size)
+
+    out = Path(args.out) if args.out else None
+    if world.is_main and not args.resume:
+        if out is None:
+            leaky = "-LEAKY" if args.split_by == "slice" else ""
+            out = unused_name(f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
+        new_folder(out)
+    log = make_log(out / "training_log.txt") if world.is_main else lambda line="": None
     if last:
-        changed = changed_flags(last["flags"] | {"split": args.split}, args)  # its own split.csv, by another name
-        if changed:
-            raise InputError(f"{out / 'config.json'} has other flags than {run.last}, in which {changed}; restore it, "
-                             "or start a new run")
-        checkpoint.restore_run(state, last, args, run, runtime)
-        if runtime.is_rank_0:
-            checkpoint.write_start(out, args, slices, runtime)
-    elif runtime.is_rank_0:  # so that a run that was stopped in its first epoch is resumed, too, on the same slices
-        run.save(state)
-    several = f", {runtime.world} processes" * (runtime.world > 1)
-    size = sum(p.numel() for p in model.parameters())
-    if args.model == "cnn" and args.drop_path:
-        log(f"--drop-path {args.drop_path:g} is not used: the plain CNN has none")
-    log(f"{describe_model(args.model)}, {size:,} parameters, {args.image_size} px, {runtime.device}, "
-        f"{runtime.precision}{several}; run folder {out}")
-    for line in (*slices.passed, *describe_split(slices.index, args.split_by, slices.dropped),
-                 *describe_transfer(slices.index, init), *lines):
+        restore(state, last, card, args, out, log)
+    if world.is_main:
+        write_start(out, args, slices, card)
+        if not last:  # a run that is stopped in its first epoch can be resumed, too
+            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+
+    n_parameters = sum(p.numel() for p in model.parameters())
+    log(
+        f"{describe_model(args.model)}, {n_parameters:,} parameters, {args.image_size} px, {device}, "
+        f"{precision_name(amp)}, {world.size} process{'es' if world.size > 1 else ''}; run folder {out}"
+    )
+    for line in slices.notes:
+        log(line)
+    for line in subjects.describe_split(slices.index, args.split_by, slices.dropped):
+        log(line)
+    for line in subjects.describe_transfer(slices.index, init):
+        log(line)
+    for line in lines:
         log(line)
     if args.skip_bad:
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
-    return state, run
 
+    resume = f"resume with:\n  {command(sys.executable, os.path.abspath(__file__), '--out', out, '--resume')}"
+    try:
+        fit(state, slices, args, out, card, log)
+        world.leave()
+        if world.is_main:
+            evaluate_kept_model(slices, args, out, device=device, amp=amp, log=log)
+    except KeyboardInterrupt:
+        log(f"stopped by Ctrl-C after epoch {state.epoch}; {resume}")
+        sys.exit(130)
+    except (InputError, OSError) as problem:
+        raise type(problem)(f"{problem}\n{out / 'last.pth'} holds epoch {state.epoch}; {resume}") from None
 
-def finish(slices, args, run, runtime):
-    """The assessment of the best model, and how to repeat it."""
-    assess_run(slices, args, run, runtime)
-    run.log(f"pictures in {run.out} and {run.out / 'test'}")
+    log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
-        predict, test = Path(__file__).with_name("predict.py"), Path(slices.root) / "test"
-        python, model = near(sys.executable), ["--checkpoint", run.best, "--coverage", COVERAGE]
-        run.log(f"predict again with:\n  {join([python, near(predict), test, *model])}")
-        if args.demo:
-            draw = [python, near(predict.with_name("phantom.py")), "HEADS", "--volumes", 2, "--seed", 1]
-            read = [python, near(predict), "HEADS/brains", *model, "--report", "heads.html"]
-            run.log("or two volumes (for which requirements-volumes.txt is installed), with a page to look at:\n  "
-                    f"{join(draw)}\n  {join(read)}")
+        log(f"predict again with:\n  {how_to_predict(slices.root, out)}")
+
+
+def how_to_predict(root, out):
+    predict = Path(__file__).with_name("predict.py")
+    model = ("--checkpoint", out / "best_model.pth", "--coverage", assess.COVERAGE)
+    return command(sys.executable, predict, Path(root) / "test", *model)
 
 
 if __name__ == "__main__":
-    run_script(main, ARGS)
+    run_script(main)

@@ -1,262 +1,140 @@
-"""Files that are whole or not there, tables that people made, and folders for one process alone.
+"""Atomic writes, CSV, output folders."""
 
-Not run by itself. Neither PyTorch nor pandas is imported before a function needs it.
-"""
-
-import contextlib
-import io
-import itertools
+import csv
+import hashlib
 import json
 import os
-import re
-import socket
 from pathlib import Path
 
-from adnc.cli import InputError, printable
+import pandas as pd
 
-# ---------------------------------------------------------------- written whole, or not at all
+from adnc.errors import InputError, printable
+
+# ---------------------------------------------------------------- atomic writes
 
 
 def write_atomically(path, write):
-    """`write(temporary path)`, then move it into place, so that no reader meets half a file. OSError if it cannot be
-    done; what was there before is then untouched."""
+    """Call `write(temporary path)`, then move the file into place, so that no reader meets half a file.
+
+    OSError if that fails; what was at `path` before is then untouched.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or after a power cut the new name may belong to an empty file
+            os.fsync(file.fileno())  # else, after a power cut, the new name may belong to an empty file
         os.replace(temporary, path)
     except OSError as problem:
-        reason = problem.strerror or problem
-        if not path.parent.is_dir():
-            reason = f"the folder {path.parent} is gone"
-        kept = "; what was there before is untouched" if path.exists() else ""
-        raise OSError(f"{path} cannot be written: {reason}{kept}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {problem.strerror or problem}") from None
 
 
-def write_json(path, value):
-    text = json.dumps(value, indent=2) + "\n"
+def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-FORMULA = r"('*[=+\-@\t\r\n])"  # what a spreadsheet would take for one, and what `disarm` itself put before it
-
-
-def disarm(cell):
-    """A cell of text that a spreadsheet cannot take for a formula: one more ' before what looks like one."""
-    return re.sub(f"^{FORMULA}", r"'\1", cell) if isinstance(cell, str) else cell
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_csv(path, table):
-    """Write a table for people and spreadsheets; `read_csv` is its inverse."""
-    import pandas as pd
+    """Write a table. Names of files may hold bytes that are not UTF-8; they are written as they are."""
+    options = dict(index=False, float_format="%.7g", errors="surrogateescape")
+    write_atomically(path, lambda temporary: table.to_csv(temporary, **options))
 
-    text = [name for name in table if table[name].dtype == object or isinstance(table[name].dtype, pd.StringDtype)]
-    table = table.assign(**{name: table[name].map(disarm, na_action="ignore") for name in text})
-    # names of files may hold bytes that are not UTF-8; they are written back as they came
-    form = dict(index=False, float_format="%.7g", errors="surrogateescape")
-    write_atomically(path, lambda temporary: table.to_csv(temporary, **form))
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(path):
+    """The content of a JSON file; InputError if it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise InputError(f"{path} cannot be read as JSON ({problem})") from None
 
 
 def read_csv(path):
-    """A table of strings as `write_csv` wrote it; an empty cell is missing, but a scan may be named NA. InputError if
-    it cannot be read."""
-    import pandas as pd
-
+    """A table of strings as `write_csv` wrote it. An empty cell is missing; a scan may be named NA."""
     try:
-        table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype="string", keep_default_na=False,
-                            encoding_errors="surrogateescape")
-    except ValueError as problem:
+        table = pd.read_csv(
+            path, dtype="string", keep_default_na=False, na_values=[""], encoding_errors="surrogateescape"
+        )
+    except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem})") from None
-    return table.mask(table == "").replace(f"^'{FORMULA}", r"\1", regex=True).astype("string")
+    return table
 
 
-def make_log(path):
-    """A function that prints a line past the bars and appends it to the file."""
-    from tqdm import tqdm
-
-    def log(line):
-        line = printable(line)
-        tqdm.write(line)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    return log
-
-
-# ---------------------------------------------------------------- what people made
-
-
-def read_bytes(path):
-    """All of a file that people made. ValueError where it is none: a pipe would be waited for without limit."""
-    if not os.path.isfile(path):
-        raise ValueError("it is a folder or a pipe" if os.path.exists(path) else "there is no such file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as problem:
-        raise ValueError(problem.strerror) from None
-
-
-MISSING = {"", "na", "n/a", "#n/a", "<na>", "n.a.", "not available", "nan", "none", "null", "unknown", "unk",
-           "missing", "?", "-", "--", ".", "tbd", "tba", "to be determined", "anonymous", "anonymised", "anonymized",
-           "-9", "-99", "-999"}  # in any case
+# Words in a table of subjects that stand for "not known", in lower case.
+MISSING = {
+    "", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null", "not available", "unknown", "unk",
+    "missing", "?", "-", "--", ".", "tbd", "tba", "to be determined", "anonymous", "anonymised",
+    "anonymized", "-9", "-99", "-999",
+}  # fmt: skip
 
 
 def read_table(path, columns):
-    """A table that people made, as text: separated by commas, semicolons or tabs, in UTF-8 or UTF-16, with names of
-    columns in any case. Words that mean "missing" are missing, but not in the column scan: one may be named NA.
-    InputError where it cannot be read or lacks one of the `columns`."""
-    import pandas as pd
+    """A table that people made, as text: any separator that can be detected, column names in any case.
 
+    Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if the
+    file cannot be read or lacks one of the `columns`.
+    """
     try:
-        raw = read_bytes(path)
-        if raw[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):  # of Excel, new and old
-            raise ValueError("it is a workbook; save it as CSV")
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raw = raw.decode("utf-16").encode()
-        elif raw[:2].count(0) == 1:  # without a mark, as some programs write it
-            raw = raw.decode("utf-16-le" if raw[1] == 0 else "utf-16-be").encode()
-        first = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
-        # names of files may hold bytes that are not UTF-8; the header is read as a row, for pandas renames twins in it
-        table = pd.read_csv(io.BytesIO(raw), sep=max(",;\t", key=first.count), dtype=str, keep_default_na=False,
-                            header=None, encoding="utf-8-sig", encoding_errors="surrogateescape")
-        table = table.apply(lambda column: column.str.strip())
-        table = table[1:].set_axis(table.iloc[0].str.lower(), axis=1).reset_index(drop=True).rename_axis(columns=None)
-    except ValueError as problem:
-        reason = str(problem).strip()
-        raise InputError(f"{path} cannot be read ({reason}); expected the columns {' and '.join(columns)}") from None
+        table = pd.read_csv(
+            path, sep=None, engine="python", encoding="utf-8-sig", encoding_errors="surrogateescape",
+            dtype=str, keep_default_na=False,
+        )
+    except (OSError, ValueError, csv.Error) as problem:
+        raise InputError(
+            f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in UTF-8 with the "
+            f"columns {' and '.join(columns)}"
+        ) from None
+    table = table.rename(columns=lambda name: str(name).strip().lower())
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
-        names = printable(", ".join(table.columns))[:200]
-        raise InputError(f"{path} has the columns {names}; expected {' and '.join(columns)}, and "
-                         "none twice")
-    return table.apply(lambda column: column if column.name == "scan" else
-                       column.where(~column.str.lower().isin(MISSING)))
+        found = printable(", ".join(table.columns))[:200]
+        raise InputError(f"{path} has the columns {found}; expected {' and '.join(columns)}, each once")
+    for name in table:
+        table[name] = table[name].str.strip()
+        if name != "scan":
+            table[name] = table[name].mask(table[name].str.lower().isin(MISSING))
+    return table
 
 
-# ---------------------------------------------------------------- folders for results
-
-IN_USE = "in_use"  # the file of `locked`
-DRAFT = ".draft-"  # begins the name of what is not yet whole; of a process that was killed it stays
+# ---------------------------------------------------------------- output folders
 
 
-def make_folder(path):
-    """The folder `path`, made if it is not there. OSError if it cannot be made or written into."""
+def require_new(path, flag="--out"):
+    """InputError if something exists at `path`: nothing is ever overwritten."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists, and nothing is overwritten; choose a new {flag}")
+
+
+def new_folder(path, flag="--out"):
+    """Make the folder `path`, with its parents. InputError if it exists, OSError if it cannot be made."""
     path = Path(path)
+    require_new(path, flag)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise OSError(f"{path} is not a folder, or lies in a file; name another with --out") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()  # fails if another process has just made it
+    except FileExistsError:
+        require_new(path, flag)
+        raise OSError(f"{path} cannot be made: {path.parent} is not a folder; choose another {flag}") from None
     except OSError as problem:
-        raise OSError(f"the folder {path} cannot be made: {problem.strerror}; name another with --out") from None
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise OSError(f"the folder {path} cannot be written into; name another with --out")
+        raise OSError(f"{path} cannot be made: {problem.strerror}; choose another {flag}") from None
     return path
 
 
-def open_out(path, default, or_else=""):
-    """The folder for results: `path`, made if it is not there, or without one `default`, default-2, ... where it is
-    taken. InputError if it is not empty, since nothing is overwritten; `or_else` says what else can be done."""
-    if path is None:
-        make_folder(Path(default).parent)
-        for number in itertools.count(1):
-            folder = Path(default if number == 1 else f"{default}-{number}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    folder = make_folder(path)
-    if _holds_results(folder):
-        raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
-    return folder
+def unused_name(path):
+    """`path`, or path-2, path-3, ... if it exists: a name for a folder that the user did not name."""
+    path = Path(path)
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate
 
 
-def _holds_results(folder):
-    """Whether there is more in it than the lock, which `locked` judges, and drafts."""
-    return any(other.name != IN_USE and not other.name.startswith(DRAFT) for other in folder.iterdir())
-
-
-@contextlib.contextmanager
-def own_folder(path, default=None, or_else=""):
-    """The folder of `open_out`, for this process alone as long as the context is open; where nothing was written into
-    it, it goes again, unless it was there before. Without `path` and `default` there is none: None."""
-    if path is None and default is None:
-        yield None
-        return
-    made = path is None or not os.path.exists(path)
-    folder = open_out(path, default, or_else)
-    try:
-        with locked(folder):
-            if _holds_results(folder):  # of another process, meanwhile
-                raise InputError(f"{folder} is not empty, and nothing is overwritten; choose a new --out{or_else}")
-            clear_folder(folder, f"{DRAFT}*")
-            yield folder
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-
-
-def clear_folder(folder, pattern="*"):
-    """Remove what work that failed has left in its folder, so that the corrected command can be given."""
-    import shutil
-
-    for path in folder.glob(pattern):
-        with contextlib.suppress(OSError):  # what went wrong before counts more
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != IN_USE:  # the lock is let go of by who holds it
-                path.unlink()
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """The folder for this process alone, as long as the context is open: the operating system holds the lock and lets
-    go of it when the process ends, however it ends. InputError where another process has it."""
-    path = Path(folder) / IN_USE
-    with contextlib.ExitStack() as held:
-        try:
-            file = held.enter_context(open_locked(path))
-            held.callback(_remove, path)
-            file.truncate(0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # nothing to flush
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            holder = ""
-            with contextlib.suppress(OSError):
-                holder = path.read_text()
-            raise InputError(f"{folder} is in use by {holder or 'another process'}; wait for its end, stop it, or "
-                             "choose a new --out") from None
-        except OSError as problem:
-            raise OSError(f"the folder {folder} cannot be written into: {problem.strerror}") from None
-        yield
-
-
-def _remove(path):
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def open_locked(path):
-    """The file `path`, opened and locked, if its file system has locks. BlockingIOError where another process has the
-    lock."""
-    import fcntl
-
-    for _ in range(10):
-        file = open(path, "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise
-        except OSError:  # a file system without locks
-            return file
-        # who held it may have removed it since it was opened: a lock on such a file keeps nobody away
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                return file
-        file.close()
-    raise BlockingIOError
+def fingerprint(text, digits=12):
+    """The first hex digits of the SHA-256 of a text, such as an id that a file should not name."""
+    return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:digits]

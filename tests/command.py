@@ -1,6 +1,6 @@
-"""Runs a script as a command, forked from a process that has imported the libraries: two seconds less than a new one.
+"""Run a script as a command, forked from a process that has imported the libraries: two seconds less each.
 
-Not a test by itself. Tests of imports, of signals and of what a person types start a process of their own.
+Tests of imports and signals start a process of their own.
 """
 
 import multiprocessing
@@ -13,56 +13,65 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed", "torchvision.transforms.v2", "pandas", "matplotlib.figure",
-                              "scipy.optimize", "sklearn.linear_model", "sklearn.model_selection"])
+FORKS.set_forkserver_preload([
+    "torch.distributed", "torchvision.transforms.v2", "pandas", "matplotlib.figure", "scipy.optimize",
+    "sklearn.linear_model", "sklearn.model_selection",
+])  # fmt: skip
 
 
 def _run(folder, script, words, cwd, environment, file_size):
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    if file_size:  # what a full disk does to a process: no file may grow beyond so many bytes
+    if file_size:  # as on a full disk: no file may grow beyond this number of bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    sys.path[0] = str(ROOT)
     sys.argv = [script, *words]
     try:
-        runpy.run_path(script, run_name="__main__")
+        if script.startswith("tools."):
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
     finally:
         sys.stdout.flush()
 
 
-def start(script, *words, cwd=".", env=None, file_size=None):
-    """Start a script (a path, or lines of Python); returns a function that waits for its end and then gives what
-    subprocess.run gives."""
-    folder = tempfile.TemporaryDirectory()
-    if not str(script).endswith(".py"):
-        (Path(folder.name) / "code.py").write_text(script)
-        script = f"{folder.name}/code.py"
-    process = FORKS.Process(target=_run, args=(folder.name, os.path.abspath(script), list(map(str, words)), str(cwd),
-                                               dict(os.environ if env is None else env), file_size))  # fmt: skip
-    process.start()
+def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
+    """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its end.
 
-    def wait(timeout=300):
+    Returns what subprocess.run([python, script, *words], capture_output=True, text=True) returns.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = str(script)
+        if "\n" in script:
+            (Path(folder) / "code.py").write_text(script)
+            script = f"{folder}/code.py"
+        if script.endswith(".py"):
+            script = os.path.abspath(script)
+        environment = dict(os.environ if env is None else env)
+        process = FORKS.Process(
+            target=_run, args=(folder, script, [str(word) for word in words], str(cwd), environment, file_size)
+        )
+        process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(script, timeout)
-        with folder:
-            said = [(Path(folder.name) / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess([script, *words], process.exitcode, *said)
-
-    return wait
+        stdout, stderr = ((Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess([script, *words], process.exitcode, stdout, stderr)
 
 
 def run_printed(line, *more, **where):
-    """`run` of a command that a script printed: this Python, a script, and its words."""
+    """`run` of a command that a script printed: this Python, a script, its words."""
     python, *words = shlex.split(line)
-    assert os.path.samefile(python, sys.executable)
+    cwd = where.get("cwd", ".")
+    assert os.path.samefile(os.path.join(cwd, python), sys.executable)
+    if words[0] == "-m":
+        words = words[1:]
+    elif not os.path.isabs(words[0]):
+        words[0] = os.path.join(cwd, words[0])
     return run(*words, *more, **where)
-
-
-def run(script, *words, timeout=300, **where):
-    """What subprocess.run([python, script, *words], capture_output=True, text=True) gives."""
-    return start(script, *words, **where)(timeout)

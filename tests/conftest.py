@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -11,29 +10,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
 os.environ["XDG_CACHE_HOME"] = CACHE.name
-# ignored where nohup or a shell's & started the tests, and then a run ignores them, too
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests that need one
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU; a GPU chooses kernels as it goes
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU
 
-# What takes longest starts first, or the second core waits for it at the end.
-LONGEST = ("test_the_demo_learns_and_prints_a_command_that_predicts",
-           "test_a_run_killed_at_random_moments_saves_included_ends_bit_identical")  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+# The longest tests start first, or the second core waits for them at the end.
+LONGEST = (
+    "test_the_demo_learns_and_prints_a_command_that_predicts",
+    "test_a_run_killed_at_random_moments_ends_bit_identical",
+)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="repeat what is random, or takes long, more often")
+    parser.addoption("--exhaustive", action="store_true", help="repeat random tests more often")
 
 
 @pytest.fixture
 def repeats(request):
     """A function (few, many) that gives the first number, or with --exhaustive the second."""
-    return lambda few, many: many if request.config.getoption("--exhaustive") else few
+
+    def choose(few, many):
+        return many if request.config.getoption("--exhaustive") else few
+
+    return choose
 
 
 def pytest_collection_modifyitems(items):
@@ -73,7 +76,7 @@ def write_set(root, scans=SCANS, slices=range(70, 75), subjects=True):
 
 @pytest.fixture(scope="session")
 def ad_nc(tmp_path_factory):
-    """A set that nobody changes: 12 training and 6 test scans, a subject each, five slices a scan."""
+    """A set that no test changes: 12 training and 6 test scans, a subject each, five slices a scan."""
     return write_set(tmp_path_factory.mktemp("set"))
 
 
@@ -95,64 +98,78 @@ def adult():
     return templates / "ch2.nii.gz", templates / "ch2bet.nii.gz"
 
 
-ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
-         "--val-fraction", "0.25"]  # fmt: skip
+# ---------------------------------------------------------------- runs
+
+SMALL = [
+    "--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
+    "--val-fraction", "0.25",
+]  # fmt: skip
 
 
 def train_small(data, out, *flags):
-    """Train in this process, report and pictures included; returns the run folder."""
+    """Train in this process, with the final evaluation; returns the run folder."""
     import train
 
-    train.main(train.parse_args(["--data", str(data), "--out", str(out), *SMALL, *flags]))
+    train.main(["--data", str(data), "--out", str(out), *SMALL, *flags])
     return Path(out)
 
 
-DRAWING = {}  # the functions of plots.py, which are replaced
+def picture_functions():
+    """(module, name) of every function that draws a picture of a run or of its scores."""
+    import train
+    from adnc.scoring import plots
+
+    for name in vars(plots):
+        if name.startswith("plot_"):
+            yield plots, name
+    yield train, "plot_lr_schedule"
+    yield train, "plot_training_curves"
+
+
+DRAWING = {}  # the functions that `draw_nothing` replaces
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _draw_nothing():
+def draw_nothing():
     """A picture takes a second or two, and few tests look at one."""
-    from adnc.scoring import plots
-
-    DRAWING.update({name: draw for name, draw in vars(plots).items() if name.startswith("plot_")})
-    with mock.patch.multiple(plots, **dict.fromkeys(DRAWING, lambda *args, **kwargs: None)):
+    with contextlib.ExitStack() as stack:
+        for module, name in list(picture_functions()):
+            DRAWING[module, name] = getattr(module, name)
+            stack.enter_context(mock.patch.object(module, name, lambda *args, **kwargs: None))
         yield
 
 
+@contextlib.contextmanager
 def drawing():
     """A context in which pictures are drawn."""
-    return mock.patch.multiple("plots", **DRAWING)
+    with contextlib.ExitStack() as stack:
+        for (module, name), function in DRAWING.items():
+            stack.enter_context(mock.patch.object(module, name, function))
+        yield
 
 
 @pytest.fixture
 def pictures():
-    """To be named by a test that looks for pictures."""
+    """For a test that looks at pictures."""
     with drawing():
         yield
 
 
-def without_report():
-    """A context in which train.py trains, and neither draws pictures nor assesses the model at the end."""
-    from adnc.scoring import plots
+def train_steps(data, out, *flags):
+    """Train in this process without the final evaluation; returns the run folder."""
+    with without_evaluation():
+        return train_small(data, out, *flags)
+
+
+def without_evaluation():
+    """A context in which train.py does not evaluate the model at the end."""
     import train
 
-    nothing = dict.fromkeys(("plot_lr", "plot_history"), lambda *args, **kwargs: None)
-    stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.multiple(plots, **nothing))
-    stack.enter_context(mock.patch.object(train, "finish", lambda *args: None))
-    return stack
-
-
-def train_steps(data, out, *flags):
-    """Train in this process, for tests that look at steps only; returns the run folder."""
-    with without_report():
-        return train_small(data, out, *flags)
+    return mock.patch.object(train, "evaluate_kept_model", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="session")
 def run_folder(ad_nc, tmp_path_factory):
-    """A run of six epochs on `ad_nc`, finished, with its pictures, whichever test asks for it first."""
+    """A finished run of six epochs on `ad_nc`, with its pictures."""
     with drawing():
         return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")

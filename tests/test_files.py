@@ -1,15 +1,16 @@
-"""files.py: written whole or not at all, and folders for one process."""
+"""Atomic writes, tables, output folders, and how a script ends."""
 
 import os
-import resource
-import socket
 import tempfile
 
 import command
+import pandas as pd
 import pytest
 
 from adnc import files
-from adnc import cli as utils
+from adnc.errors import InputError, printable
+
+# ---------------------------------------------------------------- atomic writes
 
 
 def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
@@ -20,103 +21,126 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="x.json cannot be written: disk full"):
         files.write_atomically(file, fail)
-    assert file.read_text() == '{\n  "a": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert file.read_text() == '{\n  "a": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize("write", [
     "files.write_json(path, {'a': [1] * 10**6})",
     "files.write_csv(path, pandas.DataFrame({'a': ['text'] * 10**6}))",
-    "checkpoint.save_checkpoint(path, weights=torch.zeros(10**6))",
+    "utils.save_checkpoint(path, weights=torch.zeros(10**6))",
 ])  # fmt: skip
-def test_every_kind_of_file_is_whole_or_as_before(tmp_path, write):
+def test_every_kind_of_file_is_whole_or_as_before_on_a_full_disk(tmp_path, write):
     file = tmp_path / "file"
     file.write_bytes(b"before")
-    script = (f"import sys, pandas, torch, checkpoint, files; path = sys.argv[1]\n"
-              f"try: {write}\nexcept OSError as problem: sys.exit(str(problem))")
+    script = (
+        "import sys, pandas, torch, utils\nfrom adnc import files\npath = sys.argv[1]\n"
+        f"try: {write}\nexcept OSError as problem: sys.exit(str(problem))\n"
+    )
     done = command.run(script, file, file_size=100_000)
     assert done.returncode == 1 and done.stderr.startswith(f"{file} cannot be written: ")
-    assert file.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_bytes() == b"before"
     assert command.run(script, file).returncode == 0 and file.stat().st_size > 10**6
 
 
-def test_a_folder_that_cannot_be_written_is_one_error():
+# ---------------------------------------------------------------- tables
+
+
+def test_a_table_is_read_back_as_it_was(tmp_path):
+    table = pd.DataFrame({"scan": ["NA", "=1+1", "a,b\n", "\udcff"], "p": ["0.5", None, "1", ""]}, dtype="string")
+    files.write_csv(tmp_path / "t.csv", table)
+    again = files.read_csv(tmp_path / "t.csv")
+    assert again.scan.tolist() == table.scan.tolist()
+    assert again.p.isna().tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("text", [
+    "scan,subject\n1,a\n2,NA\n", "Scan ; SUBJECT\n1;a \n2;unknown\n", "\ufeffscan\tsubject\n1\ta\n2\t-\n",
+    "subject,other,scan\na,x,1\n?,y,2\n",
+])  # fmt: skip
+def test_tables_of_spreadsheets_are_read_and_missing_is_missing(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    table = files.read_table(tmp_path / "t.csv", ("scan", "subject"))
+    assert table.scan.tolist() == ["1", "2"]
+    assert table.subject[0] == "a" and pd.isna(table.subject[1])
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"image,patient\n1,2\n", "has the columns image, patient; expected scan and subject"),
+    (b"scan,subject,Subject\n1,2,3\n", "expected scan and subject, each once"),
+    (b"", "cannot be read as a table"),
+    (b"PK\3\4\0\0\xff\xfe" * 9, "expected"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_read_or_lacks_a_column_gets_a_sentence(tmp_path, content, sentence):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        files.read_table(tmp_path / "t.csv", ("scan", "subject"))
+    with pytest.raises(InputError, match="none.csv cannot be read"):
+        files.read_table(tmp_path / "none.csv", ("scan", "subject"))
+
+
+# ---------------------------------------------------------------- output folders
+
+
+def test_an_output_folder_is_new_or_refused(tmp_path):
+    assert files.new_folder(tmp_path / "a" / "b").is_dir()
+    with pytest.raises(InputError, match="b exists, and nothing is overwritten; choose a new --out"):
+        files.new_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises((InputError, OSError), match="exists|cannot be made"):
+            files.new_folder(path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_one_error():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
         os.chmod(folder, 0o555)
         os.seteuid(65534 if os.getuid() == 0 else os.getuid())  # for root, no folder is read-only
         try:
-            with pytest.raises(OSError, match="the folder .* cannot be written into"):
-                files.make_folder(folder)
+            with pytest.raises(OSError, match="run cannot be made: Permission denied"):
+                files.new_folder(os.path.join(folder, "run"))
             with pytest.raises(OSError, match="x.json cannot be written: Permission denied"):
                 files.write_json(os.path.join(folder, "x.json"), {})
-            with pytest.raises(OSError, match="run cannot be made: Permission denied"):
-                files.make_folder(os.path.join(folder, "run"))
         finally:
             os.seteuid(os.getuid())
             os.chmod(folder, 0o755)
 
 
-def test_a_folder_is_for_one_process_and_a_dead_one_holds_nothing(tmp_path):
-    script = "import sys, files, utils\nutils.run_script(lambda args: files.locked(sys.argv[1]).__enter__(), None)"
-    (tmp_path / "in_use").write_text("process 1 on a machine that lost power")
-    with files.locked(tmp_path):
-        done = command.run(script, tmp_path)
-        assert done.returncode == 2 and f"is in use by process {os.getpid()} on {socket.gethostname()}; " in done.stderr
-    assert list(tmp_path.iterdir()) == [] and command.run(script, tmp_path).returncode == 0
+def test_unnamed_folders_of_the_same_second_get_two_names(tmp_path):
+    names = []
+    for _ in range(3):
+        names.append(files.unused_name(tmp_path / "now").name)
+        files.new_folder(tmp_path / names[-1])
+    assert names == ["now", "now-2", "now-3"]
 
 
-def test_a_folder_of_results_is_for_one_process_and_goes_if_nothing_is_in_it(tmp_path):
-    with files.own_folder(None) as none, files.own_folder(tmp_path / "a") as new:
-        assert none is None and new == tmp_path / "a"
-        for second in (files.own_folder, files.locked):
-            with pytest.raises(utils.InputError, match=f"a is in use by process {os.getpid()} on "), second(new):
-                raise AssertionError
-        (new / "folder").mkdir()
-        (new / "link").symlink_to(tmp_path)
-        files.clear_folder(new)
-        assert [path.name for path in new.iterdir()] == ["in_use"]  # the lock stays, and nothing behind a link goes
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "in_use").write_text("process 1 on a machine that lost power")
-    (tmp_path / "here" / f"{files.DRAFT}x" / "slices").mkdir(parents=True)
-    for name, left in (("b", False), ("here", True)):
-        with pytest.raises(ZeroDivisionError), files.own_folder(tmp_path / name):
-            1 / 0  # noqa: B018
-        assert (tmp_path / name).exists() == left
-    with pytest.raises(ZeroDivisionError), files.own_folder(tmp_path / "c") as folder:
-        assert list(folder.iterdir()) == [folder / "in_use"]
-        (folder / "results").touch()
-        1 / 0  # noqa: B018
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["c", "results", "here"]
+# ---------------------------------------------------------------- how a script ends
 
 
-def test_a_disk_that_is_full_at_the_lock_is_named_and_leaves_nothing(tmp_path):
-    def main(folder):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-        with files.own_folder(folder):
-            raise AssertionError
+def test_wrong_input_is_one_line_and_a_defect_keeps_its_traceback():
+    script = "import sys\nfrom adnc.cli import run_script\nfrom adnc.errors import InputError\nproblem = eval(sys.argv[1])\n"
+    script += "def main():\n    raise problem\nrun_script(main)\n"
+    for problem in ("ValueError('of NumPy')", "KeyError('x')", "TypeError('y')", "RuntimeError('z')"):
+        done = command.run(script, problem)
+        assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, problem
+    for problem in ("InputError('no such thing')", "OSError('no such thing')"):
+        done = command.run(script, problem)
+        assert (done.returncode, done.stderr) == (2, "error: no such thing\n")
+    done = command.run(script, "PermissionError(13, 'Permission denied', 'AD_NC/train/AD')")
+    assert (done.returncode, done.stderr) == (2, "error: AD_NC/train/AD: Permission denied\n")
+    done = command.run(script, "KeyboardInterrupt()")
+    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(OSError, match="a cannot be written into: File too large"):
-            main(tmp_path / "a")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(tmp_path.iterdir()) == []
+
+def test_a_warning_is_one_line():
+    script = "import warnings\nfrom adnc.cli import run_script\nrun_script(lambda: warnings.warn('slower'))\n"
+    done = command.run(script)
+    assert (done.returncode, done.stderr) == (0, "warning: slower\n")
 
 
-def test_a_lock_on_a_file_that_its_holder_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    genuine, locks = fcntl.flock, []
-
-    def flock(file, how):
-        if not locks:
-            os.unlink(tmp_path / "in_use")  # as the holder does at its end, between our open and our lock
-        locks.append(how)
-        genuine(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    script = "import sys, files, utils\nutils.run_script(lambda args: files.locked(sys.argv[1]).__enter__(), None)"
-    with files.locked(tmp_path):
-        assert len(locks) == 2 and command.run(script, tmp_path).returncode == 2
-    assert list(tmp_path.iterdir()) == []
+def test_names_are_printed_without_control_characters():
+    assert printable("\x1b[31m5\r\n") == "\\x1b[31m5\\r\n"
+    assert printable("Müller \udcff") == "Müller \\udcff"

@@ -1,57 +1,48 @@
-"""Transforms of whole batches, on any device: the view of the evaluation, and augmentation as one affine map an image.
+"""Transforms of whole batches on any device: the view of the evaluation, and random augmentation.
 
-Not run by itself. PyTorch is imported by the first batch.
+The augmentation (random resized crop, flip, rotation) is one affine map an image.
 """
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 MEAN, STD = 0.5, 0.5  # [0, 1] -> [-1, 1]
 
 
-def send(tensor, device):
-    """A CPU tensor, copied to a device; from pinned memory to a GPU, or each step would wait for all work before it."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def eval_transform(images, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop. Deterministic."""
-    import torch
-    import torch.nn.functional as F
-
-    # torchvision's resize and center_crop; to import these takes longer than to predict a slice
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised: short side to S, then centre crop."""
     height, width = images.shape[2:]
     short = min(height, width)
-    size = image_size * height // short, image_size * width // short
+    size = (image_size * height // short, image_size * width // short)
     x = images.to(torch.float32) / 255
     x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (round((side - image_size) / 2) for side in size)
     return (x[..., top : top + image_size, left : left + image_size] - mean) / std
 
 
-def train_transform(images, image_size, *, augment=True, flip=True, generator=None, part=None):
+def train_transform(images, image_size, *, augment=True, flip=True, generator=None, share=None):
     """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without `augment` as in
-    evaluation. The random numbers come from `generator` or else PyTorch's CPU generator, whatever the device.
+    the evaluation.
 
-    `part` = (n, rank, world): the images are the rows rank, rank + world, ... of a batch of n, and each gets what it
-    would get in the whole batch; more images than these are fillers.
+    The random numbers come from `generator`, a CPU generator whatever the device. With share = (n, rank,
+    world) the images are the rows rank, rank + world, ... of a batch of n, and each gets what it would get in
+    the whole batch.
     """
     if not augment:
         return eval_transform(images, image_size)
-    n, rank, world = part or (len(images), 0, 1)
+    n, rank, world = share or (len(images), 0, 1)
     theta = sample_affine(n, *images.shape[2:], flip=flip, generator=generator)
-    theta = theta[np.minimum(rank + world * np.arange(len(images)), n - 1)]
-    return warp(images, theta, image_size)
+    return warp(images, theta[rank::world], image_size)
 
 
 def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
     """Random resized crop, horizontal flip and rotation as one affine map an image.
 
-    The crop is drawn as torchvision's RandomResizedCrop draws it (area uniform in [min_area, 1], aspect log-uniform in
-    [3/4, 4/3], the first of ten that fits). Returns float32 (n, 2, 3): output to input, in grid_sample's coordinates.
+    The crop is drawn as torchvision's RandomResizedCrop draws it: area uniform in [min_area, 1], aspect
+    log-uniform in [3/4, 4/3], the first of ten that fits. Returns float32 (n, 2, 3), from output to input, in
+    the coordinates of grid_sample.
     """
-    import torch
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -60,23 +51,28 @@ def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, ge
     aspect = torch.exp(uniform(np.log(3 / 4), np.log(4 / 3), n, 10))
     widths, heights = (area * aspect).sqrt(), (area / aspect).sqrt()
     fits = ((widths <= width) & (heights <= height)).float()
-    first = fits.argmax(1, keepdim=True)  # a later try only where the earlier ones do not fit
-    none = fits.sum(1) == 0
-    w = widths.gather(1, first)[:, 0].masked_fill(none, width)
-    h = heights.gather(1, first)[:, 0].masked_fill(none, height)
-    x0, y0 = uniform(0, 1, n) * (width - w), uniform(0, 1, n) * (height - h)
-    mirror = 1.0 - 2.0 * (torch.rand(n, generator=generator) < (0.5 if flip else 0.0)).float()
+    first = fits.argmax(1, keepdim=True)
+    none_fits = fits.sum(1) == 0
+    w = widths.gather(1, first)[:, 0].masked_fill(none_fits, width)
+    h = heights.gather(1, first)[:, 0].masked_fill(none_fits, height)
+    x0 = uniform(0, 1, n) * (width - w)
+    y0 = uniform(0, 1, n) * (height - h)
+
+    flipped = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
+    mirror = 1.0 - 2.0 * flipped.float()
     angle = torch.deg2rad(uniform(-degrees, degrees, n))
     return affine(x0, y0, w, h, (height, width), mirror, angle)
 
 
 def affine(x0, y0, w, h, size, mirror, angle):
-    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels out of size (H, W), then mirror (-1 or 1), then a turn by
-    `angle` radians (counter-clockwise), all but the size as tensors (n,). Read backwards, from output to input, as
-    grid_sample wants it: turn in the square output, mirror, then into the crop."""
-    import torch
+    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels out of size (H, W), then mirror (-1 or 1), then a
+    turn by `angle` radians, counter-clockwise; all but the size are tensors (n,).
 
-    (height, width), cos, sin = size, torch.cos(angle), torch.sin(angle)
+    It reads backwards, from output to input, as grid_sample needs it: turn in the square output, mirror, then
+    into the crop.
+    """
+    height, width = size
+    cos, sin = torch.cos(angle), torch.sin(angle)
     sx, sy = w / width, h / height
     row_x = torch.stack((sx * mirror * cos, -sx * mirror * sin, (2 * x0 + w) / width - 1), 1)
     row_y = torch.stack((sy * sin, sy * cos, (2 * y0 + h) / height - 1), 1)
@@ -86,22 +82,20 @@ def affine(x0, y0, w, h, size, mirror, angle):
 def warp(images, theta, image_size, mean=MEAN, std=STD):
     """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside is black.
 
-    Bilinear. Where the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
+    Bilinear. If the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against aliasing.
     """
-    import torch
-    import torch.nn.functional as F
-
     k = max(1, round(min(images.shape[2:]) / image_size))
     x = images.to(torch.float32) / 255
-    grid = F.affine_grid(send(theta, x.device), (len(x), 1, k * image_size, k * image_size), align_corners=False)
+    if x.is_cuda:  # from pinned memory, or each step would wait for all work before it
+        theta = theta.pin_memory()
+    theta = theta.to(x.device, non_blocking=True)
+    grid = F.affine_grid(theta, (len(x), 1, k * image_size, k * image_size), align_corners=False)
     return (F.avg_pool2d(F.grid_sample(x, grid, align_corners=False), k) - mean) / std
 
 
 def as_trained(images, image_size=224):
-    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them, for people. The same
-    slices get the same draw."""
-    import torch
-
+    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them, for pictures.
+    The same slices get the same draw."""
     generator = torch.Generator().manual_seed(int(images.sum()))
     x = train_transform(torch.from_numpy(images)[:, None], image_size, generator=generator)
     return ((x[:, 0] * STD + MEAN) * 255).round().clip(0, 255).to(torch.uint8).numpy()

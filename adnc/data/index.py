@@ -1,167 +1,364 @@
-"""What is in folders: an index of files, before anything is decoded, for training and for prediction.
+"""Index image folders: files, names of scans and slices, and the subjects of scans.
 
-Not run by itself; dataset.py is its command. A folder or file that is not as expected is answered with what was found
-and what to do; whatever is in a folder and no slice is counted.
+The subject of a scan is known from meta_data_with_label.json or subjects.csv beside the images, or from the
+name of the scan if it has a known form. Nothing is decoded here.
 """
 
 import os
-import shlex
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from adnc.data import metadata
-from adnc.data.pixels import EXTENSIONS, list_folder, parse_name, passed_over
+from adnc import CLASSES
+from adnc.data.pixels import EXTENSIONS, is_junk, parse_name
 from adnc.data.subjects import assign_groups
-from adnc.cli import CLASSES, InputError, printable
-
-# ---------------------------------------------------------------- index
+from adnc.errors import InputError, printable
+from adnc.files import MISSING, read_json, read_table
 
 COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
 
 
 @dataclass
 class Listing:
-    """What is in folders, before anything is decoded. `index` has COLUMNS and error, the reason why a file cannot be
-    used or <NA>; `sources` are the files that the subjects came from; `warnings` are lines on what was passed over
-    or not understood."""
+    """The images in folders, not yet decoded.
+
+    index: COLUMNS and error, the reason why a file cannot be used, else <NA>.
+    root: the folder AD_NC, "" for the inputs of a prediction.
+    sources: the files that name the subjects.
+    notes: sentences on what was not used or not understood.
+    """
 
     index: pd.DataFrame
     root: str
-    sources: list[Path]
-    warnings: list[str]
+    sources: list
+    notes: list
 
 
-def _tabulate(rows):
-    """A table of rows (path, label, split, error): with scan and slice from the name, the path and <NA> where it has
-    another form, and an error where rows contradict each other."""
+# ---------------------------------------------------------------- the subjects of scans
+
+METADATA = "meta_data_with_label.json"
+TABLE = "subjects.csv"
+LABELS = {"0": "NC", "1": "label 1 (MCI)", "2": "AD", "NC": "NC", "CN": "NC", "MCI": "MCI", "AD": "AD"}
+
+# What names of scans say by themselves, in the forms of archives; the first group is the subject.
+NAME_PATTERNS = {
+    "OASIS-1, OASIS-2": r"(OAS[12]_\d{4})_MR\d+(_.+)?",  # subject, session, acquisition
+    "OASIS-3": r"(?:sub-)?(OAS3\d{4})_.+",
+    "ADNI": r"(?:.*[_-])?(\d{3}_S_\d{4,5})(?:_.+)?",
+    "BIDS": r"(sub-[A-Za-z0-9]+)(_ses-[A-Za-z0-9]+)?(_.+)?",
+}
+
+
+def read_subjects(*folders):
+    """The subjects of scans, from METADATA and TABLE in or beside one of the folders.
+
+    Returns (subjects, labels, sources): dicts from scan id to subject and to class name, and a dict from the path
+    of each file to the subjects that it names. METADATA is the JSON of ADNI: the subject is the `ddd_S_dddd` in a
+    file name of the entry, `label` is 0 for NC, 1 for MCI, 2 for AD. TABLE has the columns scan and subject.
+    InputError if a file cannot be read, or if the two contradict each other.
+    """
+    subjects, labels, sources = {}, {}, {}
+    for name, read in ((METADATA, read_metadata), (TABLE, read_subject_table)):
+        path = find_beside(name, folders)
+        if path is None:
+            continue
+        known, known_labels = read(path)
+        for scan in known.keys() & subjects.keys():
+            if known[scan] != subjects[scan]:
+                raise InputError(
+                    f"scan {scan} belongs to subject {known[scan]} in {path}, and to {subjects[scan]} in "
+                    f"{next(iter(sources))}; correct one of them, or move it away"
+                )
+        subjects = {**known, **subjects}
+        labels.update(known_labels)
+        sources[path] = known
+    return subjects, labels, sources
+
+
+def find_beside(name, folders):
+    """The path of the file `name` in one of the folders, beside it, or beside the target of a link; else None."""
+    for folder in map(Path, folders):
+        for place in (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent):
+            if (place / name).is_file():
+                return place / name
+    return None
+
+
+def read_metadata(path):
+    """(subjects, labels) of meta_data_with_label.json, dicts by scan id."""
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise InputError(f"{path} holds a {type(entries).__name__}; expected a JSON object with a key a scan")
+    subjects, labels = {}, {}
+    for scan, entry in entries.items():
+        if not isinstance(entry, dict):
+            continue
+        names = [os.path.basename(value) for value in entry.values() if isinstance(value, str)]
+        matches = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", " ".join(names)))
+        if len(matches) > 1:
+            raise InputError(f"{path} names two subjects of scan {scan} ({', '.join(sorted(matches))}); expected one")
+        if matches:
+            subjects[scan] = matches.pop()
+        label = str(entry.get("label", "")).strip().removesuffix(".0")  # a table with gaps makes 2.0 of 2
+        if label.lower() not in MISSING:
+            labels[scan] = LABELS.get(label.upper(), f"label {label}")
+    return subjects, labels
+
+
+def read_subject_table(path):
+    """(subjects, {}) of subjects.csv."""
+    table = read_table(path, ("scan", "subject"))
+    known = table[table.scan != ""].dropna(subset="subject").drop_duplicates(["scan", "subject"])
+    twice = known.scan[known.scan.duplicated()]
+    if len(twice):
+        raise InputError(f"{path} gives scan {twice.iloc[0]} two subjects; expected one row a scan")
+    return dict(zip(known.scan, known.subject)), {}
+
+
+def check_match(scans, subjects, sources):
+    """InputError if the tables of subjects name no subject, or know none of the scans, with an id of each."""
+    if not sources:
+        return
+    names = " and ".join(map(str, sources))
+    if not subjects:
+        raise InputError(
+            f"{names}: there is no subject of any scan; expected scan,subject in each row of {TABLE}, or in each "
+            f"entry of {METADATA} a file name with ADNI_ddd_S_dddd_"
+        )
+    if len(scans) and not scans.isin(subjects.keys()).any():
+        raise InputError(
+            f"{names}: of {len(subjects):,} scans none is in the folder; its ids are such as "
+            f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file <scan>_<slice>.jpeg); write "
+            "the ids as the files have them, or move the table away"
+        )
+
+
+def subjects_from_names(scans, pattern=None):
+    """The subjects of scans whose names have a known form, a dict; and lines on what matched.
+
+    With `pattern`, a regular expression, its first group (or its group `subject`) is the subject, wherever it
+    matches in a name; the forms of NAME_PATTERNS are then not tried.
+    """
+    patterns = {"--subject-pattern": pattern} if pattern else NAME_PATTERNS
+    subjects, lines = {}, []
+    for form, regex in patterns.items():
+        regex = re.compile(regex)
+        group = "subject" if "subject" in regex.groupindex else 1
+        matches = {}
+        for scan in dict.fromkeys(scans):
+            match = regex.search(scan) if pattern else regex.fullmatch(scan)
+            if scan not in subjects and match and match[group]:
+                matches[scan] = match[group]
+        if matches:
+            scan, subject = next(iter(matches.items()))
+            lines.append(
+                f"{len(set(matches.values())):,} subjects of {len(matches):,} scans from their names ({form}), such "
+                f"as {subject} of {scan}"
+            )
+        subjects.update(matches)
+    return subjects, lines
+
+
+def add_subjects_from_names(scans, subjects, pattern=None):
+    """`subjects`, a dict from scan to subject of a table, completed by the names of the other scans: (dict, lines).
+
+    If the table knows one scan of a subject and the name of another scan matches it, both get the subject of the
+    table, so that no person counts twice. InputError if the table has two subjects for one of the names.
+    """
+    scans = list(dict.fromkeys(scans))
+    others = [scan for scan in scans if scan not in subjects]
+    named, lines = subjects_from_names(others, pattern)
+    if pattern:
+        unmatched = [scan for scan in others if scan not in named]
+        if unmatched:
+            lines.append(
+                f"--subject-pattern {pattern} finds no subject in {len(unmatched):,} names of scans, such as "
+                f"{unmatched[0]}"
+            )
+        if len(named) > 1 and all(subject == scan for scan, subject in named.items()):
+            lines.append(
+                f"SUSPICIOUS: --subject-pattern {pattern} takes the whole name of each scan for its subject, so that "
+                "no two scans belong to one person"
+            )
+        if scans and not others:
+            lines.append("--subject-pattern is not used: the subjects of all scans are known from a table")
+
+    in_table = defaultdict(dict)  # by the subject that a name gives: the table's subjects, each with a scan
+    for scan, name in subjects_from_names([scan for scan in scans if scan in subjects], pattern)[0].items():
+        in_table[name].setdefault(subjects[scan], scan)
+    for scan, name in named.items():
+        if len(in_table[name]) > 1:
+            one, other = list(in_table[name].values())[:2]
+            raise InputError(
+                f"the subject of scan {scan} is not clear: its name says {name}, as do the names of the scans {one} "
+                f"and {other}, which the table gives to two subjects; add scan {scan} to the table"
+            )
+        if in_table[name]:
+            named[scan] = next(iter(in_table[name]))
+    return {**subjects, **named}, lines
+
+
+# ---------------------------------------------------------------- folders
+
+
+def list_folder(folder):
+    """The content of a folder, by name: (paths of image files, of folders, of other files)."""
+    images, folders, others = [], [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_junk(entry.name):
+            others.append(entry.path)
+        elif os.path.isdir(entry.path):
+            folders.append(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            images.append(entry.path)
+        else:
+            others.append(entry.path)
+    return images, folders, others
+
+
+def describe_unused(root, used):
+    """A line that counts, by extension, the files under `root` that are not among the paths `used`; [] if there
+    are none. Leftovers of archives and tools are not counted."""
+    used = {os.path.abspath(path) for path in used}
+    counts = Counter()
+    example = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not is_junk(name))
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if not is_junk(name) and os.path.abspath(path) not in used:
+                kind = os.path.splitext(name)[1].lower() or "no extension"
+                counts[kind] += 1
+                example.setdefault(kind, path)
+    if not counts:
+        return []
+    kinds = [f"{n:,} {kind} (such as {printable(example[kind])})" for kind, n in counts.most_common(5)]
+    more = "" if len(counts) <= 5 else f", and {len(counts) - 5} other kinds"
+    return [f"not used: {counts.total():,} other files under {root}: {', '.join(kinds)}{more}"]
+
+
+def tabulate(rows):
+    """A table of rows (path, label, split, error), with scan and slice from the name; the path and <NA> if it has
+    another form. Rows that contradict each other get an error."""
     rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
     for row in rows:
         row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
-    for column, unit, text in (
-            ("label", ["scan"], "is of scan {scan}, which is in both classes (there as {other})"),
-            ("split", ["scan"], "is of scan {scan}, which is in both train and test (there as {other})"),
-            ("path", ["scan", "slice"], "is the same slice of a scan as {other}")):
-        found = defaultdict(dict)  # of each unit the values of the column, with the first path of each
-        fine = [(row, found[tuple(row[name] for name in unit)]) for row in rows if row["error"] is None]
-        for row, paths in fine:
+    checks = (
+        ("label", ["scan"], "belongs to scan {scan}, which is in both classes (there as {other})"),
+        ("split", ["scan"], "belongs to scan {scan}, which is in both train and test (there as {other})"),
+        ("path", ["scan", "slice"], "is the same slice of a scan as {other}"),
+    )
+    for column, unit, text in checks:
+        first_paths = defaultdict(dict)  # of each unit: the values of the column, with the first path of each
+        usable_rows = [row for row in rows if row["error"] is None]
+        for row in usable_rows:
             if row[column] is not None:
-                paths.setdefault(row[column], row["path"])
-        for row, paths in fine:
+                key = tuple(row[name] for name in unit)
+                first_paths[key].setdefault(row[column], row["path"])
+        for row in usable_rows:
+            paths = first_paths[tuple(row[name] for name in unit)]
             if len(paths) > 1:
                 other = next(path for value, path in paths.items() if value != row[column])
-                row["error"] = text.format(other=other, **row)
+                row["error"] = text.format(other=other, scan=row["scan"])
     table = pd.DataFrame(rows, columns=["path", "label", "split", "error", "scan", "slice"])
     return table.astype({"error": "string", "slice": "Int64", "scan": object})
 
 
-# Other names that people give to these folders, in any case. None is taken for what it might mean in training: the
-# error proposes a renaming.
-OTHER_NAMES = {
-    "train": ("training",), "test": ("testing",),
-    "AD": ("alzheimer", "alzheimers", "alzheimer's", "dementia", "demented"),
-    "NC": ("cn", "hc", "control", "controls", "normal", "healthy", "nondemented"),
-}  # fmt: skip
-
-SPLITS_AND_CLASSES = {name.lower() for name in OTHER_NAMES}.union(*OTHER_NAMES.values())
+def complete(table, subjects, order):
+    """The table with subject and group, sorted. Groups of equal slices are merged once the pixels are known."""
+    table["subject"] = table.scan.map(subjects).astype("string")
+    table = assign_groups(table.assign(pixel_hash=""))
+    return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
 
-def find_folder(parent, name):
-    """The folder in `parent` that is called `name`, or else as OTHER_NAMES, in any case; None if there is no such."""
-    folders = {path.name.lower(): path for path in Path(parent).iterdir() if path.is_dir()}
-    return Path(parent, name) if Path(parent, name).is_dir() else next(
-        (folders[other] for other in (name.lower(), *OTHER_NAMES[name]) if other in folders), None)
+# ---------------------------------------------------------------- a set to train on
 
 
 def check_folders(root):
-    """InputError where `root` has not the folders of AD_NC, with what it has, and what to do about it."""
+    """InputError if `root` lacks one of the folders of AD_NC."""
+    expected = "expected AD_NC with train/AD, train/NC, test/AD and test/NC"
     if not root.is_dir():
-        raise InputError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; expected AD_NC with "
-                         "train/AD, train/NC, test/AD, test/NC")
-    missing, moves = [], []
-    for split in ("train", "test"):
-        place = find_folder(root, split)
-        for label in ("AD", "NC"):
-            there = place and find_folder(place, label)
-            if there != root / split / label:
-                missing.append(f"{split}/{label}")
-            if there and there.name != label:
-                moves.append((there, place / label))
-        if place and place.name != split:
-            moves.append((place, root / split))
-    if not missing:
-        return
-    advice = "; or does this do it?\n" + "\n".join(f"  {shlex.join(['mv', *map(str, pair)])}" for pair in moves)
-    deeper = [path.parent for depth in ("*", "*/*", "*/*/*") for path in sorted(root.glob(f"{depth}/train"))]
-    if deeper and not moves:
-        advice = f"; did you mean {deeper[0]}?"
-    holds = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-    raise InputError(f"{root} has no {', '.join(missing)}, it holds {printable(holds, '')}; expected AD_NC with "
-                     f"train/AD, train/NC, test/AD, test/NC{advice if moves or deeper else ''}")
+        raise InputError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; {expected}")
+    missing = [f"{split}/{label}" for split in ("train", "test") for label in ("AD", "NC")]
+    missing = [name for name in missing if not (root / name).is_dir()]
+    if missing:
+        folders = sorted(f"{path.relative_to(root)}/" for path in [*root.glob("*/"), *root.glob("*/*/")])
+        content = printable(", ".join(folders[:8])) or "no folders"
+        raise InputError(f"{root} has no {', '.join(missing)}, it holds {content}; {expected}")
 
 
 def list_set(root, pattern=None):
-    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent. `pattern` finds
-    subjects in names (see `metadata.subjects_from_names`). InputError for a folder of another form. Whether the files
-    hold images is not looked at."""
+    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent.
+
+    `pattern` finds subjects in names (see `subjects_from_names`). InputError for a folder of another form.
+    """
     named = root = Path(root)
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
     check_folders(root)
+
     rows = []
     for split in ("train", "test"):
         for label in ("AD", "NC"):
             folder = root / split / label
             images, folders, _ = list_folder(folder)
             if not images:
-                what = f"holds {len(folders)} folders, such as {folders[0]}, and" if folders else "holds"
-                find = shlex.join(["find", str(folder), "-mindepth", "2", "-type", "f", "-exec", "mv", "-n", "{}",
-                                   str(folder), ";"])
-                move = f"; if the slices in them are named so, this moves them up, and overwrites none:\n  {find}"
-                raise InputError(f"{folder} {what} no images ({', '.join(EXTENSIONS)}); expected files "
-                                 f"<scan>_<slice>.jpeg{move * bool(folders)}")
-            reason = f"is a folder; expected only files <scan>_<slice>.jpeg in {label}"
-            rows += [(path, label, split, reason) for path in folders]
-            rows += [(path, label, split, None if parse_name(path) else
-                      "is not named <scan>_<slice>, as 218391_78.jpeg is (a whole number of 9 digits or fewer)")
-                     for path in images]
-    table = _tabulate(rows)
-    who, labels, sources = metadata.read_subjects(root, named)
-    told = table.scan.map(labels)
-    wrong = told.notna() & (told != table.label) & table.error.isna()
-    table.loc[wrong, "error"] = [f"is in folder {label}, but {metadata.METADATA} says {other}"
-                                 for label, other in zip(table.label[wrong], told[wrong])]
-    metadata.check_match(table.scan, who, sources, each=True)
-    who, lines = metadata.add_names(table.scan, who, pattern)
-    if pattern and not table.scan.isin(who.keys()).any():
-        raise InputError(f"{lines[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
-    lines += passed_over(root, [*table.path, *sources])
-    return Listing(_complete(table, who, ["split", "label", "scan", "slice"]), str(root), list(sources), lines)
+                raise InputError(
+                    f"{folder} holds {len(folders)} folders and no images ({', '.join(EXTENSIONS)}); expected files "
+                    "<scan>_<slice>.jpeg"
+                )
+            for path in folders:
+                rows.append((path, label, split, f"is a folder; expected files <scan>_<slice>.jpeg in {label}"))
+            for path in images:
+                error = None
+                if parse_name(path) is None:
+                    error = "is not named <scan>_<slice>, as 218391_78.jpeg is (9 digits at most)"
+                rows.append((path, label, split, error))
+    table = tabulate(rows)
 
-
-def _complete(table, who, order):
-    """The table with subject and group, sorted; copies are merged into one group once the pixels are known."""
-    table["subject"] = table.scan.map(who).astype("string")
-    table = assign_groups(table.assign(pixel_hash=""))
-    return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
+    subjects, labels, sources = read_subjects(root, named)
+    other_label = table.scan.map(labels)
+    wrong = other_label.notna() & (other_label != table.label) & table.error.isna()
+    for i in table.index[wrong]:
+        table.loc[i, "error"] = f"is in folder {table.label[i]}, but {METADATA} says {other_label[i]}"
+    for path, known in sources.items():
+        if known or len(sources) == 1:
+            check_match(table.scan, known, [path])
+    subjects, notes = add_subjects_from_names(table.scan, subjects, pattern)
+    if pattern and not table.scan.isin(subjects.keys()).any():
+        raise InputError(f"{notes[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
+    notes += describe_unused(root, table.path)
+    index = complete(table, subjects, ["split", "label", "scan", "slice"])
+    return Listing(index, str(root), list(sources), notes)
 
 
 def usable(index):
-    """(index of the files that can be used, list of (path, reason) of the others), out of that of a Listing."""
+    """(index of the files that can be used, list of (path, reason) of the others), of the index of a Listing."""
     good, bad = index[index.error.isna()], index[index.error.notna()]
     return good.reset_index(drop=True).astype({"slice": "int64"}), list(zip(bad.path, bad.error))
+
+
+def describe_bad(bad, advice="fix or remove them"):
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    lines = [f"{len(bad):,} file{'s' if len(bad) > 1 else ''} cannot be used; {advice}:"]
+    for path, reason in bad[:10]:
+        lines.append(f"  {printable(path, keep='')} {printable(reason, keep='')}")
+    if len(bad) > 10:
+        lines.append(f"  ... and {len(bad) - 10:,} more")
+    return "\n".join(lines)
 
 
 def read_index(root):
     """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
 
     Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
-    ("AD" or "NC"), scan, slice (int), subject (<NA> where no metadata maps the scan), split ("train" or "test") and
-    group (see subjects.assign_groups). Raises InputError for a folder of another form, and where files cannot be used:
-    names of another form, folders, slices that are there twice, and scans that are in two classes, in train and test,
-    or in another class than the metadata say. Whether the files hold images is not looked at.
+    ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split ("train" or "test") and group (see
+    `assign_groups`). Raises InputError for a folder of another form, and if files cannot be used: names of another
+    form, folders, slices that are there twice, and scans that are in two classes, in train and test, or in another
+    class than the metadata say.
     """
     index, bad = usable(list_set(root).index)
     if bad:
@@ -169,104 +366,109 @@ def read_index(root):
     return index[COLUMNS]
 
 
-def describe_bad(bad, advice="fix or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
-    lines = [f"{len(bad):,} file{'s' * (len(bad) > 1)} cannot be used; {advice}:"]
-    lines += [f"  {printable(path, '')} {printable(reason, '')}" for path, reason in bad[:10]]
-    return "\n".join(lines + [f"  ... and {len(bad) - 10:,} more"] * (len(bad) > 10))
-
-
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
 def list_inputs(inputs, pattern=None, failed=None):
-    """The Listing of files and folders to predict; label is None where it is not known, split "". `pattern` as in
-    `list_set`. Tables of subjects are looked for beside the inputs; `failed` has the reasons why volumes could not be
-    cut, by their path.
+    """The Listing of files and folders to predict; label is None if unknown, split "".
 
-    A file that is not named <scan>_<slice> counts as a scan of its own, with its path for a name and no slice number.
-    What cannot be predicted has the reason in the column error; InputError if there is nothing else. What is passed
-    over in folders, and metadata that cannot be read, is listed in `warnings`.
+    A folder counts as labelled if it holds AD/ and NC/. A file that is not named <scan>_<slice> is a scan of its
+    own, with its path for a name and no slice number. `failed` has the reasons why volumes could not be cut, by
+    path. A file that cannot be predicted has the reason in the column error; InputError if there is no other.
     """
-    warnings, files, again = [], {}, []
-    found = [row for given in map(Path, inputs) for row in _list_input(given, warnings)]
-    found += [(path, None, reason) for path, reason in (failed or {}).items()]
-    for path, label, error in sorted(found, key=lambda row: row[1] is None):  # a labelled one counts
-        if files.setdefault(os.path.realpath(path), (path, label, "", error))[0] != path:
-            again.append(path)
-    table = _tabulate(files.values())
+    rows, notes = [], []
+    for given in map(Path, inputs):
+        rows += list_input(given)
+    rows += [(path, None, reason) for path, reason in (failed or {}).items()]
+
+    files, links = {}, []
+    for path, label, error in sorted(rows, key=lambda row: row[1] is None):  # a labelled path counts first
+        real = os.path.realpath(path)
+        if real in files and files[real][0] != path:
+            links.append(path)
+        files.setdefault(real, (path, label, "", error))
+    table = tabulate(files.values())
     if table.error.notna().all():
-        more = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
-        raise InputError(f"{printable(table.path[0], '')} {table.error[0]}{more}")
-    alone = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
-    if len({given.name for given in alone}) > 1 and found and all(label is None for _, label, _ in found):
-        warnings.append(f"folders of classes that are given one by one are no labels; for scores give the folder that "
-                        f"holds them, such as {alone[0].parent}")
-    if again:
-        warnings.append(f"{len(again)} inputs are links to others, first {again[0]}; each file counts once")
-    who, classes, tables = {}, {}, []
-    for root in sorted({_set_root(given) for given in inputs}):
-        try:
-            known, labels, sources = metadata.read_subjects(root)
-            tables += sources
-            classes |= labels
-            metadata.check_match(table.scan, known, sources)
-            other = [scan for scan in known.keys() & who.keys()
-                     if metadata.spelling(known[scan]) != metadata.spelling(who[scan])]
-            if other:
-                place = next(path for path, scans in sources.items() if other[0] in scans)
-                raise InputError(f"scan {other[0]} is of {who[other[0]]}, and of {known[other[0]]} in {place}")
-            who = known | who
-        except (InputError, OSError) as problem:
-            warnings.append(f"subjects are not known: {problem}")
-    used = [*(path for path, _, _ in found), *tables]
-    warnings += dict.fromkeys(line for given in inputs if os.path.isdir(given) for line in passed_over(given, used))
-    told = table.scan.map(classes)
-    wrong = table.scan[told.notna() & table.label.notna() & (told != table.label)].nunique()
+        others = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
+        raise InputError(f"{printable(table.path[0], keep='')} {table.error[0]}{others}")
+    if links:
+        notes.append(f"{len(links)} inputs are links to others, first {links[0]}; each file counts once")
+    folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
+    if len({given.name for given in folders}) > 1 and all(label is None for _, label, _ in rows):
+        notes.append(
+            "folders AD and NC that are given one by one are no labels; for scores give the folder that holds them, "
+            f"such as {folders[0].parent}"
+        )
+
+    subjects, labels, tables = subjects_of_inputs(inputs, table.scan, notes)
+    for given in inputs:
+        if os.path.isdir(given):
+            notes += describe_unused(given, [*table.path, *tables])
+    other_label = table.scan.map(labels)
+    wrong = table.scan[other_label.notna() & table.label.notna() & (other_label != table.label)].nunique()
     if wrong:
-        warnings.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
-    who, lines = metadata.add_names(table.scan, who, pattern)
-    return Listing(_complete(table, who, ["scan", "slice", "path"]), "", [], warnings + lines)
+        notes.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
+    subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
+    return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], [*notes, *lines])
 
 
-def _list_input(given, warnings):
-    """The (path, label or None, error or None) of each image of one INPUT; appends to `warnings` what it takes a folder
-    for."""
+def list_input(given):
+    """The (path, label or None, error or None) of each image of one INPUT."""
     if not os.path.exists(given):
-        link = "is a link to nothing" if os.path.islink(given) else "does not exist"
-        return [(str(given), None, f"{link}; expected an image or a folder of images")]
+        return [(str(given), None, "does not exist; expected an image or a folder of images")]
     if not given.is_dir():
-        other = None if given.suffix.lower() in EXTENSIONS else (
-            f"is not an image that is read here; expected {', '.join(EXTENSIONS)}")
-        return [(str(given), None, other)]
-    found = []
-    try:
-        right_here, folders_here, _ = list_folder(given)
-        labelled = {label: find_folder(given, label) for label in ("AD", "NC")}
-        # beside slices, a folder of another name is no class
-        labelled = {label: folder for label, folder in labelled.items()
-                    if folder and (folder.name == label or not right_here)}
-        for label, folder in (*labelled.items(), (None, given)):
-            if label or not labelled:
-                found += [(path, label, None) for path in (list_folder(folder)[0] if label else right_here)]
-            if label and folder.name != label:
-                warnings.append(f"the folder {folder} is taken for {label}")
-    except OSError as problem:
-        return [(str(given), None, f"cannot be listed: {problem.strerror}")]
-    if not found:
-        hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
-        hints += [folder for folder in folders_here if list_folder(folder)[0]]
-        hint = f"; did you mean {hints[0]}{f' and {len(hints) - 1} others' * (len(hints) > 1)}?" if hints else ""
-        return [(str(given), None, f"holds no images ({', '.join(EXTENSIONS)}), no volume and no "
-                 f"DICOM files, nor do AD/ and NC/ in it{hint}")]
-    return found
+        error = None
+        if given.suffix.lower() not in EXTENSIONS:
+            error = f"is not an image that can be read; expected {', '.join(EXTENSIONS)}"
+        return [(str(given), None, error)]
+
+    images, folders, _ = list_folder(given)
+    by_name = {os.path.basename(path): path for path in folders}
+    labelled = {label: by_name[label] for label in ("AD", "NC") if label in by_name}
+    if not images and not labelled:  # without slices beside them, folders ad/ and nc/ are classes, too
+        labelled = {name.upper(): path for name, path in by_name.items() if name.upper() in ("AD", "NC")}
+    rows = []
+    for label, folder in labelled.items():
+        rows += [(path, label, None) for path in list_folder(folder)[0]]
+    if not labelled:
+        rows = [(path, None, None) for path in images]
+    if rows:
+        return rows
+
+    hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
+    hints += [folder for folder in folders if list_folder(folder)[0]]
+    hint = f"; did you mean {hints[0]}?" if hints else ""
+    return [(
+        str(given), None,
+        f"holds no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, nor do AD/ and NC/ in it{hint}",
+    )]  # fmt: skip
 
 
-def _set_root(given):
+def set_root(given):
     """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
     folder = Path(os.path.abspath(given))
     if not folder.is_dir():
         folder = folder.parent
-    while folder.name.lower() in SPLITS_AND_CLASSES:
+    while folder.name in ("train", "test", "AD", "NC"):
         folder = folder.parent
     return folder
+
+
+def subjects_of_inputs(inputs, scans, notes):
+    """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs. A table that cannot
+    be used costs the subjects, not the prediction: the reason is appended to `notes`."""
+    subjects, labels, tables = {}, {}, []
+    for root in sorted({set_root(given) for given in inputs}):
+        try:
+            known, known_labels, sources = read_subjects(root)
+            check_match(scans, known, sources)
+            for scan in known.keys() & subjects.keys():
+                if known[scan] != subjects[scan]:
+                    raise InputError(f"scan {scan} belongs to {subjects[scan]}, and beside {root} to {known[scan]}")
+        except InputError as problem:
+            notes.append(f"subjects are unknown: {problem}")
+            continue
+        tables += sources
+        labels.update(known_labels)
+        subjects = {**known, **subjects}
+    return subjects, labels, tables

@@ -1,19 +1,16 @@
-"""One HTML page of a prediction, for people: each scan with its slices, how sure the model is, what not to conclude.
+"""One HTML page of a prediction: each scan with its slices, how certain the model is, what not to conclude.
 
-Not run by itself: predict.py --report writes it, from report.html.jinja beside this file.
-
-The page is one file. Pictures are inlined, and its own policy forbids the browser any request; only where they would
-take more than INLINE bytes are they files in a folder beside it. Names and texts are strangers' data: what does not
-print becomes an escape, and all is escaped for HTML.
+The page is made from report.html.jinja beside this file, and is one file. Pictures are inlined, and the page's own policy
+forbids the browser any request; only if the pictures take more than INLINE bytes are they files in a folder beside it.
+Names and texts come from strangers: characters that do not print become escapes, and all are escaped for HTML.
 """
 
 import base64
-import contextlib
 import hashlib
 import io
 import os
-import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,36 +19,48 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm import tqdm
 
+from adnc.errors import InputError, printable
+from adnc.files import require_new, write_text
 from adnc.scoring.assess import cell, format_baselines, format_sets, read_run, statements
-from dataset import SliceSet
-from adnc.files import open_locked, write_atomically
-from adnc.scoring.metrics import BASELINES, METRICS, UNITS, aggregate, conformal_quantile, verdict
-from modules import describe_model
-from adnc.cli import InputError, Threads, printable
+from adnc.scoring.calibration import conformal_quantile
+from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 
 INLINE = 6_500_000  # bytes of pictures; in base64 a third more, so that a page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
 WEBP = dict(format="WEBP", quality=80, method=2)  # 4 kB and 2 ms a slice of the phantom; method 4 doubles the time
-RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # verdicts, the least sure first
-CURVES = {"confusion_matrix": "Confusion matrices", "roc_curve": "ROC curve", "calibration": "Reliability diagram",
-          "risk_coverage": "Risk and coverage", "window_accuracy": "Accuracy per slice window"}  # fmt: skip
-WIDTH, HEIGHT, EDGE = 240, 36, 4  # of a strip, in its own units
+RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # verdicts, the least certain first
+CURVES = {
+    "confusion_matrix": "Confusion matrices",
+    "roc_curve": "ROC curve",
+    "calibration": "Reliability diagram",
+    "risk_coverage": "Risk and coverage",
+    "window_accuracy": "Accuracy per slice window",
+}
+WIDTH, HEIGHT, EDGE = 240, 36, 4  # of a strip of p_AD by slice, in its own units
 
 
 @dataclass
 class Report:
-    """What a page tells: a checkpoint and its file, what was asked of it (`inputs`, and `coverage` or None), the
-    SliceSet and what `inference.calibrated` says about its rows, in the same order; the folder that `write_results`
-    filled and the scores it returned; lines of warning, and of other notes. `overlays` maps the path of a slice to a
-    picture of its shape, the bytes or the path of an image file; `overlay_note` says how they were made, and whether
-    the method passed its checks."""
+    """What a page shows.
+
+    file, checkpoint, model_name: the checkpoint, its path, and what its model is called.
+    inputs, coverage: what was asked.
+    index, images: of the SliceSet; predictions: of `apply_calibration`, in the same order.
+    out, scores: the folder that `write_results` filled, and what it returned.
+    warnings, notes: lines.
+    overlays: path of a slice -> path of a picture of its shape. overlay_note: how they were made, and whether the method
+        passed its check.
+    """
 
     file: str
     checkpoint: dict
+    model_name: str
     inputs: list
     coverage: float | None
-    slices: SliceSet
+    index: pd.DataFrame
+    images: np.ndarray
     predictions: pd.DataFrame
     out: Path
     scores: dict | None = None
@@ -64,258 +73,317 @@ class Report:
 # ---------------------------------------------------------------- files
 
 
-@contextlib.contextmanager
-def claimed(path):
-    """`path` is for the report of this process as long as the context is open, an empty file until it is written; where
-    it is not written, it goes again. InputError if it cannot be; None is no report."""
-    if path is None:
-        yield
-        return
+def require_writable(path):
+    """InputError if a report cannot be written to `path`: another ending, no folder, or something there already; or if
+    jinja2 is missing."""
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report is {path}; expected a name that ends in .html")
-    if not path.parent.is_dir():
-        raise InputError(f"--report is {path}, but there is no folder {path.parent}; make it, or name another file")
-    for taken in (path, _folder(path)):
-        if os.path.lexists(taken) and not _is_empty(taken):  # as a process that was killed leaves it
-            raise InputError(f"{taken} is already there, and nothing is overwritten; choose a new --report")
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(open_locked(path))
-        except ImportError:  # Windows
-            path.touch()
-        except BlockingIOError:
-            raise InputError(f"{path} is for another process, which is at work; choose a new --report") from None
-        except OSError as problem:
-            raise OSError(f"{path} cannot be written: {problem.strerror}") from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if _is_empty(path):
-                    path.unlink()
+    require_new(path, "--report")
+    require_new(picture_folder(path), "--report")
+    import_jinja()
 
 
-def _is_empty(path):
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0
+def import_jinja():
+    try:
+        import jinja2
+    except ImportError:
+        raise InputError(
+            "--report needs jinja2; install it with: python -m pip install -r requirements-extra.txt"
+        ) from None
+    return jinja2
 
 
-def _folder(path):
+def picture_folder(path):
     return path.with_name(path.stem + "_files")
 
 
 def write_report(path, report):
-    """Write a Report to `path`, and where its pictures take more than INLINE bytes, these into a folder beside it
-    (`<name>_files`). Returns a line on what was written; OSError if it cannot be, and then nothing is left."""
-    path, pictures = Path(path), _encode(report)
-    folder = _folder(path) if sum(map(len, pictures.values())) > INLINE else None
-    if folder:
+    """Write a Report to `path`, and if its pictures take more than INLINE bytes, these into the folder `<name>_files`
+    beside it. Returns a line about what was written."""
+    path, pictures = Path(path), encode_pictures(report)
+    folder = None
+    if sum(len(data) for data in pictures.values()) > INLINE:
+        folder = picture_folder(path)
         folder.mkdir()
-    try:
-        sources = {}
-        for (i, kind), data in pictures.items():
-            if folder:
-                name = f"{kind}-{i}.webp"  # ours, for the names of slices may be anything
-                (folder / name).write_bytes(data)
-                sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{name}"  # as seen from the page
-            else:
-                sources[i, kind] = _data(data)
-        html = _render(_describe(report, sources, bool(folder)))
-        write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    except BaseException:  # a signal, too
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    sources = {}
+    for (i, kind), data in pictures.items():
+        if folder is None:
+            sources[i, kind] = data_address(data, "webp")
+        else:
+            name = f"{kind}-{i}.webp"  # the names of slices may be anything
+            (folder / name).write_bytes(data)
+            sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{name}"  # as seen from the page
+    write_text(path, render(describe_page(report, sources, linked=folder is not None)))
+
     beside = f", with {len(pictures):,} pictures in {folder}" if folder else ""
     return f"report in {path} ({path.stat().st_size / 1e6:.1f} MB{beside})"
 
 
-def _render(content):
-    import jinja2
+def render(content):
+    jinja2 = import_jinja()
 
-    def plain(value):  # what has __html__ is of the template itself
-        return printable(value, "") if isinstance(value, str) and not hasattr(value, "__html__") else value
+    def finalize(value):
+        if isinstance(value, str) and not hasattr(value, "__html__"):  # what has __html__ is the template's own
+            return printable(value, keep="")
+        return value
 
-    world = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
-                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    # the policy of the page lets this one script run, and no other that might come in a name
-    world.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return world.get_template("report.html.jinja").render(content)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=finalize,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    # The policy of the page lets this one script run, and no other that might come in a name.
+    environment.filters["sha256"] = sha256_base64
+    return environment.get_template("report.html.jinja").render(content)
+
+
+def sha256_base64(text):
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _encode(report):
+def encode_pictures(report):
     """{(row, kind): WebP} of each slice that could be read, kind "slice" or "overlay", in parallel."""
-    from tqdm import tqdm
-
-    rows = report.slices.index.row.to_numpy(float)
-    work = [(i, "slice", report.slices.images[int(row)]) for i, row in enumerate(rows) if np.isfinite(row)]
-    work += [(i, "overlay", report.overlays[path]) for i, path in enumerate(report.predictions.path)
-             if path in report.overlays and np.isfinite(rows[i])]  # fmt: skip
+    work = []
+    for i, (row, path) in enumerate(zip(report.index.row.to_numpy(float), report.predictions.path)):
+        if np.isfinite(row):
+            work.append((i, "slice", Image.fromarray(report.images[int(row)])))
+            if path in report.overlays:
+                work.append((i, "overlay", report.overlays[path]))
 
     def encode(item):
-        i, kind, picture = item
-        if kind == "slice":
-            image = Image.fromarray(picture)
-        else:
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as found:
-                image = found.convert("RGBA" if found.has_transparency_data else "RGB")
-            height, width = report.slices.images.shape[1:]
-            if abs(image.width * height - image.height * width) > 0.02 * image.height * width:
-                raise ValueError(f"the overlay of {report.predictions.path[i]} is {image.width} x {image.height}, its "
-                                 f"slice {width} x {height}: one would not lie on the other")
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        _, kind, picture = item
+        if kind == "overlay":
+            with Image.open(picture) as image:
+                picture = image.convert("RGB")
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
         file = io.BytesIO()
-        image.save(file, **WEBP)
+        picture.save(file, **WEBP)
         return file.getvalue()
 
-    with Threads(os.cpu_count() or 1) as pool:  # Pillow encodes outside the interpreter's lock
-        found = list(tqdm(pool.map(encode, work), "pictures", len(work), unit=" pictures", leave=False, disable=None))
-    return {(i, kind): data for (i, kind, _), data in zip(work, found)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter's lock
+        bar = tqdm(pool.map(encode, work), "pictures", len(work), unit=" pictures", leave=False, disable=None)
+        return {(i, kind): data for (i, kind, _), data in zip(work, bar)}
 
 
-def _data(data, kind="webp"):
+def data_address(data, kind):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _strip(rows, threshold):
-    """p_AD over slice position, as what an SVG of WIDTH x HEIGHT draws: the line, the points within and out of the
-    training range, and ticks where a slice could not be read. Without slice numbers, in the order of the rows."""
+def strip(rows, threshold):
+    """p_AD by slice position, as what an SVG of WIDTH x HEIGHT draws: the line, the points in and out of the training
+    range, and ticks for slices that could not be read. Without slice numbers in the order of the rows."""
     numbered = bool(rows.slice.notna().all())
     at = rows.slice.to_numpy(float) if numbered else np.arange(1.0, len(rows) + 1)
+    inner = WIDTH - 2 * EDGE
     span = max(np.ptp(at), 1)
-    x = (WIDTH - np.ptp(at) / span * (WIDTH - 2 * EDGE)) / 2 + (at - at.min()) / span * (WIDTH - 2 * EDGE)
-    y, known = _height(rows.p_AD.to_numpy(float)), rows.p_AD.notna().to_numpy()
-    strange = rows.out_of_range.notna().to_numpy()
+    x = (WIDTH - np.ptp(at) / span * inner) / 2 + (at - at.min()) / span * inner
+    y = strip_height(rows.p_AD.to_numpy(float))
+    predicted = rows.p_AD.notna().to_numpy()
+    outside = rows.out_of_range.notna().to_numpy()
 
-    def dots(some):
-        return "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[some], y[some]))
+    def dots(mask):
+        return "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[mask], y[mask]))
 
-    line = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x[known], y[known])) if known.any() else ""
-    low, high = (f"{at[i]:.0f}" for i in (0, -1))
-    what = f"slices {low} to {high}" if numbered else f"{len(rows)} slices without a number"
-    if known.any():
-        p = rows.p_AD[known]
-        what += f": p_AD from {p.min():.2f} to {p.max():.2f}, first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
-    return {"line": line, "dots": dots(known & ~strange), "label": what, "low": low, "high": high,
-            "rings": dots(known & strange), "threshold": f"{_height(threshold):.1f}",
-            "ticks": "".join(f"M{a:.1f} {HEIGHT - EDGE}v-6" for a in x[~known])}  # fmt: skip
+    low, high = f"{at[0]:.0f}", f"{at[-1]:.0f}"
+    label = f"slices {low} to {high}" if numbered else f"{len(rows)} slices without a number"
+    line = ""
+    if predicted.any():
+        line = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x[predicted], y[predicted]))
+        p = rows.p_AD[predicted]
+        label += f": p_AD from {p.min():.2f} to {p.max():.2f}, first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
+    return {
+        "line": line,
+        "dots": dots(predicted & ~outside),
+        "rings": dots(predicted & outside),
+        "ticks": "".join(f"M{a:.1f} {HEIGHT - EDGE}v-6" for a in x[~predicted]),
+        "threshold": f"{strip_height(threshold):.1f}",
+        "label": label,
+        "low": low,
+        "high": high,
+    }
 
 
-def _height(p):
+def strip_height(p):
     return EDGE + (1 - p) * (HEIGHT - 2 * EDGE)
 
 
-# ---------------------------------------------------------------- what the page says
+# ---------------------------------------------------------------- the content of the page
 
 
-def _describe(report, sources, linked):
-    """All that the template names."""
-    scans = _scans(report, sources)
-    read = report.predictions[report.predictions.p_AD.notna()]
-    single = tuple(f"{name} " for name in report.predictions.path)  # what is wrong with one file is told at its scan
-    own = [_own_scores(report, *part) for part in (("Validation", "val"), ("Test", "test"))]
+def describe_page(report, sources, linked):
+    """Everything that the template names."""
+    scans = describe_scans(report, sources)
+    predicted = report.predictions[report.predictions.p_AD.notna()]
+    own_paths = tuple(f"{name} " for name in report.predictions.path)  # warnings about one file appear at its scan
     calibration, both = report.checkpoint.get("calibration"), None
     if calibration and report.coverage is not None:
-        quantile = conformal_quantile(calibration, report.coverage)  # see metrics.prediction_sets
-        both = (1 - quantile, quantile) if 0.5 <= quantile < 1 else None
-    curves = {title: report.out / f"{name}.png" for name, title in CURVES.items()} if report.scores else {}
+        quantile = conformal_quantile(calibration, report.coverage)
+        if 0.5 <= quantile < 1:
+            both = (1 - quantile, quantile)  # see calibration.prediction_sets
+    curves = {}
+    if report.scores:
+        for name, title in CURVES.items():
+            path = report.out / f"{name}.png"
+            if path.exists():
+                curves[title] = data_address(path.read_bytes(), "png")
     return {
-        "report": report, "checkpoint": report.checkpoint, "model": _model(report), "scans": scans, "own": own,
-        "warnings": [line for line in report.warnings if not line.startswith(single)],
-        "calibration": calibration, "both": both, "threshold": float(read.threshold.iloc[0]),
-        "now": f"{datetime.now():%Y-%m-%d %H:%M}", "verdicts": list(RANKS),
-        "counts": Counter(scan["verdict"] for scan in scans), "exposure": Counter(s["exposure"] for s in scans),
-        "labelled": bool(read.label.notna().any()), "here": _tables(report.scores or {}),
-        "curves": {title: _data(path.read_bytes(), "png") for title, path in curves.items() if path.exists()},
-        "overlays": any(kind == "overlay" for _, kind in sources), "width": WIDTH, "height": HEIGHT,
-        "side": THUMBNAIL, "linked": linked, "n_slices": len(report.predictions),
-    }  # fmt: skip
+        "report": report,
+        "checkpoint": report.checkpoint,
+        "model": list(describe_checkpoint(report)),
+        "scans": scans,
+        "own": [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")],
+        "warnings": [line for line in report.warnings if not line.startswith(own_paths)],
+        "calibration": calibration,
+        "both": both,
+        "threshold": float(predicted.threshold.iloc[0]),
+        "now": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "verdicts": list(RANKS),
+        "counts": Counter(scan["verdict"] for scan in scans),
+        "exposure": Counter(scan["exposure"] for scan in scans),
+        "labelled": bool(predicted.label.notna().any()),
+        "here": score_tables(report.scores) if report.scores else [],
+        "curves": curves,
+        "overlays": any(kind == "overlay" for _, kind in sources),
+        "width": WIDTH,
+        "height": HEIGHT,
+        "side": THUMBNAIL,
+        "linked": linked,
+        "n_slices": len(report.predictions),
+    }
 
 
-def _scans(report, sources):
-    """A dict a scan, the most uncertain first: those without a verdict, then AD|NC, then by the distance of p_AD from
-    the threshold. A scan of which no slice could be read is among them."""
+def describe_scans(report, sources):
+    """A dict a scan, the least certain first: those without a verdict, then AD|NC, then by the distance of p_AD from the
+    threshold. A scan without a readable slice is among them."""
     table = report.predictions.reset_index(drop=True)
-    said = {row.scan: row for row in aggregate(table[table.p_AD.notna()], "scan").itertuples()}
+    rows_by_scan = {row.scan: row for row in aggregate(table[table.p_AD.notna()], "scan").itertuples()}
     scans = []
     for scan, rows in table.groupby("scan", sort=False):
-        rows, row = rows.sort_values("slice", kind="stable"), said.get(scan)
-        what = verdict(row) if row else "not read"
-        n = {"out of the training range": int(rows.out_of_range.notna().sum()),
-             "not read": int(rows.error.notna().sum())}  # fmt: skip
-        flags = [f"{count} {kind}" for kind, count in n.items() if count]
-        flags += ["seen in training: memory, not a test"] * bool(row and row.exposure == "yes")
-        first, label, subject = rows.iloc[0], rows.label.dropna(), rows.subject.dropna()
-        reasons = rows.error.fillna("out of the training range: " + rows.out_of_range)
-        slices = [{"name": os.path.basename(each.path), "number": None if pd.isna(each.slice) else int(each.slice),
-                   "p_AD": None if pd.isna(each.p_AD) else each.p_AD, "strange": not pd.isna(each.out_of_range),
-                   "picture": sources.get((each.Index, "slice")), "overlay": sources.get((each.Index, "overlay"))}
-                  for each in rows.itertuples()]  # fmt: skip
-        scans.append({
-            "name": os.path.basename(scan), "folder": os.path.dirname(first.path), "verdict": what, "flags": flags,
-            "label": None if label.empty else label.iloc[0], "subject": None if subject.empty else subject.iloc[0],
-            "p_AD": row.p_AD if row else None, "exposure": row.exposure if row else "not read", "slices": slices,
-            "wrong": bool(row and len(label) and what in ("AD", "NC") and what != label.iloc[0]),
-            "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.dropna().items()],
-            "strip": _strip(rows, first.threshold),
-            "sure": (RANKS[what], abs(row.p_AD - first.threshold) if row else 0),
+        rows = rows.sort_values("slice", kind="stable")
+        scans.append(describe_scan(scan, rows, rows_by_scan.get(scan), sources))
+    return sorted(scans, key=lambda scan: scan["certainty"])
+
+
+def describe_scan(scan, rows, row, sources):
+    """What the page shows of a scan: `rows` are its slices, `row` its prediction, or None if no slice could be read."""
+    first = rows.iloc[0]
+    labels, subjects = rows.label.dropna(), rows.subject.dropna()
+    label = None if labels.empty else labels.iloc[0]
+    decision = verdict(row) if row else "not read"
+
+    flags = []
+    for count, text in (
+        (rows.out_of_range.notna().sum(), "out of the training range"),
+        (rows.error.notna().sum(), "not read"),
+    ):
+        if count:
+            flags.append(f"{count} {text}")
+    if row and row.exposure == "yes":
+        flags.append("seen in training: memory, not a test")
+
+    slices = []
+    for each in rows.itertuples():
+        slices.append({
+            "name": os.path.basename(each.path),
+            "number": None if pd.isna(each.slice) else int(each.slice),
+            "p_AD": None if pd.isna(each.p_AD) else each.p_AD,
+            "out_of_range": not pd.isna(each.out_of_range),
+            "picture": sources.get((each.Index, "slice")),
+            "overlay": sources.get((each.Index, "overlay")),
         })  # fmt: skip
-    return sorted(scans, key=lambda scan: scan["sure"])
+    reasons = rows.error.fillna("out of the training range: " + rows.out_of_range).dropna()
+    distance = abs(row.p_AD - first.threshold) if row else 0
+    return {
+        "name": os.path.basename(scan),
+        "folder": os.path.dirname(first.path),
+        "verdict": decision,
+        "flags": flags,
+        "label": label,
+        "subject": None if subjects.empty else subjects.iloc[0],
+        "p_AD": row.p_AD if row else None,
+        "exposure": row.exposure if row else "not read",
+        "slices": slices,
+        "differs": decision in ("AD", "NC") and label is not None and decision != label,
+        "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
+        "strip": strip(rows, first.threshold),
+        "certainty": (RANKS[decision], distance),
+    }
 
 
-def _model(report):
-    """(what, text) pairs on the checkpoint, from its model card."""
+def describe_checkpoint(report):
+    """(what, text) pairs about the checkpoint."""
     checkpoint, flags = report.checkpoint, report.checkpoint["flags"]
-    seen, demo = checkpoint["exposure"], flags["demo"]
-    recipe = "demo" if demo and flags["recipe"] == "default" else flags["recipe"]  # as train.py reads them
-    stated = statements(checkpoint)
-    split = {"subject": "whole subjects apart", "slice": "slices of one scan on both sides: LEAKY"}
+    seen, stated = checkpoint["exposure"], statements(checkpoint)
+    data = flags["data"] or "AD_NC"
+    if flags["demo"]:
+        data = "the synthetic phantom of --demo"
+    subjects = f"{len(seen['subjects']):,} known subjects"
+    if seen["unknown"]:
+        subjects += " and others unknown"
+    split = "whole subjects apart"
+    if checkpoint["split_by"] == "slice":
+        split = "slices of one scan on both sides: LEAKY"
     yield "File", str(report.file)
-    yield "Model", (f"{describe_model(checkpoint['model']['variant'])}, {checkpoint['image_size']} px, epoch "
-                    f"{checkpoint['epoch']} of {flags['epochs']}, recipe {recipe}, seed {flags['seed']}")
-    subjects = f"{len(seen['subjects']):,} known subjects" + " and others unknown" * seen["unknown"]
-    yield "Trained and validated on", (f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of "
-                                       f"{'the synthetic phantom of --demo' if demo else flags['data'] or 'AD_NC'}")
-    yield "Split", "; ".join([split[checkpoint["split_by"]], *stated["leaks"], *stated["notes"]])
+    yield "Model", (
+        f"{report.model_name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']} of {flags['epochs']}, recipe "
+        f"{flags['recipe']}, seed {flags['seed']}"
+    )
+    yield "Trained and validated on", f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}"
+    yield "Split", "; ".join([split, *stated["leaks"], *stated["notes"]])
 
 
-def _own_scores(report, what, part):
+def own_scores(report, what, part):
     """The scores of the checkpoint's own validation or test, from its run's folder, or why there are none."""
     folder = Path(report.file).parent / part
+    calibration = report.checkpoint.get("calibration")
     try:
         table, scores = read_run(folder)
-        if scores["calibration"]["temperature"] != report.checkpoint["calibration"]["temperature"]:
+        if not calibration or scores["calibration"]["temperature"] != calibration["temperature"]:
             raise InputError(f"{folder} was not written for this checkpoint")
-        scans = aggregate(table, "scan")
-        return {"what": what, "tables": _tables(scores),
-                "line": _line(scores), "unseen": _line(scores.get("unseen_subjects")),
-                "calibration": cell(scores["scan"], "calibration_error"), "leaks": scores["leaks"],
-                "n": len(scans), "n_ad": int((scans.label == "AD").sum())}  # fmt: skip
     except InputError as problem:
         return {"what": what, "tables": [], "missing": str(problem)}
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError) as problem:
         return {"what": what, "tables": [], "missing": f"{folder} cannot be read ({problem})"}
+    scans = aggregate(table, "scan")
+    unseen = scores.get("unseen_subjects")
+    return {
+        "what": what,
+        "tables": score_tables(scores),
+        "line": score_line(scores),
+        "unseen": score_line(unseen) if unseen else "",
+        "calibration": cell(scores["scan"], "calibration_error"),
+        "leaks": scores["leaks"],
+        "n": len(scans),
+        "n_ad": int((scans.label == "AD").sum()),
+    }
 
 
-def _line(scores):
-    """Scores in short; "" of None."""
-    return (f"scan-level accuracy {cell(scores['scan'], 'accuracy')}, AUROC {cell(scores['scan'], 'auroc')} (95 % "
-            f"intervals), n = {scores['scan']['n']}") if scores else ""
+def score_line(scores):
+    scan = scores["scan"]
+    return (
+        f"scan-level accuracy {cell(scan, 'accuracy')}, AUROC {cell(scan, 'auroc')} (95 % intervals), n = {scan['n']}"
+    )
 
 
-def _tables(scores):
+def score_tables(scores):
     """Scores, and beside them those of unseen subjects, as rows of text: a row a metric, a column a unit."""
+    parts = [scores]
+    if "unseen_subjects" in scores:
+        parts.append(scores["unseen_subjects"])
     tables = []
-    for part in filter(None, (scores, scores.get("unseen_subjects"))):
-        units = [unit for unit in UNITS[::-1] if part[unit] is not None]
-        compared = set(part.get("baselines", ()))
-        tables.append({
-            "title": part["title"], "units": [(f"{unit}s", part[unit]["n"]) for unit in units],
-            "rows": [(label, [cell(part[unit], name) for unit in units]) for name, label in METRICS.items()],
-            "lines": [format_baselines(part)[-1]] * bool(compared and compared <= set(BASELINES))
-                     + ([format_sets(part)] if "prediction_sets" in part else []),
-        })  # fmt: skip
+    for part in parts:
+        units = [unit for unit in reversed(UNITS) if part[unit] is not None]
+        rows = []
+        for name, label in METRICS.items():
+            rows.append((label, [cell(part[unit], name) for unit in units]))
+        lines = []
+        if "baselines" in part:
+            lines.append(format_baselines(part)[-1])
+        if "prediction_sets" in part:
+            lines.append(format_sets(part))
+        units = [(f"{unit}s", part[unit]["n"]) for unit in units]
+        tables.append({"title": part["title"], "units": units, "rows": rows, "lines": lines})
     return tables

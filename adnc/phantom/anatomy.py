@@ -1,7 +1,7 @@
 """The phantom's brain: a parametric 3-D shape, and a scan of it as sagittal slices.
 
-Not run by itself; phantom.py draws whole sets of such scans. Every shape is a signed distance in mm, so that parts are
-joined and painted by arithmetic on arrays.
+Every shape is a signed distance in mm, negative inside, so that parts are joined and painted by
+arithmetic on arrays. Points are p = (x, y, z) in mm: x from the midline, y forward, z up.
 """
 
 import itertools
@@ -16,9 +16,13 @@ LOCAL_SLICES = (68, 71, 74, 107, 110, 113)   # where temporal horn and hippocamp
 
 
 class Scan(NamedTuple):
-    """One scan of the plan. `atrophy` is the subject's latent; `visit` counts the subject's scans from 0. With the
-    local cue `ageing` is a second latent, which says nothing of the class: atrophy then acts on the temporal horn and
-    the hippocampus alone, ageing on ventricles and sulci, and scanners and heads differ more."""
+    """One scan of the plan.
+
+    `atrophy` is the subject's latent; `visit` counts the subject's scans from 0. With the local cue
+    `ageing` is a second latent, independent of the class: atrophy then acts on the temporal horn and
+    the hippocampus alone, ageing on ventricles and sulci, and scanners and heads differ more.
+    """
+
     scan: int
     subject: str
     label: str
@@ -34,16 +38,16 @@ class Scan(NamedTuple):
         return LOCAL_SLICES if self.ageing is not None else tuple(range(self.start, self.start + SLICES))
 
 
-# ---- shapes: signed distances in mm, negative inside; p = (x, y, z), y forward, z up -----------------------
+# ---------------------------------------------------------------- shapes
 
-def _ellipsoid(p, centre, radii):
+def ellipsoid(p, centre, radii):
     d = [(a - c) / r for a, c, r in zip(p, centre, radii)]
     q = np.sqrt(d[0] ** 2 + d[1] ** 2 + d[2] ** 2) + 1e-6
     slope = np.sqrt(sum((a / r) ** 2 for a, r in zip(d, radii))) + 1e-6
     return q * (q - 1) / slope
 
 
-def _tube(p, *knots):
+def tube(p, *knots):
     """Round tube along knots (x, y, z, radius)."""
     best = None
     for a, b in itertools.pairwise(knots):
@@ -55,22 +59,22 @@ def _tube(p, *knots):
     return best
 
 
-def _join(a, b, k):
+def join(a, b, k):
     """Union with a rounded seam of k mm."""
     h = np.clip(0.5 + 0.5 * (b - a) / k, 0, 1)
     return b + (a - b) * h - k * h * (1 - h)
 
 
-def _cover(distance, soft=1.5):
+def cover(distance, soft=1.5):
     """Share of a pixel inside a shape: 1 deep inside, 0 outside, a ramp of `soft` mm between."""
     return np.clip(0.5 - distance / soft, 0, 1)
 
 
-def _paint(image, distance, value, soft=1.5):
-    image += (value - image) * _cover(distance, soft)
+def paint(image, distance, value, soft=1.5):
+    image += (value - image) * cover(distance, soft)
 
 
-# ---- one subject -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- one subject
 
 class Anatomy:
     """The shape of one subject's brain, a function of the seed, the subject's name, atrophy and ageing alone."""
@@ -118,12 +122,12 @@ class Anatomy:
 
     def cerebrum(self, p):
         b = self.bumps
-        main = _ellipsoid(p, (0, b[0], 21), (66, 84, 49 + b[1]))
-        front = _ellipsoid(p, (0, 43 + b[2], 12), (52, 39, 32 + b[3]))
-        back = _ellipsoid(p, (0, -51 + b[4], 8), (56, 36, 28 + b[5]))
+        main = ellipsoid(p, (0, b[0], 21), (66, 84, 49 + b[1]))
+        front = ellipsoid(p, (0, 43 + b[2], 12), (52, 39, 32 + b[3]))
+        back = ellipsoid(p, (0, -51 + b[4], 8), (56, 36, 28 + b[5]))
         t = self.temporal
-        lobe = _ellipsoid(p, (43, 12 + b[6], -21), (25 * t, 44 * t, 19 * t))
-        return _join(_join(_join(main, front, 8), back, 8), lobe, 4)
+        lobe = ellipsoid(p, (43, 12 + b[6], -21), (25 * t, 44 * t, 19 * t))
+        return join(join(join(main, front, 8), back, 8), lobe, 4)
 
     def section(self, x, y, z):
         """Brightness (white matter 1) and brain share at x, y, z (mm; three flat float32 arrays)."""
@@ -140,7 +144,7 @@ class Anatomy:
         image[hind], lower[hind] = self._hindbrain(image[hind], [a[hind] for a in p], hull[hind])
         image *= 1 + 0.025 * np.sin(p[1] / 9 + self.phase[0]) * np.sin(p[2] / 8 + self.phase[1])
         notch = (0.6 + 1.0 * self.sulcus) * np.clip(1 - sheet / 4, 0, 1)     # gyri bulge between the sulci
-        return image, _cover(np.minimum(hull + notch, lower), 2.0)
+        return image, cover(np.minimum(hull + notch, lower), 2.0)
 
     def _cortex(self, image, p, left, hull):
         """Grey ribbon under the surface and along the sulci; returns the distance to these."""
@@ -156,14 +160,14 @@ class Anatomy:
         depth = np.minimum(-hull, x + 1.0)                         # the medial wall is a surface, too
         reach = 15 + 5 * np.sin(y / 17 + w[6]) * np.sin(z / 14 + w[7]) + 0.4 * np.minimum(x, 30)
         over = np.maximum(depth - reach, 0)
-        arch = _ellipsoid(p, (0, 0, 4), (400, 46, 34))           # cingulate sulcus, over the corpus callosum
+        arch = ellipsoid(p, (0, 0, 4), (400, 46, 34))           # cingulate sulcus, over the corpus callosum
         cingulate = np.sqrt((arch - 2 * np.sin(y / 11 + w[8])) ** 2 + np.maximum(x - 9, 0) ** 2)
         cingulate += np.maximum(-8 - z, 0) + np.maximum(1.5 * np.sin(y / 7 + w[4]), 0)   # with gaps
         sulcus = np.minimum(np.sqrt(sheet ** 2 + over ** 2), cingulate)
         half = self.sulcus * (0.7 - 0.25 * np.clip(depth / 15, 0, 1) + 0.9 * np.clip(1 + hull / 5, 0, 1))
-        _paint(image, np.minimum(depth, sulcus - half) - 2.3, GREY, 1.5)
-        _paint(image, sulcus - half, CSF, 1.6)
-        _paint(image, _tube(p, (31, 28, -9, 1.8 * self.sulcus), (34, 2, -3, 1.6 * self.sulcus),
+        paint(image, np.minimum(depth, sulcus - half) - 2.3, GREY, 1.5)
+        paint(image, sulcus - half, CSF, 1.6)
+        paint(image, tube(p, (31, 28, -9, 1.8 * self.sulcus), (34, 2, -3, 1.6 * self.sulcus),
                             (37, -24, 6, 1.2 * self.sulcus)), CSF)  # Sylvian fissure
         return sheet
 
@@ -172,33 +176,33 @@ class Anatomy:
         x, y, z = p
         v, h = self.ventricle, self.hippocampus
         lift = 2.5 * (v - 1)
-        _paint(image, _ellipsoid(p, (17, -2, 4), (15, 34, 19)), WHITE, 4)        # capsule around the nuclei
-        _paint(image, _ellipsoid(p, (0, -1, 8), (9, 31, 17)), 0.74, 3)           # septum
-        _paint(image, _ellipsoid(p, (10, -9, 5), (9.5, 15, 9)), 0.72, 3)         # thalamus
-        _paint(image, _ellipsoid(p, (25, 6, 1), (6, 17, 10)), 0.64, 2.5)         # putamen
-        _paint(image, _ellipsoid(p, (18.5, 2, 0), (4, 10, 6)), 0.82, 2.5)        # pallidum
-        _paint(image, _ellipsoid(p, (13, 21, 7), (5.5, 10, 8)), 0.64, 2)         # caudate head
-        _paint(image, _ellipsoid(p, (5, 4, -7), (8, 12, 5)), 0.66, 3)            # hypothalamus
-        _paint(image, _ellipsoid(p, (23, 12, -20), (9, 9, 8)), 0.62, 3)          # amygdala
-        _paint(image, _ellipsoid(p, (0, -1, 0), (1.4 * v, 12, 7)), CSF)          # third ventricle
-        _paint(image, _ellipsoid(p, (0, -6, 3), (4, 5.5, 4.5)), 0.68)            # massa intermedia
-        body = _tube(p, (11, 35, 5, 2.6 * v), (9, 25, 12, 4.4 * v), (8, 6, 17 + lift / 2, 4.0 * v),
+        paint(image, ellipsoid(p, (17, -2, 4), (15, 34, 19)), WHITE, 4)        # capsule around the nuclei
+        paint(image, ellipsoid(p, (0, -1, 8), (9, 31, 17)), 0.74, 3)           # septum
+        paint(image, ellipsoid(p, (10, -9, 5), (9.5, 15, 9)), 0.72, 3)         # thalamus
+        paint(image, ellipsoid(p, (25, 6, 1), (6, 17, 10)), 0.64, 2.5)         # putamen
+        paint(image, ellipsoid(p, (18.5, 2, 0), (4, 10, 6)), 0.82, 2.5)        # pallidum
+        paint(image, ellipsoid(p, (13, 21, 7), (5.5, 10, 8)), 0.64, 2)         # caudate head
+        paint(image, ellipsoid(p, (5, 4, -7), (8, 12, 5)), 0.66, 3)            # hypothalamus
+        paint(image, ellipsoid(p, (23, 12, -20), (9, 9, 8)), 0.62, 3)          # amygdala
+        paint(image, ellipsoid(p, (0, -1, 0), (1.4 * v, 12, 7)), CSF)          # third ventricle
+        paint(image, ellipsoid(p, (0, -6, 3), (4, 5.5, 4.5)), 0.68)            # massa intermedia
+        body = tube(p, (11, 35, 5, 2.6 * v), (9, 25, 12, 4.4 * v), (8, 6, 17 + lift / 2, 4.0 * v),
                      (11, -14, 16 + lift / 2, 4.0 * v), (17, -28, 11, 5.0 * v), (23, -38, 4, 5.4 * v),
                      (25, -60, 1, 1.6 * v))
         t = self.horn
-        horn = _tube(p, (23, -36, 2, 4.5 * v), (28, -24, -8, 2.3 * t), (29, -8, -14, 2.0 * t),
+        horn = tube(p, (23, -36, 2, 4.5 * v), (28, -24, -8, 2.3 * t), (29, -8, -14, 2.0 * t),
                      (30, 6, -17, 1.5 * t))
-        _paint(image, _join(body, horn, 3), CSF)
+        paint(image, join(body, horn, 3), CSF)
         tail = [(25, 3, -20, 6.0), (27, -10, -18.5, 5.2), (25, -24, -11, 4.2), (20, -34, -1, 3.0)]
         # CSF fills the room that a shrinking hippocampus leaves
-        _paint(image, _tube(p, *[(a, b, c, r * 1.12) for a, b, c, r in tail]), CSF)
-        _paint(image, _tube(p, *[(a, b, c - r * (1 - h), r * h) for a, b, c, r in tail]), GREY)
-        callosum = _tube((0, y, z - lift), (0, 19, -1, 1.2), (0, 29, 1, 2.8), (0, 33, 8, 4.4),
+        paint(image, tube(p, *[(a, b, c, r * 1.12) for a, b, c, r in tail]), CSF)
+        paint(image, tube(p, *[(a, b, c - r * (1 - h), r * h) for a, b, c, r in tail]), GREY)
+        callosum = tube((0, y, z - lift), (0, 19, -1, 1.2), (0, 29, 1, 2.8), (0, 33, 8, 4.4),
                          (0, 28, 17, 3.2), (0, 14, 24, 2.7), (0, -4, 26, 2.5), (0, -20, 22, 2.6),
                          (0, -30, 15, 3.4), (0, -34, 8, 4.8))
-        _paint(image, np.maximum(callosum + 0.5 * (self.sulcus - 1), x - 14), 1.04)
-        fornix = _tube(p, (2, -25, 14, 1.6), (2, -8, 17, 1.7), (2, 8, 13, 1.7), (2, 12, 3, 1.3))
-        _paint(image, np.maximum(fornix, x - 4), 0.95)
+        paint(image, np.maximum(callosum + 0.5 * (self.sulcus - 1), x - 14), 1.04)
+        fornix = tube(p, (2, -25, 14, 1.6), (2, -8, 17, 1.7), (2, 8, 13, 1.7), (2, 12, 3, 1.3))
+        paint(image, np.maximum(fornix, x - 4), 0.95)
         return image
 
     def _hindbrain(self, image, p, hull):
@@ -207,7 +211,7 @@ class Anatomy:
         w = self.phase
         b = self.bumps
         centre, radii = (0, -46 + b[7], -39 + b[8]), (52, 33, 25)
-        bell = _ellipsoid(p, centre, radii)
+        bell = ellipsoid(p, centre, radii)
         dy, dz = y - centre[1] - 12, z - centre[2]
         angle = np.arctan2(dz, dy)                               # from where the lobules fan out
         out = np.sqrt(dy ** 2 + dz ** 2)
@@ -217,21 +221,21 @@ class Anatomy:
         folia *= np.clip(out / 20, 0, 1)
         bell += 0.7 * folia
         tissue = GREY + 0.02 - 0.20 * folia
-        core = _ellipsoid(p, (14, centre[1] + 8, centre[2] + 1), (16, 13, 8))
-        _paint(tissue, np.minimum(core, np.maximum(branch, 5 + bell)), 0.94, 2.5)
-        stem = _tube(p, (4, -12, -2, 9), (0, -12, -13, 8.5), (0, -5, -27, 13.5), (0, -13, -44, 7.5),
+        core = ellipsoid(p, (14, centre[1] + 8, centre[2] + 1), (16, 13, 8))
+        paint(tissue, np.minimum(core, np.maximum(branch, 5 + bell)), 0.94, 2.5)
+        stem = tube(p, (4, -12, -2, 9), (0, -12, -13, 8.5), (0, -5, -27, 13.5), (0, -13, -44, 7.5),
                      (0, -20, -58, 6.5), (0, -25, -72, 5.5))
-        peduncle = _tube(p, (8, -14, -30, 7), (17, -32, -34, 6))
-        stem = _join(stem, peduncle, 4)
+        peduncle = tube(p, (8, -14, -30, 7), (17, -32, -34, 6))
+        stem = join(stem, peduncle, 4)
         image[hull > 0] = CSF
-        _paint(image, np.maximum(bell, 1.5 - hull), tissue)      # a dark cleft under the cerebrum stays
-        _paint(image, np.where(hull > -6, stem, np.maximum(stem, z + 4)), 0.90, 2)
-        _paint(image, _ellipsoid(p, (0, -24, -34), (7, 4, 9)), CSF)              # fourth ventricle
-        _paint(image, _tube(p, (0, -19, -8, 1.3), (0, -22, -26, 1.5)), CSF)      # aqueduct
+        paint(image, np.maximum(bell, 1.5 - hull), tissue)      # a dark cleft under the cerebrum stays
+        paint(image, np.where(hull > -6, stem, np.maximum(stem, z + 4)), 0.90, 2)
+        paint(image, ellipsoid(p, (0, -24, -34), (7, 4, 9)), CSF)              # fourth ventricle
+        paint(image, tube(p, (0, -19, -8, 1.3), (0, -22, -26, 1.5)), CSF)      # aqueduct
         return image, np.minimum(bell, stem)
 
 
-# ---- one scan ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- one scan
 
 def render(scan, seed=0, slices=None):
     """Draw a scan: uint8 array (slices, 240, 256), by default those of `scan.indices`.
@@ -246,7 +250,7 @@ def render(scan, seed=0, slices=None):
     # from scan to scan the disease goes on a little, in both classes alike
     atrophy = scan.atrophy + 0.06 * scan.visit + 0.06 * rng.standard_normal()
     anatomy = Anatomy(seed, scan.subject, atrophy, scan.ageing)
-    more = _more_differences(scan, key)
+    more = local_differences(scan, key)
     turn, scale = np.deg2rad(3.0 * pose[0] + more["turn"]), 1 + 0.025 * head[1] + 0.004 * pose[1]
     column, row = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
     right = (column - 128 - 2.5 * pose[2] - more["right"]) / scale
@@ -263,7 +267,7 @@ def render(scan, seed=0, slices=None):
         x = np.full_like(y, (index - MIDLINE + 0.5 * pose[1]) * SPACING / scale) + more["roll"] * z + more["yaw"] * y
         image, share = anatomy.section(x, y, z)
         image = white * bias * np.clip(image, 0, None) ** gamma
-        real, imaginary = noise * _grains(rng, near, more["grain"])
+        real, imaginary = noise * noise_fields(rng, near, more["grain"])
         # Rician, as a magnitude image; the stripped skull leaves true black
         picture[near] = np.clip(share * np.hypot(image + real, imaginary), 0, 255)
     return drawn.reshape(-1, HEIGHT, WIDTH)
@@ -302,7 +306,7 @@ def render_head(scan, seed=0, every=1):
     return np.where(brain > 0, brain, np.clip(head, 0, 255).astype(np.uint8)), brain, affine
 
 
-def _more_differences(scan, key):
+def local_differences(scan, key):
     """What heads and scanners with the local cue differ in beyond the others: a turn (degrees) and shifts (pixels) in
     the plane, slopes of the plane, factors of gamma and noise, and over how many pixels the noise is alike."""
     if scan.ageing is None:
@@ -313,7 +317,7 @@ def _more_differences(scan, key):
                 gamma=float(np.exp(0.12 * z[5])), noise=float(rng.uniform(0.8, 1.6)), grain=float(rng.uniform(0, 0.9)))
 
 
-def _grains(rng, near, grain):
+def noise_fields(rng, near, grain):
     """Two fields of noise of unit variance at the pixels `near`, float32 (2, n), alike over `grain` pixels."""
     if not grain:
         return rng.standard_normal((2, len(near)), np.float32)

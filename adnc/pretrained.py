@@ -1,0 +1,68 @@
+"""Read weight files of other projects: .pth and .safetensors, as data and never as code."""
+
+import argparse
+import os
+import re
+import warnings
+from pathlib import PosixPath
+
+import torch
+
+from adnc.errors import InputError
+
+# Training scripts put their flags beside the weights.
+PLAIN_CLASSES = [argparse.Namespace, PosixPath]
+
+
+def load_tensors(path):
+    """The content of a file of torch.save or of a .safetensors file, on the CPU.
+
+    InputError if it does not exist, is damaged, or can only be read by running code that it contains.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}; expected a file of torch.save or .safetensors")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise InputError(f"{path} needs the package safetensors; pip install safetensors") from None
+    except Exception as problem:  # torch.load raises nearly anything on a damaged or foreign file
+        text = str(problem)
+        blocked = re.search(r"Unsupported \w+: GLOBAL (\S+)", text)
+        if blocked:
+            raise InputError(
+                f"{path} contains {blocked[1]}, which cannot be read without running code; where the file "
+                "was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from None
+        raise InputError(
+            f"{path} cannot be read as tensors ({type(problem).__name__}); expected a file of torch.save, "
+            "or .safetensors"
+        ) from None
+
+
+def find_state_dict(content):
+    """The state dict in the content of a weight file: the dict that holds the most tensors, at any depth.
+
+    Of equally large ones the first wins, so that "model" comes before "model_ema". InputError if there
+    is none.
+    """
+    candidates = []
+
+    def collect(value, depth):
+        if not isinstance(value, dict) or depth > 3:
+            return
+        tensors = {str(name): item for name, item in value.items() if torch.is_tensor(item)}
+        if tensors:
+            candidates.append(tensors)
+        for item in value.values():
+            collect(item, depth + 1)
+
+    collect(content, 0)
+    if not candidates:
+        raise InputError(f"the file holds a {type(content).__name__} without tensors; expected a state dict")
+    return max(candidates, key=len)

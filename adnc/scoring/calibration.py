@@ -1,0 +1,139 @@
+"""Calibration on validation alone: temperature, threshold, and prediction sets by conformal prediction."""
+
+import math
+
+import numpy as np
+
+from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, expit, interval, with_predictions
+
+# ---------------------------------------------------------------- fitting
+
+
+def calibrate(val, threshold="0.5"):
+    """The calibration of a model, as plain values for its checkpoint.
+
+    `val` holds labelled slice-level predictions with the column logit (z_AD - z_NC). Returns the temperature; the
+    threshold, 0.5 or for "youden" that of `youden` on the validation scans; and for prediction sets the score
+    1 - p(its label) of each validation scan with its weight, so that all groups weigh the same.
+    """
+    temperature = fit_temperature(val.logit.to_numpy(), (val.label == "AD").to_numpy(), val.group)
+    scans = aggregate(val.assign(p_AD=expit(val.logit / temperature)), "scan")
+    y, p, group = (scans.label == "AD").to_numpy(), scans.p_AD.to_numpy(), scans.group
+    scores = np.where(y, 1 - p, p)
+    weights = 1 / group.map(group.value_counts()).to_numpy()
+    order = np.argsort(scores, kind="stable")
+    return {
+        "temperature": temperature,
+        "threshold": youden(y, p) if threshold == "youden" else THRESHOLD,
+        "threshold_rule": threshold,
+        "groups": int(group.nunique()),
+        "scores": scores[order].tolist(),
+        "weights": weights[order].tolist(),
+    }
+
+
+def fit_temperature(z, y, group):
+    """The temperature T (Guo et al. 2017, arXiv 1706.04599) for which expit(z / T) fits y (N,) best, for logits z.
+
+    The mean cross-entropy counts as often as there are groups, and log T has a normal prior about 0 with an SD of
+    log 2. With many subjects that is Guo's optimum; with a handful, all predicted correctly, the model does not
+    become infinitely certain.
+    """
+    from scipy.optimize import minimize_scalar
+
+    n_groups = len(np.unique(group))
+
+    def loss(log_t):
+        x = z / math.exp(log_t)
+        cross_entropy = np.mean(np.logaddexp(0, x) - y * x)
+        return n_groups * cross_entropy + (log_t / math.log(2)) ** 2 / 2
+
+    bounds = (math.log(0.05), math.log(20))
+    fit = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return float(math.exp(fit.x))
+
+
+def youden(y, p):
+    """The threshold on p (N,) with the largest sensitivity + specificity - 1 (Youden 1950): half-way between two
+    values of p, or 0.5; of equally good ones the nearest to 0.5."""
+    values = np.unique(p)
+    cuts = np.append((values[:-1] + values[1:]) / 2, THRESHOLD)
+    index = [(p[y] >= cut).mean() - (p[~y] >= cut).mean() for cut in cuts]
+    best = np.isclose(index, max(index), atol=1e-12)
+    return float(cuts[best][np.abs(cuts[best] - THRESHOLD).argmin()])
+
+
+# ---------------------------------------------------------------- prediction sets
+
+
+def conformal_quantile(calibration, coverage):
+    """The largest score that a class may have to be in a prediction set, or inf: every class may.
+
+    Hierarchical split-conformal prediction (Lee, Barber & Willett 2023, arXiv 2306.06342): of K + 1 groups with
+    equal weight, spread over their scans, the new one counts as infinite. The set of a scan of a new group then
+    contains its label with a probability of at least `coverage`, if the new group and those of validation are
+    exchangeable. They are not quite, if validation has also chosen the epoch.
+    """
+    if not 0 < coverage < 1:
+        raise ValueError(f"the coverage is {coverage}; expected more than 0 and less than 1, such as 0.9")
+    weights = np.cumsum(calibration["weights"]) / (calibration["groups"] + 1)
+    reached = np.flatnonzero(weights >= coverage - 1e-9)
+    if len(reached) == 0:
+        return math.inf
+    return float(calibration["scores"][reached[0]])
+
+
+def max_coverage(calibration, coverage):
+    """The largest coverage that the validation groups allow if it is less than `coverage`, else None."""
+    most = calibration["groups"] / (calibration["groups"] + 1)
+    return most if most < coverage - 1e-9 else None
+
+
+def prediction_sets(p_ad, predicted, quantile):
+    """"AD", "NC" or "AD|NC" for each p_AD (N,): the classes whose 1 - p is within the quantile, and always the
+    prediction, so that no set is empty (which can only raise the coverage)."""
+    ad = (1 - p_ad <= quantile) | (predicted == "AD")
+    nc = (p_ad <= quantile) | (predicted == "NC")
+    return np.select([ad & nc, ad], ["AD|NC", "AD"], "NC")
+
+
+def apply_calibration(predictions, calibration, coverage=None):
+    """Predictions with p_AD at the temperature and prediction at the threshold of a calibration (None: temperature
+    1, threshold 0.5), and with a coverage prediction_set, the set of the whole scan.
+
+    A scan with a slice out of the training range gets "AD|NC": the coverage holds for scans like those of
+    validation.
+    """
+    if calibration is None:
+        calibration = {"temperature": 1.0, "threshold": THRESHOLD}
+    # Seven digits from here on, as the files have them, so that scores can be repeated from files.
+    p_ad = expit(predictions.logit / calibration["temperature"]).round(7)
+    table = with_predictions(predictions.assign(p_AD=p_ad, threshold=calibration["threshold"]))
+    if coverage is not None:
+        quantile = conformal_quantile(calibration, coverage)
+        scans = aggregate(table[table.p_AD.notna()], "scan")
+        sets = prediction_sets(scans.p_AD.to_numpy(float), scans.prediction.to_numpy(str), quantile)
+        sets = np.where(scans.n_out_of_range > 0, "AD|NC", sets)
+        table["prediction_set"] = table.scan.map(dict(zip(scans.scan, sets))).astype("string")
+    return table
+
+
+def score_sets(predictions, coverage):
+    """Scores of prediction sets on labelled scans: the share whose set contains the label (covered), the share of
+    AD|NC (uncertain), and the accuracy of the other scans, with intervals over groups."""
+    scans = aggregate(predictions, "scan")
+    certain = (scans.prediction_set != "AD|NC").to_numpy(bool)
+    covered = ~certain | (scans.prediction_set == scans.label).to_numpy(bool)
+    everyone = np.ones(len(scans))
+    ratios = {
+        "covered": (covered, everyone),
+        "uncertain": (~certain, everyone),
+        "accuracy_if_certain": (covered & certain, certain),
+    }
+    bootstrap = Bootstrap(scans.group)
+    scores = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
+    for name, (part, whole) in ratios.items():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores[name] = float(part.sum() / whole.sum()) if whole.sum() else None
+            scores["ci95"][name] = interval(bootstrap.total(part) / bootstrap.total(whole))
+    return scores

@@ -1,0 +1,101 @@
+"""How volumes are cut into slices: the flags, and the record of them beside slices and in checkpoints."""
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from adnc.cli import number
+from adnc.errors import InputError
+
+
+@dataclass(frozen=True)
+class Look:
+    """How volumes are cut.
+
+    plane: axial, coronal or sagittal.
+    slices: (from, to, "index" or "mm"), or None for the `count` slices in the middle of the head.
+    size: (width, height) in pixels about the middle of the head, or None for the whole volume.
+    turn: degrees, counter-clockwise.
+    spacing, step: mm from pixel to pixel, and from slice to slice (None: as spacing).
+    strip: remove the skull.
+    brightest: the grey level that the 99 % quantile of the slices gets; None: the head fills 0 to 255.
+    """
+
+    plane: str = "axial"
+    slices: tuple | None = None
+    count: int = 20
+    size: tuple | None = None
+    turn: int = 0
+    spacing: float = 1.0
+    step: float | None = None
+    strip: bool = False
+    brightest: float | None = None
+
+    def __str__(self):
+        where = f"{self.count} central slices"
+        if self.slices:
+            low, high, unit = self.slices
+            where = f"slices {low:g} to {high:g} ({unit})"
+        size = "of the whole volume"
+        if self.size:
+            size = f"{self.size[0]} x {self.size[1]}"
+        step = self.step or self.spacing
+        parts = [self.plane, f"{where} every {step:g} mm", size, f"{self.spacing:g} mm a pixel"]
+        if self.turn:
+            parts.append(f"turned by {self.turn} degrees")
+        if self.strip:
+            parts.append("skull stripped")
+        if self.brightest is not None:
+            parts.append(f"99 % quantile at grey {self.brightest:.0f}")
+        return ", ".join(parts)
+
+
+# As the slices of AD_NC are: MP-RAGE, sagittal, face to the left.
+ADNI = Look("sagittal", size=(256, 240), step=1.2)
+
+
+def span(word):
+    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices, -10mm:10mm are positions."""
+    index = re.fullmatch(r"(\d{1,4}):(\d{1,4})", word)
+    position = re.fullmatch(r"(-?\d{1,4}(?:\.\d+)?)mm:(-?\d{1,4}(?:\.\d+)?)mm", word)
+    match = index or position
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{word} is not FROM:TO; expected slice numbers as in 81:100, or millimetres as in -10mm:10mm"
+        )
+    low, high = float(match[1]), float(match[2])
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{word} ends before it begins")
+    return low, high, "index" if index else "mm"
+
+
+def size(word):
+    """A `type` for argparse: WIDTHxHEIGHT in pixels, as (width, height)."""
+    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", word)
+    if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is")
+    return int(match[1]), int(match[2])
+
+
+def add_look_flags(parser, default="the defaults in brackets"):
+    """Add the flags of a Look, None if not given; returns their group."""
+    group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
+    add = group.add_argument
+    add("--plane", choices=("axial", "coronal", "sagittal"), help="left is on the left, faces look left (axial)")
+    add("--slices", type=span, metavar="FROM:TO", help="numbers as in 81:100, or with = positions: --slices=-10mm:10mm")
+    add("--count", type=number(1, 1000, int), metavar="N", help="the N slices in the middle of the head (20)")
+    add("--size", type=size, metavar="WxH", help="pixels of a slice about the middle of the head (whole volume)")
+    add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
+    add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
+    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (as --spacing)")
+    add("--strip", action="store_true", default=None, help="remove the skull with deepbet (requirements-extra.txt)")
+    return group
+
+
+def given_look_flags(args):
+    """The flags of `add_look_flags` that were given, as a dict for `Look`."""
+    names = ("plane", "slices", "count", "size", "turn", "spacing", "step", "strip")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "slices" in given and "count" in given:
+        raise InputError("--slices and --count both choose slices; give one of them")
+    return given

@@ -1,0 +1,69 @@
+"""The layout: five scripts, one package, a few tools; imports go one way, and change nothing."""
+
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPTS = {"dataset", "modules", "train", "utils", "predict"}
+PACKAGE = sorted(ROOT.glob("adnc/**/*.py"))
+
+
+def module_name(path):
+    """adnc/data/index.py -> adnc.data.index"""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Names of the modules that a file imports, wherever in the file."""
+    modules = {module_name(other) for other in PACKAGE}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:  # `from adnc.data import pixels` imports adnc.data.pixels
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules else node.module
+
+
+def test_only_the_five_scripts_are_at_the_top():
+    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS
+
+
+def test_the_package_imports_neither_scripts_nor_tools():
+    for path in PACKAGE:
+        top_level = {name.split(".")[0] for name in imports(path)}
+        assert not top_level & (SCRIPTS | {"tools", "docs"}), path
+
+
+def test_imports_within_the_package_go_one_way():
+    graph = {module_name(path): set(imports(path)) for path in PACKAGE}
+    while graph:
+        leaves = [name for name, imported in graph.items() if not imported & (set(graph) - {name})]
+        assert leaves, f"a circle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+LOOK = """
+import os, signal, sys, warnings
+import matplotlib, numpy, pandas, PIL.Image, torch
+def state():
+    return (sys.excepthook, PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters), signal.getsignal(signal.SIGINT),
+            signal.getsignal(signal.SIGTERM), matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams),
+            numpy.geterr(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
+            torch.backends.cudnn.benchmark, dict(os.environ), sys.stdout, sys.stderr)
+import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, scipy.ndimage, scipy.special, tqdm
+before = state()
+for name in sys.argv[1:]:
+    __import__(name)
+changed = [i for i, (a, b) in enumerate(zip(before, state())) if a != b]
+assert not changed, changed
+"""
+
+
+def test_importing_a_file_changes_nothing_in_the_process():
+    names = sorted(SCRIPTS) + [module_name(path) for path in PACKAGE]
+    done = subprocess.run([sys.executable, "-c", LOOK, *names], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,71 @@
+"""Several processes under torchrun train as one process does, and only the first writes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SMALL, train_small, train_steps, without_evaluation
+
+import train
+from adnc import distributed
+from utils import load_checkpoint
+
+EXACT = ["--amp", "off", "--augment", "no-flip", "--warmup-epochs", "0"]
+
+
+def torchrun(processes, *words, timeout=300):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(ROOT / "train.py"), *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
+    """Without MixUp and DropPath, whose random numbers each process draws for its own share."""
+    flags = ["--epochs", "2", "--batch-size", "13", *EXACT]  # 4 uneven steps an epoch
+    one = train_small(ad_nc, tmp_path / "one", *flags)
+    done = torchrun(2, "--data", ad_nc, "--out", tmp_path / "two", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and done.stdout.count("best epoch") == 1
+    a, b = (pd.read_csv(run / "training_history.csv") for run in (one, tmp_path / "two"))
+    for column in ("lr", "train_loss", "val_loss", "val_accuracy"):
+        np.testing.assert_allclose(a[column], b[column], rtol=2e-4)
+    for part in ("val", "test"):
+        p, q = (pd.read_csv(run / part / "predictions.csv") for run in (one, tmp_path / "two"))
+        assert p.path.tolist() == q.path.tolist()
+        np.testing.assert_allclose(p.p_AD, q.p_AD, atol=2e-3)
+
+    with without_evaluation():  # any number of processes resumes it
+        train.main(["--out", str(tmp_path / "two"), "--resume", "--epochs", "3"])
+    assert load_checkpoint(tmp_path / "two" / "last.pth")["epoch"] == 3
+
+
+def test_wrong_input_ends_all_processes(ad_nc, run_folder):
+    done = torchrun(2, "--data", ad_nc, "--out", run_folder, *SMALL, timeout=120)
+    assert done.returncode != 0 and "exists, and nothing is overwritten" in done.stderr
+
+
+def test_several_processes_on_a_cpu_do_not_train_batch_norm(ad_nc):
+    state = train.TrainState(
+        train.make_model("narrow"), device=torch.device("cpu"), amp=None, lr=1e-3
+    )
+    state.world = distributed.World(0, 2)
+    with pytest.raises(ValueError, match="BatchNorm over several processes on CUDA only"):
+        list(train.check_batches(state, 100, 16))
+
+
+def test_a_scheduler_that_names_only_the_number_of_processes_starts_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    cpu = torch.device("cpu")
+    assert distributed.join(cpu) == (distributed.World(), cpu)
+
+
+def test_the_optimizer_of_a_run_is_the_fused_one(ad_nc, tmp_path):
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1")
+    groups = load_checkpoint(run / "last.pth")["optimizer"]["param_groups"]
+    assert all(group["fused"] for group in groups)

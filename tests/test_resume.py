@@ -1,0 +1,263 @@
+"""A run that is stopped at any moment, by anything, resumes and ends with the bits of a run without the stop."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import command
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SMALL, train_small, train_steps, without_evaluation
+from PIL import Image, ImageOps
+
+import train
+from adnc.errors import InputError
+from utils import load_checkpoint, save_checkpoint
+
+FLAGS = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
+
+
+def assert_same(a, b):
+    """Two runs hold the same weights, states, history and predictions, bit for bit."""
+    for name in ("last.pth", "best_model.pth"):
+        one, other = load_checkpoint(a / name), load_checkpoint(b / name)
+        assert one["epoch"] == other["epoch"] and one.get("calibration") == other.get("calibration")
+        assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
+        if one.get("ema"):
+            assert all(torch.equal(one["ema"][key], other["ema"][key]) for key in one["ema"])
+    states = [load_checkpoint(run / "last.pth")["optimizer"]["state"] for run in (a, b)]
+    for number, state in states[0].items():
+        assert all(torch.equal(state[key], states[1][number][key]) for key in state)
+    histories = [pd.read_csv(run / "training_history.csv").drop(columns="images_per_s") for run in (a, b)]
+    assert histories[0].equals(histories[1]) and len(histories[0])
+    for file in ("test/predictions.csv", "test/scans.csv", "val/predictions.csv", "split.csv"):
+        if (a / file).exists():
+            assert (a / file).read_bytes() == (b / file).read_bytes()
+
+
+def resume(run, *flags):
+    with without_evaluation():
+        train.main(["--out", str(run), "--resume", *flags])
+    return run
+
+
+def stop_in_epoch(epoch, monkeypatch, problem=KeyboardInterrupt):
+    """Stop the next run within that epoch (from 1)."""
+    step = train.train_step
+
+    def stopping(state, *args, **kwargs):
+        if state.epoch == epoch - 1:
+            raise problem
+        return step(state, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", stopping)
+
+
+@pytest.fixture(scope="module")
+def whole(ad_nc, tmp_path_factory):
+    """A run without a stop."""
+    return train_steps(ad_nc, tmp_path_factory.mktemp("whole") / "run", *FLAGS)
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_run_stopped_by_ctrl_c_resumes_bit_identical_from_anywhere(ad_nc, tmp_path, monkeypatch, whole, epoch):
+    with monkeypatch.context() as patch:
+        stop_in_epoch(epoch, patch)
+        with pytest.raises(SystemExit) as stop:
+            train_steps(ad_nc, tmp_path / "run", *FLAGS)
+    assert stop.value.code == 130
+    log = (tmp_path / "run" / "training_log.txt").read_text()
+    assert f"stopped by Ctrl-C after epoch {epoch - 1}; resume with:" in log and log.rstrip().endswith("--resume")
+    monkeypatch.chdir(tmp_path)
+    resume("run")
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_model_with_batch_norm_resumes_bit_identical(ad_nc, tmp_path, monkeypatch):
+    flags = ["--epochs", "2", "--ema", "0.9", "--model", "narrow", "--keep", "last"]
+    whole = train_steps(ad_nc, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(2, patch)
+        with pytest.raises(SystemExit):
+            train_steps(ad_nc, tmp_path / "run", *flags)
+    assert_same(whole, resume(tmp_path / "run"))
+
+
+def test_a_run_killed_at_random_moments_ends_bit_identical(ad_nc, tmp_path, repeats):
+    flags = ["--data", str(ad_nc), *SMALL, *FLAGS, "--epochs", repeats("6", "12")]
+    whole = command.run(ROOT / "train.py", *flags, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    n_kills = repeats(6, 25)
+    done = command.run(ROOT / "tests" / "kill.py", tmp_path, n_kills, *flags, timeout=900)
+    assert done.returncode == 0, done.stderr
+    kills = re.findall(r"^killed; half written: (.*)$", done.stdout, re.MULTILINE)
+    assert len(kills) == n_kills and any(what != "nothing" for what in kills)  # in the middle of a save, too
+    n_finished = len(re.findall(r"^run \d+ finished$", done.stdout, re.MULTILINE))
+    assert n_finished >= 1
+    for run in range(n_finished):
+        assert_same(tmp_path / "whole", tmp_path / str(run))
+
+
+def test_sigterm_ends_the_process_at_once_and_the_run_resumes(ad_nc, tmp_path, whole):
+    words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, *FLAGS]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r" +2 ", line):  # the second epoch is done
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGTERM
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 2
+    assert_same(whole, resume(tmp_path / "run"))
+
+
+def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
+    words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r" +1 ", line):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] + 1
+    again = command.run_printed(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1], "--epochs", epochs)
+    assert again.returncode == 0, again.stderr
+    assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout
+
+
+def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, tmp_path):
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "2")
+    before = {path: path.read_bytes() for path in run.rglob("*.pth")}
+    done = command.run(ROOT / "train.py", "--out", run, "--resume", "--epochs", "4", file_size=5_000_000)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert re.search(r"\.pth cannot be written: .*\n.*last\.pth holds epoch 2; resume with", done.stderr)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert len(pd.read_csv(resume(run) / "training_history.csv")) == 4
+
+
+# ---------------------------------------------------------------- what may differ
+
+
+def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, capsys):
+    args = train.parse_args(["--out", str(run_folder), "--resume"])
+    assert args.lr == 2e-3 and args.model == "atto"
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--out", str(run_folder), "--resume", "--lr", "1", "--seed", "7"])
+    assert stop.value.code == 2
+    assert "--lr was 0.002, --seed was 0" in capsys.readouterr().err
+
+
+def test_fewer_epochs_than_are_trained_are_refused(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    with pytest.raises(InputError, match="--epochs is 3, but .* has trained 6; expected no fewer"):
+        resume(run, "--epochs", "3")
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    train.main(["--out", str(run), "--resume"])
+    assert_same(run_folder, run)
+    assert "its test scores are no longer the first" in (run / "training_log.txt").read_text()
+
+
+def test_a_run_is_resumed_with_its_own_files_or_not_at_all(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (run / "best_model.pth").unlink()
+    with pytest.raises(InputError, match="best_model.pth is gone"):
+        resume(run, "--epochs", "7")
+    shutil.copy(run_folder / "best_model.pth", run / "last.pth")
+    with pytest.raises(InputError, match="holds a model and no training to resume"):
+        resume(run)
+    (run / "last.pth").unlink()
+    with pytest.raises(InputError, match="holds no last.pth to resume"):
+        resume(run)
+    assert (run / "training_history.csv").read_bytes() == (run_folder / "training_history.csv").read_bytes()
+
+
+def test_a_run_resumes_on_its_own_slices_and_subjects_only(ad_nc, run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    other = shutil.copytree(ad_nc.parent, tmp_path / "other")
+    table = other / "subjects.csv"
+    genuine = table.read_text()
+    table.write_text(re.sub("(?m)^100,.*", "100,somebody else", genuine))
+    with pytest.raises(InputError, match="the slices are not those that .* was trained on"):
+        resume(run, "--epochs", "7", "--data", str(other / "AD_NC"))
+    table.write_text(genuine)
+    (other / "AD_NC" / "train" / "AD" / "100_70.jpeg").unlink()
+    with pytest.raises(InputError, match="the slices are not those that .* was trained on"):
+        resume(run, "--epochs", "7", "--data", str(other / "AD_NC"))
+    assert (run / "split.csv").read_bytes() == (run_folder / "split.csv").read_bytes()
+
+
+def invert(path):
+    ImageOps.invert(Image.open(path)).save(path)
+
+
+def exchange(one, other):
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [
+    lambda root: invert(root / "train" / "AD" / "100_70.jpeg"),
+    lambda root: exchange(root / "train" / "AD" / "101_70.jpeg", root / "train" / "AD" / "101_71.jpeg"),
+    lambda root: invert(root / "test" / "NC" / "400_72.jpeg"),
+])  # fmt: skip
+def test_a_run_resumes_on_the_same_pixels_only(ad_nc, tmp_path, change):
+    root = shutil.copytree(ad_nc.parent, tmp_path / "set") / "AD_NC"
+    run = train_steps(root, tmp_path / "run", "--epochs", "1")
+    before = (run / "last.pth").read_bytes()
+    change(root)
+    with pytest.raises(InputError, match="some files show other pixels"):
+        resume(run, "--epochs", "2")
+    assert (run / "last.pth").read_bytes() == before
+
+
+def test_a_run_on_the_default_folder_is_resumed_from_another_place(ad_nc, tmp_path, monkeypatch):
+    monkeypatch.chdir(ad_nc.parent)
+    with without_evaluation():
+        train.main(["--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"])
+    monkeypatch.chdir(tmp_path)
+    resume("run", "--epochs", "2")
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
+
+
+def test_another_precision_is_reported(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    last = load_checkpoint(run / "last.pth")
+    del last["format"]
+    save_checkpoint(run / "last.pth", **{**last, "precision": "float64"})
+    resume(run, "--epochs", "7")
+    assert "so far the run used float64, now" in (run / "training_log.txt").read_text()
+
+
+def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
+    script = (
+        "import os, sys, torch, conftest\n"
+        "conftest.train_steps(sys.argv[1], sys.argv[2], '--epochs', '1', '--deterministic')\n"
+        "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG']\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = command.run(script, ad_nc, tmp_path / "run", env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_runs_never_overwrite_each_other(ad_nc, run_folder):
+    before = (run_folder / "training_log.txt").read_text()
+    with pytest.raises(InputError, match="exists, and nothing is overwritten; choose a new --out, or add --resume"):
+        train_small(ad_nc, run_folder, "--epochs", "1")
+    assert (run_folder / "training_log.txt").read_text() == before
+
+
+def test_a_wrong_start_leaves_nothing(ad_nc, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        train_steps(ad_nc, tmp_path / "run", "--init", str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "run").exists()
