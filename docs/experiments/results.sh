@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every command behind a table or picture of this repository. From its folder, with the environment active:
 #
-#     bash docs/results.sh OASIS/AD_NC                  # five hours on two cores; runs/results holds the runs
-#     ONLY='oasis.*' bash docs/results.sh OASIS/AD_NC   # the runs of these names
-#     ONLY=none bash docs/results.sh OASIS/AD_NC        # trains nothing
-#     ONLY='gpu-.*' JOBS=8 bash docs/results.sh OASIS/AD_NC   # the runs for a GPU, eight at a time
+#     bash docs/experiments/results.sh OASIS/AD_NC                  # five hours on two cores; runs/results holds the runs
+#     ONLY='oasis.*' bash docs/experiments/results.sh OASIS/AD_NC   # the runs of these names
+#     ONLY=none bash docs/experiments/results.sh OASIS/AD_NC        # trains nothing
+#     ONLY='gpu-.*' JOBS=8 bash docs/experiments/results.sh OASIS/AD_NC   # the runs for a GPU, eight at a time
 #
 # A run that is finished is skipped, one that was interrupted is resumed. At the end each section of docs/results.md
 # whose runs are all there is written again, with its pictures in figures/; the others stay as they are. Two runs train
@@ -39,13 +39,13 @@ oasis() {  # SEED
     done; done
 }
 learning_curve 200 100 400
-train layer "--data $local --subjects 200 --recipe small --norm layer"
-train layer-head-batch "--data $local --subjects 200 --recipe small --norm layer --head-norm batch"
+train layer "--data $local --subjects 200 --recipe small --model-args norm=layer"
+train layer-head-batch "--data $local --subjects 200 --recipe small --model-args norm=layer head_norm=batch"
 oasis 0
 learning_curve 800 50
 oasis 1
 for seed in 0 1; do train "steps-n200-s$seed" "--data $local --subjects 200 --seed $seed $paper --epochs 80"; done
-leak="--model atto --image-size 64 --batch-size 16 --lr 1e-3 --patience 0 --no-augment"
+leak="--model atto --image-size 64 --batch-size 16 --lr 1e-3 --patience 0 --augment none"
 train by-subject "--data $data $leak --epochs 20"
 train by-slice-LEAKY "--data $data $leak --epochs 20 --split-by slice"
 phantom="$runs/PHANTOM/AD_NC"
@@ -58,10 +58,10 @@ for k in 0 1 2 3 4; do for model in small cnn; do
     train "gpu-oasis-$model-f$k" "--data $data --pool-test --folds 5 --fold $k $(flags_of $model) --epochs 10"
 done; done
 for model in small cnn; do train "gpu-$model-n200" "--data $local --subjects 200 $(flags_of $model)"; done
-train gpu-head-n200 "--data $local --subjects 200 --keep last --head-norm batch"
+train gpu-head-n200 "--data $local --subjects 200 --keep last --model-args head_norm=batch"
 
 draw() {  # NAME FLAGS...: a phantom, if a wanted run is on it and it is not there
-    if wanted | grep -q -- "--data $runs/$1/" && [ ! -d "$runs/$1" ]; then python phantom.py "$runs/$1" "${@:2}"; fi
+    if wanted | grep -q -- "--data $runs/$1/" && [ ! -d "$runs/$1" ]; then python -m tools.phantom "$runs/$1" "${@:2}"; fi
 }
 draw LOCAL --cue local --subjects 1000
 draw PHANTOM --subjects 100
@@ -78,7 +78,7 @@ wanted | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resum
 
 unset OMP_NUM_THREADS
 if [ -z "${ONLY:-}" ] && [ ! -f "$runs/speed.json" ]; then
-    python benchmark.py --json "$runs/speed.json" > "$runs/speed.txt"
+    python -m tools.benchmark --json "$runs/speed.json" > "$runs/speed.txt"
 fi
 
 # ---- the page
@@ -121,8 +121,8 @@ section() {  # TITLE NEEDED NAMES FUNCTION: written again where all NEEDED runs 
 import json, sys
 config = json.load(open(sys.argv[1]))
 used, v = config["used"], config["versions"]
-device = f"a CPU ({sys.argv[2]})" if used["device"] == "cpu" else used["device"]
-print(f"Trained on {device}, {used['threads']} thread a run, {used['amp']}; Python {v['python']}, "
+device = used["machine"].replace("cpu", f"a CPU ({sys.argv[2]})", 1)
+print(f"Trained on {device}, {used['precision']}; Python {v['python']}, "
       f"torch {v['torch']}, torchvision {v['torchvision']}, scikit-learn {v['scikit-learn']}.\n")
 PYTHON
     "$4"
@@ -137,7 +137,7 @@ compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
 
 local_cue() {
     cat <<'TEXT'
-The phantom with a local cue (`phantom.py --cue local`): the class shows in temporal horn and hippocampus alone. The best
+The phantom with a local cue (`tools.phantom --cue local`): the class shows in temporal horn and hippocampus alone. The best
 observer, who knows how far the disease went, is right on 0.915 of the subjects. 200 test subjects, six slices each, none
 used in any choice: recipes were ranked within train/ ([recipes.md](recipes.md)). `paper` is the documented recipe,
 shortened for a CPU: `atto` instead of `tiny`, 112 px instead of 224, batches of 32 for 20 epochs, 680 steps on 200
@@ -148,17 +148,17 @@ TEXT
     echo
     echo "and so on for 50 to 800 subjects and seeds 0 and 1."
     rm -f figures/learning_curve.png
-    tables python evaluate.py $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?') --curve figures/learning_curve.png
+    tables python -m docs.experiments.learning_curve figures/learning_curve.png $(finished 'paper-n*-s?' 'small-n*-s?' 'cnn-n*-s?')
     printf '\n![Learning curves](../figures/learning_curve.png)\n'
     local model n
     for model in small cnn paper; do
-        tables python evaluate.py "$runs"/$model-n200-s?
+        tables python -m tools.evaluate "$runs"/$model-n200-s?
     done
     for n in 50 100 200 400 800; do
-        compared python evaluate.py "$runs"/small-n$n-s? --against "$runs"/cnn-n$n-s?
+        compared python -m tools.evaluate "$runs"/small-n$n-s? --against "$runs"/cnn-n$n-s?
     done
     printf '\nThe small recipe on 100 subjects against the documented one on 200:\n'
-    compared python evaluate.py "$runs"/small-n100-s? --against "$runs"/paper-n200-s?
+    compared python -m tools.evaluate "$runs"/small-n100-s? --against "$runs"/paper-n200-s?
 }
 
 steps() {
@@ -168,7 +168,7 @@ The curves above have the same number of epochs for all sizes, so that 800 subje
 was run after the curves were seen, and nothing was chosen by it.
 TEXT
     commands 'steps-n200-s.'
-    tables python evaluate.py "$runs"/steps-n200-s?
+    tables python -m tools.evaluate "$runs"/steps-n200-s?
 }
 
 layer_norm() {
@@ -177,9 +177,9 @@ The small recipe on 200 subjects with LayerNorm everywhere, with BatchNorm on th
 (BatchNorm in stem and blocks, LayerNorm on the pooled features). What it means: [recipes.md](recipes.md).
 TEXT
     commands 'layer|layer-head-batch|small-n200-s0'
-    tables python evaluate.py "$runs"/{layer,layer-head-batch,small-n200-s0} --each
+    tables python -m docs.experiments.tables "$runs"/{layer,layer-head-batch,small-n200-s0}
     rm -rf "$runs/probe"
-    tables python evaluate.py "$runs"/{layer,layer-head-batch,small-n200-s0} --stress --out "$runs/probe" |
+    tables python -m docs.experiments.stress "$runs"/{layer,layer-head-batch,small-n200-s0} --out "$runs/probe" |
         sed -n '/^```bash/,/^```$/p; /linear read-out of/,$p'
     printf '\n![Read-out after each stage](../figures/probe.png)\n'
     cp "$runs/probe/probe.png" figures/probe.png
@@ -191,7 +191,7 @@ The runs of seed 0 on 400 subjects: share of scans whose decision changes with a
 unchanged slices `paper` has a lower AUROC than the others, so that more of its decisions may be close.
 TEXT
     rm -rf "$runs/stress"
-    tables python evaluate.py "$runs"/{paper,small,cnn}-n400-s0 --stress --out "$runs/stress"
+    tables python -m docs.experiments.stress "$runs"/{paper,small,cnn}-n400-s0 --out "$runs/stress"
     printf '\n![Decisions that change](../figures/stress.png)\n'
     cp "$runs/stress/stress.png" figures/stress.png
 }
@@ -212,15 +212,16 @@ TEXT
     for model in paper small cnn; do
         printf '\n### %s\n' "$model"
         commands "oasis-$model-s.-f."
-        tables python evaluate.py $(folds $model) --by "$(dirname "$data")/subjects.csv" cdr
+        tables python -m tools.evaluate $(folds $model)
+        tables python -m docs.experiments.tables $(folds $model) --by "$(dirname "$data")/subjects.csv" cdr
     done
     printf '\n### small, seed 0, beside the baselines\n'
     rm -rf "$runs/cv"
-    tables python evaluate.py "$runs"/oasis-small-s0-f? --out "$runs/cv"
+    tables python -m tools.evaluate "$runs"/oasis-small-s0-f? --out "$runs/cv"
     for pair in "small paper" "small cnn" "cnn paper"; do
         set -- $pair
         printf '\n### %s against %s\n' "$1" "$2"
-        compared python evaluate.py $(folds $1) --against $(folds $2)
+        compared python -m tools.evaluate $(folds $1) --against $(folds $2)
     done
     for name in roc_curve calibration risk_coverage confusion_matrix; do
         cp "$runs/cv/$name.png" "figures/oasis_$name.png"
@@ -232,22 +233,22 @@ full() {
 The documented recipe as `train.py` has it: `tiny`, 224 px, batches of 64, up to 100 epochs, fp16 with its scaler. On the
 OASIS-1 slices the five folds are those of seed 0 above, and validation chooses the epoch and the end, as by default; the
 small recipe and the plain CNN have ten epochs, as above. On the local cue (200 training subjects) the last epoch is
-kept, as above; `head` is the documented recipe with `--head-norm batch`. One seed. These commands were written before
+kept, as above; `head` is the documented recipe with `--model-args head_norm=batch`. One seed. These commands were written before
 the runs, and nothing was chosen by their scores.
 TEXT
     local model
     commands 'gpu-.*'
     for model in full small cnn; do
         printf '\n### Real slices, %s\n' "$model"
-        tables python evaluate.py "$runs"/gpu-oasis-$model-f?
+        tables python -m tools.evaluate "$runs"/gpu-oasis-$model-f?
     done
     for model in small cnn; do
         printf '\n### Real slices, full against %s\n' "$model"
-        compared python evaluate.py "$runs"/gpu-oasis-full-f? --against "$runs"/gpu-oasis-$model-f?
+        compared python -m tools.evaluate "$runs"/gpu-oasis-full-f? --against "$runs"/gpu-oasis-$model-f?
     done
     printf '\n### The local cue\n'
-    tables python evaluate.py $(finished 'gpu-*-n200') --each
-    compared python evaluate.py "$runs"/gpu-full-n200 --against "$runs"/gpu-small-n200
+    tables python -m docs.experiments.tables $(finished 'gpu-*-n200')
+    compared python -m tools.evaluate "$runs"/gpu-full-n200 --against "$runs"/gpu-small-n200
 }
 
 leakage() {
@@ -258,13 +259,13 @@ Validation of the first has ten subjects only. LEAKY at the test rows of the sec
 subject of the OASIS-1 test set is in train.
 TEXT
     commands 'by-subject|by-slice-LEAKY'
-    tables python evaluate.py "$runs/by-subject" "$runs/by-slice-LEAKY" --each
+    tables python -m docs.experiments.tables "$runs/by-subject" "$runs/by-slice-LEAKY"
     cat <<'TEXT'
 
 On the phantom, whose test set shares subjects with its training set, as that of `AD_NC` does:
 TEXT
     commands 'phantom-by-subject|phantom-by-slice-LEAKY'
-    tables python evaluate.py "$runs/phantom-by-subject" "$runs/phantom-by-slice-LEAKY" --each
+    tables python -m docs.experiments.tables "$runs/phantom-by-subject" "$runs/phantom-by-slice-LEAKY"
     cp "$runs/by-subject/training_curves.png" figures/leak_by_subject.png
     cp "$runs/by-slice-LEAKY/training_curves.png" figures/leak_by_slice.png
     cp "$runs/phantom-by-subject/test/window_accuracy.png" figures/phantom_window_accuracy.png
@@ -280,8 +281,8 @@ speed() {
 
 The first line of each group is the reference. See [speed.md](speed.md) for what is done and what is not shown.
 TEXT
-    block bash "python benchmark.py --json $runs/speed.json"
-    block "" "$(grep -v "decoded slices are kept" "$runs/speed.txt")"
+    block bash "python -m tools.benchmark --json $runs/speed.json"
+    block "" "$(cat "$runs/speed.txt")"
     echo
 }
 
@@ -289,8 +290,8 @@ TEXT
     cat <<'TEXT'
 # Results
 
-Written by `docs/results.sh`, which holds every command. A section is written again when its runs are all repeated; until
-then it is of an earlier version of the code. In brackets, 95 % intervals of a bootstrap over test subjects; they leave
+Written by `docs/experiments/results.sh`, which holds every command. A section is rewritten when all of its runs have
+been repeated; until then it shows an earlier version of the code. In brackets, 95 % intervals of a bootstrap over test subjects; they leave
 out the spread over seeds, training sets and validation splits. A slice-level score counts slices, a scan-level score
 scans, a subject-level score subjects. Each run prints its own tables to `training_log.txt`; these are printed by the
 commands above them. No GPU has been measured.
@@ -323,7 +324,7 @@ TEXT
 } > "$runs/results.md"
 mv "$runs/results.md" docs/results.md
 rm -f figures/phantom.png
-python phantom.py --sheet figures/phantom.png
+python -m tools.phantom --sheet figures/phantom.png
 # the documented recipe on AD_NC: 90 % of its 21,520 training slices in batches of 64
-python -c "import plots; plots.plot_lr('figures/lr_schedule.png', steps_per_epoch=303, epochs=100, warmup_epochs=1, lr=1e-4)"
+python -c "import utils; utils.plot_lr_schedule('figures/lr_schedule.png', steps_per_epoch=303, epochs=100, warmup_epochs=1, lr=1e-4)"
 echo "wrote docs/results.md and figures/"
