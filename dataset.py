@@ -1,15 +1,15 @@
 """The data: an index of slices, the split by subject, the audit, and batches for training.
 
-    python dataset.py AD_NC                     # the audit: what the folder holds and where it leaks
-    python dataset.py AD_NC --mean means.png    # does a mean slice already tell the classes apart?
+    python dataset.py AD_NC                     # the audit: the content of a folder, and leaks
+    python dataset.py AD_NC --mean means.png    # does a mean slice tell the classes apart?
 
-    index = read_index("ADNI/AD_NC")   # a DataFrame, one row a slice: path, label, scan, slice, subject, split, group
+    index = read_index("ADNI/AD_NC")   # path, label, scan, slice, subject, split, group
     index = split_index(index)         # 10 % of the training subjects become split "val"
 
-The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: the subject of a scan
-is known only from meta_data_with_label.json or subjects.csv beside AD_NC, or from names of scans in a known
-form. The audit reports what could not be checked without them. Exit status 1: training would refuse the set.
-"""
+The set is AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg. A scan is not a patient: the subject of a
+scan is known only from meta_data_with_label.json or subjects.csv beside AD_NC, or from names of
+scans in a known form. The audit reports what could not be checked without them. Exit status 1:
+training would refuse the set."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,8 @@ from adnc.scoring.metrics import window_vote
 class SliceSet:
     """Slices with their pixels.
 
-    index: one row a slice, with the columns of `read_index`, and error (reason why the file could not be
+    index: one row a slice, with the columns of `read_index`, and error (reason why the file could
+        not be
         read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
     images: uint8 (M, H, W). The pixels of a slice are images[row], whatever the order of the index.
     root: the folder AD_NC.
@@ -79,8 +80,8 @@ class SliceSet:
 def decode_set(root, *, use_cache=True, subject_pattern=None, progress="decoding"):
     """Index and decode the folder `root`, for training and for the audit; returns a SliceSet.
 
-    Files that cannot be used are left out and listed in `bad`. InputError if no slice of train/ is left.
-    """
+    Files that cannot be used are left out and listed in `bad`. InputError if no slice of train/ is
+    left. """
     listing = list_set(root, subject_pattern)
     index, bad = usable(listing.index)
     train = index.path[index.split == "train"]
@@ -89,7 +90,10 @@ def decode_set(root, *, use_cache=True, subject_pattern=None, progress="decoding
 
     paths = index.path.tolist()
     images, stats, errors = pixels.decode_files(
-        paths, lambda: pixels.common_size(train), root=listing.root if use_cache else None, progress=progress
+        paths,
+        lambda: pixels.common_size(train),
+        root=listing.root if use_cache else None,
+        progress=progress,
     )
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
     index, unreadable = usable(pd.concat([index, stats], axis=1))
@@ -105,13 +109,18 @@ def load_set(
     pool_test=False, drop_test_subjects=False, n_subjects=None, skip_bad=False, use_cache=True,
     subject_pattern=None, progress="decoding",
 ):  # fmt: skip
-    """Index, decode and split the folder `root`; the arguments are flags of train.py. Returns a SliceSet.
+    """Index, decode and split the folder `root`; the arguments are flags of train.py. Returns a
+    SliceSet.
 
-    Files that cannot be used are an InputError; with `skip_bad` they are left out and listed in `bad`.
-    """
-    slices = decode_set(root, use_cache=use_cache, subject_pattern=subject_pattern, progress=progress)
+    Files that cannot be used are an InputError; with `skip_bad` they are left out and listed in
+    `bad`. """
+    slices = decode_set(
+        root, use_cache=use_cache, subject_pattern=subject_pattern, progress=progress
+    )
     if slices.bad and not skip_bad:
-        raise InputError(describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad"))
+        raise InputError(
+            describe_bad(slices.bad, "fix or remove them, or leave them out with --skip-bad")
+        )
 
     index, dropped = slices.index, None
     if pool_test:
@@ -142,17 +151,16 @@ def check_classes(index, root):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
             raise InputError(
-                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two or more subjects "
-                "of each class in train/, and a --val-fraction above 0"
+                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two or "
+                "more subjects of each class in train/, and a --val-fraction above 0"
             )
 
 
 def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
     """Decode the slices of a Listing, into memory, as the slices of a checkpoint's training were.
 
-    `slice_size` is (H, W) and `bits` the depth of 16-bit files in training. Returns a SliceSet with every
-    row of the listing; a file that cannot be read has an error and no row.
-    """
+    `slice_size` is (H, W) and `bits` the depth of 16-bit files in training. Returns a SliceSet with
+    every row of the listing; a file that cannot be read has an error and no row. """
     index = listing.index
     readable = index.error.isna()
     images, stats, errors = pixels.decode_files(
@@ -172,11 +180,10 @@ def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
 class Batches:
     """Batches of (images uint8 (B, 1, H, W), labels int64 (B,)) of a SliceSet, on the device.
 
-    With a generator the order is a random permutation drawn from it, without one that of the index. The
-    last batch may be smaller. The set is put on a GPU once if it fits into half of the free memory; else one
-    thread fetches and pins the next batch. With `world` processes, process `rank` gets the rows rank,
-    rank + world, ... of each batch.
-    """
+    With a generator the order is a random permutation drawn from it, without one that of the index.
+    The last batch may be smaller. The set is put on a GPU once if it fits into half of the free
+    memory; else one thread fetches and pins the next batch. With `world` processes, process `rank`
+    gets the rows rank, rank + world, ... of each batch. """
 
     def __init__(self, slices, batch_size, *, generator=None, device=None, rank=0, world=1):
         self.images, self.rows = slices.images, slices.rows
@@ -191,7 +198,10 @@ class Batches:
         self.labels = self.labels.to(self.device)
         size = len(self.rows) * self.images[0].nbytes
         if size < torch.cuda.mem_get_info(self.device)[0] / 2:
-            parts = [torch.from_numpy(self.images[rows]) for rows in np.array_split(self.rows, 1 + size // 2**28)]
+            parts = [
+                torch.from_numpy(self.images[rows])
+                for rows in np.array_split(self.rows, 1 + size // 2**28)
+            ]
             self.images = torch.cat([part.to(self.device) for part in parts])
             self.rows = np.arange(len(self.rows))
 
@@ -221,7 +231,9 @@ class Batches:
             images = torch.from_numpy(self.images[rows])
             if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
                 images = images.pin_memory().to(self.device, non_blocking=True)
-        return images[:, None], self.labels[numbers.to(self.labels.device)]  # (B, H, W) -> (B, 1, H, W)
+        return images[:, None], self.labels[
+            numbers.to(self.labels.device)
+        ]  # (B, H, W) -> (B, 1, H, W)
 
 
 # ---------------------------------------------------------------- audit
@@ -248,7 +260,9 @@ def audit(slices):
     yield "slices per scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
     sizes = index[["width", "height"]].astype(int).value_counts().items()
-    sizes = ", ".join(f"{width} wide x {height} high ({n:,} slices)" for (width, height), n in sizes)
+    sizes = ", ".join(
+        f"{width} wide x {height} high ({n:,} slices)" for (width, height), n in sizes
+    )
     yield f"image sizes: {sizes}; {(index.colour > 0).sum():,} slices are in colour"
 
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
@@ -266,16 +280,16 @@ def audit_subjects(index):
     unknown = index.scan[index.subject.isna()]
     if len(unknown):
         yield (
-            f"NOT CHECKED: the subject of {unknown.nunique()} of {index.scan.nunique()} scans is unknown, first "
-            f"{unknown.iloc[0]}; whether train and test share these patients is unknown too, and a split treats "
-            "each such scan as a subject of its own"
+            f"NOT CHECKED: the subject of {unknown.nunique()} of {index.scan.nunique()} scans is "
+            f"unknown, first {unknown.iloc[0]}; whether train and test share these patients is "
+            "unknown too, and a split treats each such scan as a subject of its own"
         )
     n_test = index[index.split == "test"].subject.nunique()
     shared = subjects.shared_subjects(index)
     if shared:
         yield (
-            f"LEAK: {len(shared)} of the {n_test} test subjects are also in train: scores on all of test are too "
-            "high; look at those on subjects not seen in training"
+            f"LEAK: {len(shared)} of the {n_test} test subjects are also in train: scores on all "
+            "of test are too high; look at those on subjects not seen in training"
         )
     elif n_test:
         yield f"none of the {n_test} known test subjects is in train"
@@ -287,7 +301,8 @@ def audit_subjects(index):
 
 
 def means_by_position(slices, ranges=4):
-    """Rows for `plots.plot_means`: mean slices of each class, of all slices and of ranges of slice numbers."""
+    """Rows for `plots.plot_means`: mean slices of each class, of all slices and of ranges of slice
+    numbers."""
     numbers = slices.index.slice
     spans = [("all slices", numbers.min(), numbers.max())]
     for part in np.array_split(np.unique(numbers), min(ranges, numbers.nunique())):
@@ -327,15 +342,28 @@ def parse_args(argv=None):
     parser.add_argument("root", metavar="AD_NC", help="folder with train/ and test/")
     add_subject_pattern(parser)
     add = parser.add_argument_group("pictures of the training slices, new PNG files").add_argument
-    add("--montage", type=new_png, metavar="PNG", help="contact sheet of train/, by class and subject")
-    add("--augmented", type=new_png, metavar="PNG", help="the same slices as the network sees them in training")
+    add(
+        "--montage",
+        type=new_png,
+        metavar="PNG",
+        help="contact sheet of train/, by class and subject",
+    )
+    add(
+        "--augmented",
+        type=new_png,
+        metavar="PNG",
+        help="the same slices as the network sees them in training",
+    )
     add("--mean", type=new_png, metavar="PNG", help="mean slice of AD, of NC, and their difference")
     args = parser.parse_args(argv)
 
     root = Path(args.root).resolve()
     for path in filter(None, (args.montage, args.augmented, args.mean)):
         if root in Path(path).resolve().parents:
-            parser.error(f"{path} is inside the set, where it would be taken for a slice; name a file outside")
+            parser.error(
+                f"{path} is inside the set, where it would be taken for a slice; name a file "
+                "outside"
+            )
     return args
 
 
@@ -344,7 +372,9 @@ def main(argv=None):
     slices = decode_set(args.root, use_cache=False, subject_pattern=args.subject_pattern)
     for line in audit(slices):
         print(printable(line))
-    for line in draw_pictures(slices, montage=args.montage, augmented=args.augmented, mean=args.mean):
+    for line in draw_pictures(
+        slices, montage=args.montage, augmented=args.augmented, mean=args.mean
+    ):
         print(printable(line))
 
     if slices.bad:

@@ -5,9 +5,9 @@
     logits = model(torch.randn(8, 1, 224, 224))    # (8, 2)
 
 Modules carry the names of the paper's code: downsample_layers, stages, dwconv, norm, pwconv1, act,
-pwconv2, gamma, head. `load_weights` fills a model from a state dict of this project, the paper's code,
-torchvision or timm. The project is binary by design: every other file expects the two classes NC and AD.
-"""
+pwconv2, gamma, head. `load_weights` fills a model from a state dict of this project, the paper's
+code, torchvision or timm. The project is binary by design: every other file expects the two classes
+NC and AD. """
 
 import re
 
@@ -16,9 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Depths and dims of tiny to large: Liu et al. 2022, section 2.3. The four below tiny have the sizes of
-# timm and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808, table 9) with the block of V1. narrow is ours,
-# for few subjects: docs/recipes.md.
+# Depths and dims of tiny to large: Liu et al. 2022, section 2.3. The four below tiny have the sizes
+# of timm and ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808, table 9) with the block of V1. narrow
+# is ours, for few subjects: docs/recipes.md.
 VARIANTS = {
     "narrow": dict(
         depths=(1, 1, 1), dims=(32, 64, 128),
@@ -51,9 +51,8 @@ MODEL_ARGS = {
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops a residual branch per sample.
 
-    In training each sample is zeroed with probability `p` and the others are divided by 1 - p, so that
-    the expectation is kept. In evaluation it is the identity.
-    """
+    In training each sample is zeroed with probability `p` and the others are divided by 1 - p, so
+    that the expectation is kept. In evaluation it is the identity. """
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -73,8 +72,9 @@ class DropPath(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the channels (Ba et al. 2016, arXiv 1607.06450), epsilon 1e-6.
 
-    With `channels_first` it takes (N, C, H, W) instead of (..., C). In memory format channels_last the
-    two permutes are views, so both forms run the same kernel. Under autocast the output keeps the type of
+    With `channels_first` it takes (N, C, H, W) instead of (..., C). In memory format channels_last
+    the two permutes are views, so both forms run the same kernel. Under autocast the output keeps
+    the type of
     the input: the kernel sums in float32 anyway, and a float32 output would only be cast back.
     """
 
@@ -103,10 +103,9 @@ def make_norm(kind, dim):
 class ConvNeXtBlock(nn.Module):
     """One residual block (paper, figure 4), (N, C, H, W) -> (N, C, H, W).
 
-    Depthwise 7x7, norm, linear to 4C, GELU, linear to C, LayerScale, DropPath. `gamma` is LayerScale
-    (Touvron et al. 2021, arXiv 2103.17239): a learned factor per channel. At its initial value of 1e-6
-    every block starts as the identity.
-    """
+    Depthwise 7x7, norm, linear to 4C, GELU, linear to C, LayerScale, DropPath. `gamma` is
+    LayerScale (Touvron et al. 2021, arXiv 2103.17239): a learned factor per channel. At its initial
+    value of 1e-6 every block starts as the identity. """
 
     def __init__(self, dim, drop_path=0.0, layer_scale=1e-6, norm="layer"):
         super().__init__()
@@ -130,9 +129,8 @@ class ConvNeXtBlock(nn.Module):
 def make_stem(kind, in_chans, dim, norm):
     """The stem, which divides the sides by 4.
 
-    "patch" is the paper's: 4x4 with stride 4, norm. "conv": 3x3 with stride 2 and 3x3, each with norm and
-    ReLU, then 2x2 max pooling.
-    """
+    "patch" is the paper's: 4x4 with stride 4, norm. "conv": 3x3 with stride 2 and 3x3, each with
+    norm and ReLU, then 2x2 max pooling. """
     # Built in both cases: it draws random numbers, and a seed must keep its weights.
     patch = nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), make_norm(norm, dim))
     if kind == "patch":
@@ -149,8 +147,8 @@ def make_stem(kind, in_chans, dim, norm):
 
 
 def make_downsample(kind, dim, dim_out, norm):
-    """Between two stages: norm, then 2x2 with stride 2 ("patch", the paper's) or 3x3 and 2x2 max pooling
-    ("pool")."""
+    """Between two stages: norm, then 2x2 with stride 2 ("patch", the paper's) or 3x3 and 2x2 max
+    pooling ("pool")."""
     patch = nn.Conv2d(dim, dim_out, kernel_size=2, stride=2)  # built in both cases, as in make_stem
     if kind == "patch":
         return nn.Sequential(make_norm(norm, dim), patch)
@@ -174,8 +172,8 @@ class ConvNeXt(nn.Module):
         layer_scale: initial value of LayerScale.
         init_std: SD of the initial weights, or "fan_in" for 1 / sqrt(inputs of a neuron).
 
-    Takes (N, in_chans, H, W), gives logits (N, num_classes). With four stages H and W are at least 32.
-    """
+    Takes (N, in_chans, H, W), gives logits (N, num_classes). With four stages H and W are at least
+    32. """
 
     def __init__(
         self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0,
@@ -210,7 +208,8 @@ class ConvNeXt(nn.Module):
         """(N, in_chans, H, W) -> (N, dims[-1]): the normalised mean over the last feature map."""
         side = 2 * 2 ** len(self.stages)  # the stem divides by 4, each down-sampling by 2
         assert x.ndim == 4 and min(x.shape[2:]) >= side, (
-            f"the input has shape {tuple(x.shape)}; expected (N, C, H, W) with H and W of at least {side}"
+            f"the input has shape {tuple(x.shape)}; expected (N, C, H, W) with H and W of at least "
+            f"{side}"
         )
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))
@@ -221,10 +220,12 @@ class ConvNeXt(nn.Module):
 
 
 def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0, **model_args):
-    """A ConvNeXt with fresh weights. `model_args` are the keys of MODEL_ARGS, by default the variant's or
-    the paper's. ValueError for an unknown variant."""
+    """A ConvNeXt with fresh weights. `model_args` are the keys of MODEL_ARGS, by default the
+    variant's or the paper's. ValueError for an unknown variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"there is no ConvNeXt variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"there is no ConvNeXt variant {variant!r}; choose one of {', '.join(VARIANTS)}"
+        )
     settings = dict(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate)
     return ConvNeXt(**{**VARIANTS[variant], **settings, **model_args})
 
@@ -250,7 +251,8 @@ class PlainCNN(nn.Sequential):
 
 
 def make_model(variant, *, in_chans=1, num_classes=2, drop_path_rate=0.0, **model_args):
-    """The ConvNeXt of that name, or for "cnn" the plain CNN, which has neither DropPath nor MODEL_ARGS."""
+    """The ConvNeXt of that name, or for "cnn" the plain CNN, which has neither DropPath nor
+    MODEL_ARGS."""
     if variant == "cnn":
         return PlainCNN(in_chans=in_chans, num_classes=num_classes)
     sizes = dict(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate)
@@ -268,9 +270,9 @@ def has_batchnorm(model):
 
 # ---------------------------------------------------------------- weights of other projects
 
-# Each pair rewrites a name of torchvision (features, block, classifier) or timm (stem, blocks, conv_dw,
-# mlp, head.norm, head.fc) into ours. Even features are the stem and the down-samplings, odd ones the
-# stages; both count from 0 here.
+# Each pair rewrites a name of torchvision (features, block, classifier) or timm (stem, blocks,
+# conv_dw, mlp, head.norm, head.fc) into ours. Even features are the stem and the down-samplings,
+# odd ones the stages; both count from 0 here.
 _RENAMES = [
     (r"^features\.(\d*[02468])\.", lambda m: f"downsample_layers.{int(m[1]) // 2}."),
     (r"^features\.(\d*[13579])\.", lambda m: f"stages.{int(m[1]) // 2}."),
@@ -286,8 +288,11 @@ _RENAMES = [
     (r"^(classifier\.2|head\.fc)\.", "head."),
 ]
 
-# What wrappers put before a name: module. (DataParallel), _orig_mod. (torch.compile), model. (Lightning).
-_PREFIX = re.compile(r"^(?:.*?\.)??(?=(?:downsample_layers|stages|features|stem|norm|head|classifier)\.)")
+# What wrappers put before a name: module. (DataParallel), _orig_mod. (torch.compile), model.
+# (Lightning).
+_PREFIX = re.compile(
+    r"^(?:.*?\.)??(?=(?:downsample_layers|stages|features|stem|norm|head|classifier)\.)"
+)
 
 
 def our_name(name):
@@ -299,14 +304,14 @@ def our_name(name):
 
 
 def load_weights(model, state_dict):
-    """Fill `model` from a ConvNeXt state dict of this project, the paper's code, torchvision or timm.
+    """Fill `model` from a ConvNeXt state dict of this project, the paper's code, torchvision or
+    timm.
 
-    A stem of three channels is summed into a stem of one: on a grey image, copied three times, it gives
-    the same output. Tensors of another shape, such as a head for other classes, are left.
+    A stem of three channels is summed into a stem of one: on a grey image, copied three times, it
+        gives the same output. Tensors of another shape, such as a head for other classes, are left.
 
-    Returns (loaded, left): names of the parameters that were filled, and names on either side without a
-    partner. Raises ValueError if no block of the model was filled.
-    """
+    Returns (loaded, left): names of the parameters that were filled, and names on either side
+    without a partner. Raises ValueError if no block of the model was filled. """
     ours = model.state_dict()
     loaded, left = [], []
     for theirs, tensor in state_dict.items():
@@ -314,7 +319,11 @@ def load_weights(model, state_dict):
         if name == "downsample_layers.0.0.weight" and name in ours and ours[name].shape[1] == 1:
             tensor = tensor.sum(1, keepdim=True)
         # torchvision's layer_scale is (C, 1, 1) and timm's linear layers may be (4C, C, 1, 1)
-        if name in ours and name not in loaded and tensor.squeeze().shape == ours[name].squeeze().shape:
+        if (
+            name in ours
+            and name not in loaded
+            and tensor.squeeze().shape == ours[name].squeeze().shape
+        ):
             ours[name].copy_(tensor.reshape(ours[name].shape))
             loaded.append(name)
         else:
@@ -322,8 +331,9 @@ def load_weights(model, state_dict):
     if not any(name.startswith("stages.") for name in loaded):
         examples = ", ".join(list(state_dict)[:3])
         raise ValueError(
-            f"no block of the model could be filled: the weights are named {examples} ...; expected a "
-            "ConvNeXt of the same variant, as torchvision, timm or this project saves it"
+            f"no block of the model could be filled: the weights are named {examples} ...; "
+            "expected a ConvNeXt of the same variant, as torchvision, timm or this project saves "
+            "it"
         )
     left += [name for name in ours if name not in loaded and name not in left]
     return loaded, left

@@ -2,17 +2,17 @@
 
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
-    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC where the model is not sure
+    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC if the model is not sure
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
     python predict.py SLICES --explain auto            # attribution maps of each slice
     python predict.py SLICES --report report.html      # an HTML page with every scan
 
-INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a DICOM
-folder, or a folder of volumes. The checkpoint decides the architecture, the image size and, if it knows, how
-volumes are cut. Written to --out: predictions.csv (one row a slice), scans.csv and subjects.csv (mean p_AD,
-the calibrated probability of AD), and if the labels are known metrics.json and pictures. A file that cannot be
-read gets a row with the reason; a slice out of the training range gets a warning.
-"""
+INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a
+DICOM folder, or a folder of volumes. The checkpoint decides the architecture, the image size and,
+if it knows, how volumes are cut. Written to --out: predictions.csv (one row a slice), scans.csv and
+subjects.csv (mean p_AD, the calibrated probability of AD), and if the labels are known metrics.json
+and pictures. A file that cannot be read gets a row with the reason; a slice out of the training
+range gets a warning."""
 
 import sys
 from dataclasses import replace
@@ -39,9 +39,21 @@ from adnc.scoring.calibration import apply_calibration, max_coverage
 from adnc.volumes.look import add_look_flags, given_look_flags
 from dataset import Batches, load_inputs
 from modules import describe_model, make_model
-from utils import build_model, explain_out_of_memory, load_checkpoint, pick_amp, pick_device, precision_name
+from utils import (
+    build_model,
+    explain_out_of_memory,
+    load_checkpoint,
+    pick_amp,
+    pick_device,
+    precision_name,
+)
 
-METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of adnc.explain, imported on demand
+METHODS = (
+    "auto",
+    "integrated-gradients",
+    "occlusion",
+    "grad-cam",
+)  # of adnc.explain, imported on demand
 
 # ---------------------------------------------------------------- from slices to logits
 
@@ -50,15 +62,17 @@ METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")  # of adnc.e
 def predict_logits(
     model, slices, *, image_size, device, amp, mean=MEAN, std=STD, batch_size=64, progress=None
 ):
-    """z_AD - z_NC of a model for the N slices of a SliceSet, float64 (N,), in the order of its index.
+    """z_AD - z_NC of a model for the N slices of a SliceSet, float64 (N,), in the order of its
+    index.
 
-    The inference path of validation, the final test and predict.py. `progress` labels a progress bar.
-    InputError if an output is not finite, as when float16 overflows.
-    """
+    The inference path of validation, the final test and predict.py. `progress` labels a progress
+    bar. InputError if an output is not finite, as when float16 overflows. """
     engine = make_engine(model, device=device, amp=amp)
     batches = Batches(slices, batch_size, device=device)
     logits = [torch.zeros(0, len(CLASSES), device=device)]
-    for images, _ in tqdm(batches, progress, unit=" batches", leave=False, disable=None if progress else True):
+    for images, _ in tqdm(
+        batches, progress, unit=" batches", leave=False, disable=None if progress else True
+    ):
         logits.append(engine(eval_transform(images, image_size, mean, std)))
 
     z = torch.cat(logits).double().cpu().numpy()
@@ -66,8 +80,8 @@ def predict_logits(
     n_lost = int((~np.isfinite(z)).sum())
     if n_lost:
         raise InputError(
-            f"the model gives no finite output for {n_lost} of {len(z)} slices in {precision_name(amp)}; "
-            "try --amp off, or a lower --lr if it is being trained"
+            f"the model gives no finite output for {n_lost} of {len(z)} slices in "
+            f"{precision_name(amp)}; try --amp off, or a lower --lr if it is being trained"
         )
     return z
 
@@ -78,17 +92,23 @@ def predict_logits(
 def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=None):
     """Predict a SliceSet with the model and the baselines of a checkpoint.
 
-    Returns a table with metrics.PREDICTIONS, one row a row of the index; rows of files that could not be read
-    are empty. p_AD, the softmax probability of AD, is not yet calibrated: see `apply_calibration`. `exposure`
-    replaces the record of the checkpoint's training.
-    """
+    Returns a table with metrics.PREDICTIONS, one row a row of the index; rows of files that could
+    not be read are empty. p_AD, the softmax probability of AD, is not yet calibrated: see
+    `apply_calibration`. `exposure` replaces the record of the checkpoint's training. """
     slices = replace(slices, index=slices.index.reset_index(drop=True))
     readable = slices.where(slices.index.error.isna())
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     logits = predict_logits(
-        model, readable, image_size=checkpoint["image_size"], mean=checkpoint["mean"], std=checkpoint["std"],
-        device=device, amp=amp, batch_size=batch_size, progress="predicting",
-    )  # fmt: skip
+        model,
+        readable,
+        image_size=checkpoint["image_size"],
+        mean=checkpoint["mean"],
+        std=checkpoint["std"],
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        progress="predicting",
+    )
 
     index = readable.index
     predicted = index[[]].assign(
@@ -108,7 +128,8 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 
 
 def warn_of_rows(predictions, column, what):
-    """Warnings about the rows that have a text in a column: the first ten, and how many there are."""
+    """Warnings about the rows that have a text in a column: the first ten, and how many there
+    are."""
     rows = predictions[predictions[column].notna()]
     for path, text in rows[["path", column]].head(10).itertuples(index=False):
         if column == "out_of_range":
@@ -127,20 +148,25 @@ def warnings_about(predictions, checkpoint, coverage):
         most = max_coverage(checkpoint["calibration"], coverage)
         if most is not None:
             n_groups = checkpoint["calibration"]["groups"]
-            yield f"{n_groups} validation subjects allow a coverage of at most {most:.3f}: every set is AD|NC"
+            yield (
+                f"{n_groups} validation subjects allow a coverage of at most {most:.3f}: every set "
+                "is AD|NC"
+            )
     n_unlabelled = readable.label.isna().sum()
     if 0 < n_unlabelled < len(readable):
         yield f"{n_unlabelled} of {len(readable)} slices have no label: no scores are computed"
     yield from warn_of_rows(predictions, "error", "files could not be read")
     yield from warn_of_rows(
-        readable, "out_of_range", "slices are out of the training range, do not rely on their p_AD; if they show "
+        readable,
+        "out_of_range",
+        "slices are out of the training range, do not rely on their p_AD; if they show "
         "skulls and the training slices did not, strip volumes with --strip",
-    )  # fmt: skip
+    )
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
         yield (
-            f"{n_seen} of {readable.scan.nunique()} scans are of subjects seen in training: memory, not a test "
-            "(column exposure of scans.csv)"
+            f"{n_seen} of {readable.scan.nunique()} scans are of subjects seen in training: "
+            "memory, not a test (column exposure of scans.csv)"
         )
 
 
@@ -166,14 +192,20 @@ def format_scans(scans, most=10):
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either")
-    parser.add_argument("--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)")
-    parser.add_argument("--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)"
+    )
     add = parser.add_argument_group("beyond probabilities").add_argument
     add("--coverage", type=number(1e-6, 0.999999), metavar="C",
-        help="scan-level prediction sets that contain the label with this probability, e.g. 0.9")  # fmt: skip
+        help="scan-level prediction sets that contain the label with this probability, e.g. 0.9")
     add("--explain", choices=METHODS, metavar="METHOD",
-        help=f"attribution maps in --out/explanations: {', '.join(METHODS)} (auto: the first that passes its check)")  # fmt: skip
+        help="attribution maps in --out/explanations; auto: the first that passes its check")
     add("--report", metavar="FILE", help="write an HTML page with every scan")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
@@ -181,14 +213,21 @@ def parse_args(argv=None):
         help="auto: fp16 on CUDA, bf16 on a CPU that has it (auto)")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
     group = add_look_flags(parser, "the checkpoint's, or those of AD_NC")
-    group.add_argument("--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into")
+    group.add_argument(
+        "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into"
+    )
     return parser.parse_args(argv)
 
 
 def newest_checkpoint():
-    checkpoints = sorted(Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime)
+    checkpoints = sorted(
+        Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime
+    )
     if not checkpoints:
-        raise InputError("there is no runs/*/best_model.pth; train a model with train.py, or name one with --checkpoint")
+        raise InputError(
+            "there is no runs/*/best_model.pth; train a model with train.py, or name one with "
+            "--checkpoint"
+        )
     return checkpoints[-1]
 
 
@@ -199,11 +238,13 @@ def main(argv=None):
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
-        raise InputError(f"{path} is there to resume a training; predict with best_model.pth beside it")
+        raise InputError(
+            f"{path} is there to resume a training; predict with best_model.pth beside it"
+        )
     if args.coverage is not None and "calibration" not in checkpoint:
         raise InputError(
-            "the checkpoint is not calibrated, since its run did not finish; finish it with --resume, or leave out "
-            "--coverage"
+            "the checkpoint is not calibrated, since its run did not finish; finish it with "
+            "--resume, or leave out --coverage"
         )
     if args.report:
         from adnc.explain import report
@@ -217,20 +258,25 @@ def main(argv=None):
         from adnc.explain.attribution import Explainer
 
         explainer = Explainer(
-            build_model(checkpoint), lambda: make_model(**checkpoint["model"]), checkpoint, args.explain, device
+            build_model(checkpoint),
+            lambda: make_model(**checkpoint["model"]),
+            checkpoint,
+            args.explain,
+            device,
         )
     with explain_out_of_memory("lower --batch-size, or give fewer files at once"):
         predict(args, path, checkpoint, Path(out), explainer, device, amp)
 
 
 def predict(args, path, checkpoint, out, explainer, device, amp):
-    """Read the inputs, predict, and write everything that was asked for into the new folder `out`."""
+    """Read the inputs, predict, and write everything that was asked for into the new folder
+    `out`."""
     cut = cut_volumes(args, checkpoint)
     listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
     name = describe_model(checkpoint["model"]["variant"])
     print(
-        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; {len(listing.index):,} slices "
-        f"on {device}, {precision_name(amp)}"
+        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "
+        f"{len(listing.index):,} slices on {device}, {precision_name(amp)}"
     )
     for line in cut.lines:
         print(printable(line))
@@ -253,7 +299,10 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         print(f"warning: {printable(warning)}", file=sys.stderr)
     scans = metrics.aggregate(predictions[predictions.p_AD.notna()], "scan")
     if scans.empty:
-        raise InputError(f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists why")
+        raise InputError(
+            f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists "
+            "why"
+        )
     for line in format_scans(scans):
         print(printable(line))
     if scores:
@@ -269,17 +318,23 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             print(f"warning: {explained.sentence}", file=sys.stderr)
         print(f"attribution maps in {explained.folder}")
     if args.report:
-        write_page(args, path, checkpoint, slices, predictions, out, scores, warnings, cut.lines, explained)
+        write_page(
+            args, path, checkpoint, slices, predictions, out, scores, warnings, cut.lines, explained
+        )
 
 
 def cut_volumes(args, checkpoint):
     """The inputs with every volume replaced by a folder of its slices."""
     from adnc.volumes.cut import cut_inputs
 
-    return cut_inputs(args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices)
+    return cut_inputs(
+        args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices
+    )
 
 
-def write_page(args, path, checkpoint, slices, predictions, out, scores, warnings, notes, explained):
+def write_page(
+    args, path, checkpoint, slices, predictions, out, scores, warnings, notes, explained
+):
     """The HTML page of --report."""
     from adnc.explain.report import Report, write_report
 
@@ -288,10 +343,20 @@ def write_page(args, path, checkpoint, slices, predictions, out, scores, warning
         note = f"{explained.caution} {explained.sentence}."
         overlays = dict(overlays=explained.overlays, overlay_note=note)
     page = Report(
-        file=str(path), checkpoint=checkpoint, model_name=describe_model(checkpoint["model"]["variant"]),
-        inputs=args.inputs, coverage=args.coverage, index=slices.index, images=slices.images,
-        predictions=predictions, out=out, scores=scores, warnings=warnings, notes=notes, **overlays,
-    )  # fmt: skip
+        file=str(path),
+        checkpoint=checkpoint,
+        model_name=describe_model(checkpoint["model"]["variant"]),
+        inputs=args.inputs,
+        coverage=args.coverage,
+        index=slices.index,
+        images=slices.images,
+        predictions=predictions,
+        out=out,
+        scores=scores,
+        warnings=warnings,
+        notes=notes,
+        **overlays,
+    )
     print(write_report(args.report, page))
 
 

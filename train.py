@@ -1,15 +1,15 @@
 """Train a ConvNeXt to tell AD from NC.
 
-    python train.py --demo                             # no data needed: draws a phantom set, two minutes on a CPU
+    python train.py --demo                             # no data needed: draws a phantom set
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
     python train.py --out runs/tiny --resume           # resume a run, however it was stopped
-    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4   # four GPUs, a quarter of each batch on each
+    torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4     # four GPUs
 
 A run folder holds best_model.pth, last.pth, config.json (every flag), split.csv, training_log.txt,
-training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on val, unless
---keep is last; test is read once, at the end. last.pth is written after each epoch: `--resume` repeats the
-epoch that was lost, and ends with the bits that a run without the stop would have had.
-"""
+training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on
+val, unless --keep is last; test is read once, at the end. last.pth is written after each epoch:
+`--resume` repeats the epoch that was lost, and ends with the bits that a run without the stop would
+have had. """
 
 import contextlib
 import os
@@ -31,11 +31,22 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from adnc import CLASSES, distributed
-from adnc.cli import AMOUNT, COUNT, FRACTION, POSITIVE, SEED, SIDE, Parser, add_subject_pattern, number, run_script
+from adnc.cli import (
+    AMOUNT,
+    COUNT,
+    FRACTION,
+    POSITIVE,
+    SEED,
+    SIDE,
+    Parser,
+    add_subject_pattern,
+    number,
+    run_script,
+)
 from adnc.data import pixels, subjects
 from adnc.data.augment import MEAN, STD, train_transform
 from adnc.errors import InputError
-from adnc.files import new_folder, require_new, unused_name, write_csv, write_json
+from adnc.files import fingerprint, new_folder, require_new, unused_name, write_csv, write_json
 from adnc.phantom.draw import draw
 from adnc.pretrained import find_state_dict, load_tensors
 from adnc.scoring import assess
@@ -47,7 +58,6 @@ from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_we
 from predict import predict_logits, predict_slices
 from utils import (
     autocast,
-    build_model,
     device_name,
     explain_out_of_memory,
     load_checkpoint,
@@ -66,11 +76,11 @@ from utils import (
 
 # ---------------------------------------------------------------- flags
 
-# Every flag with its value in the documented recipe: the architecture of Liu et al. 2022, but not their
-# training settings.
+# Every flag with its value in the documented recipe: the architecture of Liu et al. 2022, but not
+# their training settings.
 DEFAULTS = dict(
-    data=None, demo=False, recipe="default", out=None, resume=False, skip_bad=False, subject_pattern=None,
-    no_cache=False,
+    data=None, demo=False, recipe="default", out=None, resume=False, skip_bad=False,
+    subject_pattern=None, no_cache=False,
     split=None, val_fraction=0.1, split_by="subject", fold=None, folds=None, pool_test=False,
     drop_test_subjects=False, subjects=None,
     model="tiny", image_size=224, drop_path=0.1, model_args=(), init=None,
@@ -84,13 +94,31 @@ DEFAULTS = dict(
 RECIPES = {
     "default": {},
     # For few subjects: chosen on folds of the phantom's local cue, see docs/recipes.md.
-    "small": dict(model="narrow", image_size=112, epochs=10, batch_size=32, lr=2e-3, drop_path=0.0, keep="last"),
-    # The small one in a minute on two cores. With so few steps the last epoch is not reliably the best.
-    "demo": dict(model="narrow", image_size=64, epochs=4, batch_size=32, lr=2e-3, drop_path=0.0, val_fraction=0.2),
+    "small": dict(
+        model="narrow",
+        image_size=112,
+        epochs=10,
+        batch_size=32,
+        lr=2e-3,
+        drop_path=0.0,
+        keep="last",
+    ),
+    # The small one in a minute on two cores. With few steps the last epoch is not always the best.
+    "demo": dict(
+        model="narrow",
+        image_size=64,
+        epochs=4,
+        batch_size=32,
+        lr=2e-3,
+        drop_path=0.0,
+        val_fraction=0.2,
+    ),
 }
 
 # Flags that may differ when a run is resumed: where it runs and when it ends, not how it learns.
-FREE_ON_RESUME = {"resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile"}
+FREE_ON_RESUME = {
+    "resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
+}
 
 DEMO_SUBJECTS = 80
 DEMO_VERSION = 1  # raise it when the phantom changes
@@ -105,31 +133,41 @@ def make_parser():
     data = parser.add_argument_group("data and output")
     add = data.add_argument
     add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC)")
-    add("--demo", **switch, help="draw a phantom set into the cache once, and train a small model on it")
-    add("--recipe", choices=RECIPES, help="small: narrow, 112 px, 10 epochs, for few subjects (default)")
+    add("--demo", **switch, help="draw a phantom set once, and train a small model on it")
+    add("--recipe", choices=RECIPES, help="small: for few subjects; see RECIPES (default)")
     add("--out", metavar="RUN", help="run folder, must not exist (default: runs/<time>-<model>)")
     add("--resume", **switch, help="resume the run in --out, with its flags")
-    add("--skip-bad", **switch, help="leave out files that cannot be used, and list them in skipped.csv")
+    add("--skip-bad", **switch, help="leave out unusable files, and list them in skipped.csv")
     add("--no-cache", **switch, help="decode into memory at each start, not once into the cache")
     add_subject_pattern(data)
 
     add = parser.add_argument_group("split").add_argument
-    add("--split", metavar="FILE", help="take the split from this split.csv, of another run or made by hand")
+    add(
+        "--split",
+        metavar="FILE",
+        help="take the split from this split.csv of a run, or made by hand",
+    )
     add("--val-fraction", type=FRACTION, metavar="F", help="share of train/ for validation (0.1)")
-    add("--split-by", choices=("subject", "slice"), help="slice LEAKS, to show what a leak does (subject)")
-    add("--fold", type=int, metavar="K", help="hold out fold K, from 0, of --folds of train/ instead of test/")
+    add("--split-by", choices=("subject", "slice"), help="slice LEAKS, to show the leak (subject)")
+    add("--fold", type=int, metavar="K", help="hold out fold K, from 0, of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
-    add("--pool-test", **switch, help="folds of train/ and test/ together, for sets with few subjects")
+    add("--pool-test", **switch, help="folds of train/ and test/ together, for few subjects")
     add("--drop-test-subjects", **switch, help="leave subjects of test/ out of train/")
-    add("--subjects", type=COUNT, metavar="N", help="train on N subjects of train/, for learning curves (all)")
+    add(
+        "--subjects", type=COUNT, metavar="N", help="train on N subjects, for learning curves (all)"
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="V", help=f"{', '.join(VARIANTS)}; or cnn, a plain CNN (tiny)")
     add("--image-size", type=SIDE, metavar="PX", help="side of the square input in pixels (224)")
     add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
-    add("--model-args", nargs="+", metavar="KEY=VALUE",
-        help="differences from the paper: norm, stem, downsample, head_norm, layer_scale, init_std")  # fmt: skip
-    add("--init", metavar="FILE", help="start from weights of torchvision, timm, the paper or this project")
+    add(
+        "--model-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help=f"not as the paper: {', '.join(MODEL_ARGS)}",
+    )
+    add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, metavar="N", help="length of the schedule (100)")
@@ -139,21 +177,31 @@ def make_parser():
     add("--label-smoothing", type=FRACTION, metavar="S", help="of the cross-entropy (0.1)")
     add("--clip-grad", type=POSITIVE, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=AMOUNT, metavar="N", help="linear warm-up before the cosine (1)")
-    add("--patience", type=number(0, 1e6, int), metavar="N",
-        help="stop after N epochs without a better validation accuracy; 0: never (20)")  # fmt: skip
-    add("--keep", choices=("best", "last"), help="the epoch to keep: best on validation, or last (best)")
-    add("--threshold", choices=("0.5", "youden"), help="p_AD from which AD is predicted; youden: from val (0.5)")
-    add("--ema", type=FRACTION, metavar="D", help="decay of a moving average of the weights; 0: none (0)")
+    whole = number(0, 1e6, int)
+    add(
+        "--patience",
+        type=whole,
+        metavar="N",
+        help="stop after N epochs without a better one; 0: never (20)",
+    )
+    add("--keep", choices=("best", "last"), help="epoch to keep: best on val, or last (best)")
+    add("--threshold", choices=("0.5", "youden"), help="p_AD of an AD; youden: fitted on val (0.5)")
+    add("--ema", type=FRACTION, metavar="D", help="decay of the averaged weights; 0: none (0)")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--augment", choices=("full", "no-flip", "none"),
-        help="no-flip: on AD_NC a flip swaps front and back; none: as in evaluation (full)")  # fmt: skip
+    kinds = ("full", "no-flip", "none")
+    add(
+        "--augment",
+        choices=kinds,
+        help="on AD_NC a flip swaps front and back; none: as in evaluation (full)",
+    )
     add("--mixup", type=AMOUNT, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2; 0: off (0)")
     add("--cutmix", type=AMOUNT, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0; 0: off (0)")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--amp", choices=("auto", "fp16", "bf16", "off"), help="auto: fp16 on CUDA, bf16 on a CPU that has it")
-    add("--compile", **switch, help="compile the model; needs a C++ compiler or CUDA, pays off in long runs")
+    modes = ("auto", "fp16", "bf16", "off")
+    add("--amp", choices=modes, help="auto: fp16 on CUDA, bf16 on a CPU that has it (auto)")
+    add("--compile", **switch, help="compile the model, for long runs; needs a C++ compiler")
     add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
     add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")
     add("--seed", type=SEED, metavar="S", help="of split, weights, order and augmentation (0)")
@@ -161,8 +209,8 @@ def make_parser():
 
 
 def merge_flags(given, saved=None):
-    """The value of every flag: flags that are given win over the saved ones of a run that is resumed, or over
-    the recipe's, and those over the defaults. All are dicts by name."""
+    """The value of every flag: flags that are given win over the saved ones of a run that is
+    resumed, or over the recipe's, and those over the defaults. All are dicts by name."""
     if saved is not None:
         return {**DEFAULTS, **saved, **given}
     recipe = given.get("recipe", "demo" if given.get("demo") else "default")
@@ -172,7 +220,8 @@ def merge_flags(given, saved=None):
 def parse_args(argv=None):
     """The flags as a Namespace, checked; with --resume those of the run, from its last.pth."""
     parser = make_parser()
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = vars(parser.parse_args(argv))
+    given = {name: value for name, value in given.items() if value is not None}
     saved = None
     if given.get("resume"):
         if "out" not in given:
@@ -184,7 +233,10 @@ def parse_args(argv=None):
             if name not in FREE_ON_RESUME and saved[name] != value
         ]
         if changed:
-            parser.error(f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a new run")
+            parser.error(
+                f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a "
+                "new run"
+            )
     args = Namespace(**merge_flags(given, saved))
 
     if args.model not in (*VARIANTS, "cnn"):
@@ -201,11 +253,16 @@ def parse_args(argv=None):
     if args.pool_test and args.folds is None:
         parser.error("--pool-test puts test/ into the folds; it goes with --fold and --folds")
     if args.folds is not None and args.drop_test_subjects:
-        parser.error("--drop-test-subjects looks into test/, which --folds does not read; leave out one of them")
+        parser.error(
+            "--drop-test-subjects looks into test/, which --folds does not read; leave out one of "
+            "them"
+        )
     if args.split:
         for name in ("folds", "drop_test_subjects", "subjects"):
             if args.__dict__[name]:
-                parser.error(f"--split names the split of every slice; leave out --{name.replace('_', '-')}")
+                parser.error(
+                    f"--split names the split of every slice; leave out --{name.replace('_', '-')}"
+                )
         if args.split_by == "slice":
             parser.error("--split names the split of every slice; leave out --split-by slice")
     if args.model == "cnn" and args.model_args:
@@ -221,10 +278,15 @@ def parse_args(argv=None):
 def read_saved_flags(out):
     """The flags of the run in folder `out`, as the resumed run needs them."""
     if not (out / "last.pth").exists():
-        raise InputError(f"{out} holds no last.pth to resume; start the run again, under a new --out")
+        raise InputError(
+            f"{out} holds no last.pth to resume; start the run again, under a new --out"
+        )
     last = load_checkpoint(out / "last.pth")
     if "optimizer" not in last:
-        raise InputError(f"{out / 'last.pth'} holds a model and no training to resume; restore it, or start a new run")
+        raise InputError(
+            f"{out / 'last.pth'} holds a model and no training to resume; restore it, or start a "
+            "new run"
+        )
     saved = last["flags"]
     if saved["split"]:
         saved["split"] = str(out / "split.csv")  # the same split, and it cannot have moved away
@@ -239,7 +301,10 @@ def parse_model_args(words):
     for word in words:
         key, _, value = word.partition("=")
         if key not in MODEL_ARGS:
-            raise ValueError(f"there is no {key or word}; expected one of {', '.join(MODEL_ARGS)}, as in norm=batch")
+            raise ValueError(
+                f"there is no {key or word}; expected one of {', '.join(MODEL_ARGS)}, as in "
+                "norm=batch"
+            )
         choices = MODEL_ARGS[key]
         if choices and value not in choices:
             raise ValueError(f"{key} is {value or 'empty'}; choose {' or '.join(choices)}")
@@ -249,7 +314,9 @@ def parse_model_args(words):
             try:
                 options[key] = POSITIVE(value)
             except Exception:
-                raise ValueError(f"{key} is {value or 'empty'}; expected a number above 0") from None
+                raise ValueError(
+                    f"{key} is {value or 'empty'}; expected a number above 0"
+                ) from None
     return options
 
 
@@ -257,7 +324,8 @@ def parse_model_args(words):
 
 
 def make_loss(label_smoothing=0.1):
-    """The loss as a function of logits (N, 2) and labels int (N,) or class shares (N, 2), returning (N,).
+    """The loss as a function of logits (N, 2) and labels int (N,) or class shares (N, 2), returning
+    (N,).
 
     Cross-entropy with label smoothing. For another loss change this function.
     """
@@ -265,15 +333,20 @@ def make_loss(label_smoothing=0.1):
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW (Loshchilov & Hutter 2019), with decay on matrices and kernels, not on biases, norms and gamma."""
+    """AdamW (Loshchilov & Hutter 2019), with decay on matrices and kernels, not on biases, norms
+    and gamma."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [
+        dict(params=decayed, weight_decay=weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def make_mix(mixup=0.0, cutmix=0.0):
-    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them per batch; None if both are off."""
+    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them per batch; None if both
+    are off."""
     mixes = []
     if mixup > 0:
         mixes.append(v2.MixUp(alpha=mixup, num_classes=len(CLASSES)))
@@ -283,7 +356,8 @@ def make_mix(mixup=0.0, cutmix=0.0):
 
 
 class TrainState:
-    """All that an epoch changes: model, moving average of its weights (or None), optimizer, scaler, history.
+    """All that an epoch changes: model, moving average of its weights (or None), optimizer, scaler,
+    history.
 
     Random states are not part of it: the random numbers of a step come from (seed, epoch, step).
     """
@@ -294,16 +368,19 @@ class TrainState:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ema = None
         if ema:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+            self.ema = AveragedModel(
+                model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True
+            )
         self.optimizer = make_optimizer(model, lr, weight_decay)
-        # The scaler skips a step whose gradient is not finite. It scales the loss for float16 alone;
-        # elsewhere by 1, or by a power of two after a skipped step, which changes no bit.
+        # The scaler skips a step whose gradient is not finite. It scales the loss for float16
+        # alone; elsewhere by 1, or by a power of two after a skipped step, which changes no bit.
         scaling = dict(init_scale=1.0, growth_interval=2**31 - 1)
         if amp == torch.float16:
             scaling = {}
         self.scaler = torch.amp.GradScaler(device.type, **scaling)
         self.forward = self.world.wrap(self.model, device)
         self.history = []  # a dict an epoch
+        self.nonfinite_in_a_row = torch.zeros((), device=device)  # skipped steps until now
 
     @property
     def epoch(self):
@@ -317,7 +394,8 @@ class TrainState:
 
     @property
     def min_batch(self):
-        """The smallest batch for a step: BatchNorm needs two slices, and every process needs one."""
+        """The smallest batch for a step: BatchNorm needs two slices, and every process needs
+        one."""
         return max(2 if has_batchnorm(self.model) else 1, self.world.size)
 
     def state_dict(self):
@@ -344,18 +422,19 @@ class TrainState:
 
 
 def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
-    """One step on images float32 (B, 1, S, S) and labels int (B,) or class shares (B, 2), on the device.
+    """One step on images float32 (B, 1, S, S) and labels int (B,) or class shares (B, 2), on the
+    device.
 
-    `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or gradient
-    is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses, the number of
-    correct predictions and of slices (all 0 if skipped), and 1 if the step was skipped, else 0.
-    """
+    `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or
+    gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses,
+    the number of correct predictions and of slices (all 0 if skipped), and 1 if the step was
+    skipped, else 0. """
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(state.device, state.amp):
         logits = state.forward(x.contiguous(memory_format=torch.channels_last))
         loss = criterion(logits, y).float().sum()
-    # The mean over processes of these is the mean over the batch. A loss that is not finite must not have
-    # a finite gradient.
+    # The mean over processes of these is the mean over the batch. A loss that is not finite must
+    # not have a finite gradient.
     share = torch.where(loss.isfinite(), state.world.size / (batch_size or len(x)), torch.nan)
     state.scaler.scale(loss * share).backward()
 
@@ -374,17 +453,26 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
 
 
 def train_one_epoch(
-    state, batches, *, criterion, schedule, image_size, seed=0, clip_grad=1.0, augment="full", mix=None
+    state,
+    batches,
+    *,
+    criterion,
+    schedule,
+    image_size,
+    seed=0,
+    clip_grad=1.0,
+    augment="full",
+    mix=None,
 ):
-    """A pass over `batches`. `schedule` holds the arguments of `lr_at`. Returns the row of the history: mean
-    loss and accuracy per slice, the last learning rate, slices per second and the number of skipped steps."""
+    """A pass over `batches`. `schedule` holds the arguments of `lr_at`. Returns the row of the
+    history: mean loss and accuracy per slice, the last learning rate, slices per second and the
+    number of skipped steps."""
     epoch, n_slices, size = state.epoch + 1, len(batches.rows), batches.batch_size
     world = state.world
     state.model.train()
     start = time.perf_counter()
     augmentation = torch.Generator()
     sums = torch.zeros(4, device=state.device)
-    nonfinite_in_a_row = torch.zeros((), device=state.device)
     bar = tqdm(
         batches, f"epoch {epoch}/{schedule['epochs']}", unit=" steps", leave=False,
         disable=None if world.is_main else True,
@@ -393,7 +481,8 @@ def train_one_epoch(
         batch_size = min(size, n_slices - step * size)  # over all processes
         if batch_size < state.min_batch:
             continue
-        # Every process drops other paths of other images, but augments an image as one process would.
+        # Every process drops other paths of other images, but augments an image as one process
+        # would.
         seed_everything(seed, epoch, step + 1, world.rank + 1)
         augmentation.manual_seed(seed_of(seed, epoch, step + 1))
 
@@ -406,15 +495,19 @@ def train_one_epoch(
         )  # fmt: skip
         if mix is not None:
             x, y = mix(x, y)  # y becomes (B, 2), a share of each class
-        done = train_step(state, x, y, criterion=criterion, clip_grad=clip_grad, batch_size=batch_size)
+        done = train_step(
+            state, x, y, criterion=criterion, clip_grad=clip_grad, batch_size=batch_size
+        )
         sums += done
-        nonfinite_in_a_row = (nonfinite_in_a_row + 1) * done[3]
+        state.nonfinite_in_a_row = (state.nonfinite_in_a_row + 1) * done[3]
 
         if step % 10 == 0 or step == len(batches) - 1:  # reading a number waits for a GPU
-            if nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+            n_nonfinite = int(state.nonfinite_in_a_row)
+            if n_nonfinite >= MAX_NONFINITE_STEPS:
                 raise InputError(
-                    f"the loss or its gradient was not finite in {nonfinite_in_a_row:.0f} steps in a row, the last of "
-                    f"them step {step + 1} of epoch {epoch}; start a new run with a lower --lr, or with --amp off"
+                    f"the loss or its gradient was not finite in {n_nonfinite} steps in "
+                    f"a row, the last of them step {step + 1} of epoch {epoch}; start a new run "
+                    "with a lower --lr, or with --amp off"
                 )
             mean_loss = (sums[0] / sums[2].clamp(min=1)).item()
             bar.set_postfix_str(f"loss {mean_loss:.4f}, lr {lr:.2e}")
@@ -431,8 +524,8 @@ def train_one_epoch(
 
 
 def validate(state, slices, *, image_size, batch_size):
-    """(scores, remark) of the kept model on a SliceSet: see `utils.validation_scores`. In process 0 alone,
-    for all; along the inference path of the final test."""
+    """(scores, remark) of the kept model on a SliceSet: see `utils.validation_scores`. In process 0
+    alone, for all; along the inference path of the final test."""
     answer = None
     if state.world.is_main:
         logits = predict_logits(
@@ -452,10 +545,16 @@ def format_epoch(row, best, remark):
     """A row of the epoch table, aligned with HEADER."""
     auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
     cells = [
-        f"{row['epoch']:>5}", f"{row['lr']:>8.2e}", f"{row['train_loss']:>7.4f}", f"{row['train_accuracy']:>6.3f}",
-        f"{row['val_loss']:>8.4f}", f"{row['val_accuracy']:>7.3f}", f"{row['val_balanced_accuracy']:>7.3f}",
-        f"{auroc:>6}", f"{row['images_per_s']:>7.1f}",
-    ]  # fmt: skip
+        f"{row['epoch']:>5}",
+        f"{row['lr']:>8.2e}",
+        f"{row['train_loss']:>7.4f}",
+        f"{row['train_accuracy']:>6.3f}",
+        f"{row['val_loss']:>8.4f}",
+        f"{row['val_accuracy']:>7.3f}",
+        f"{row['val_balanced_accuracy']:>7.3f}",
+        f"{auroc:>6}",
+        f"{row['images_per_s']:>7.1f}",
+    ]
     if best:
         cells.append("best")
     if row["skipped_steps"]:
@@ -466,8 +565,8 @@ def format_epoch(row, best, remark):
 
 
 def kept_row(history, keep):
-    """The row of the epoch that is kept, or None: the last one, or the best by validation accuracy. Ties: lower
-    loss, then earlier epoch."""
+    """The row of the epoch that is kept, or None: the last one, or the best by validation accuracy.
+    Ties: lower loss, then earlier epoch."""
     if not history:
         return None
     if keep == "last":
@@ -481,10 +580,18 @@ def fit(state, slices, args, out, card, log):
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
     batches = Batches(
-        train, args.batch_size, generator=order, device=state.device, rank=world.rank, world=world.size
+        train,
+        args.batch_size,
+        generator=order,
+        device=state.device,
+        rank=world.rank,
+        world=world.size,
     )
     schedule = dict(
-        steps_per_epoch=len(batches), epochs=args.epochs, warmup_epochs=args.warmup_epochs, lr=args.lr
+        steps_per_epoch=len(batches),
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        lr=args.lr,
     )
     criterion = make_loss(args.label_smoothing)
     mix = make_mix(args.mixup, args.cutmix)
@@ -504,10 +611,19 @@ def fit(state, slices, args, out, card, log):
             break
         order.manual_seed(seed_of(args.seed, state.epoch + 1))
         row = train_one_epoch(
-            state, batches, criterion=criterion, schedule=schedule, image_size=args.image_size, seed=args.seed,
-            clip_grad=args.clip_grad, augment=args.augment, mix=mix,
-        )  # fmt: skip
-        scores, remark = validate(state, val, image_size=args.image_size, batch_size=args.batch_size)
+            state,
+            batches,
+            criterion=criterion,
+            schedule=schedule,
+            image_size=args.image_size,
+            seed=args.seed,
+            clip_grad=args.clip_grad,
+            augment=args.augment,
+            mix=mix,
+        )
+        scores, remark = validate(
+            state, val, image_size=args.image_size, batch_size=args.batch_size
+        )
         state.history.append({"epoch": state.epoch + 1, **row, **scores})
 
         is_best = kept_row(state.history, args.keep) is state.history[-1]
@@ -524,7 +640,9 @@ def fit(state, slices, args, out, card, log):
         if args.split_by == "slice":
             title += ", LEAKY split by slice"
         best = kept_row(state.history, args.keep)
-        plot_training_curves(out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title)
+        plot_training_curves(
+            out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title
+        )
     if state.device.type == "cuda":
         log(f"peak GPU memory: {torch.cuda.max_memory_allocated(state.device) / 2**30:.2f} GiB")
 
@@ -541,9 +659,10 @@ def find_data(args):
     if os.path.isdir("AD_NC"):
         return "AD_NC"
     raise InputError(
-        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n"
-        "  python train.py --data AD_NC    trains on that folder: {train,test}/{AD,NC}/<scan>_<slice>.jpeg\n"
-        "  python train.py --demo          needs no data: it draws a synthetic set first"
+        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n  python "
+        "train.py --data AD_NC    trains on that folder: "
+        "{train,test}/{AD,NC}/<scan>_<slice>.jpeg\n  python train.py --demo          needs no "
+        "data: it draws a synthetic set first"
     )
 
 
@@ -561,17 +680,23 @@ def draw_demo():
 
 
 def load_init(model, path, log):
-    """Fill the model from the file of --init. Returns what is known about these weights: the file's name and
-    the exposure of their training, None if the file does not record it."""
+    """Fill the model from the file of --init. Returns what is known about these weights: the file's
+    name and the exposure of their training, None if the file does not record it."""
     content = load_tensors(path)
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
         raise InputError(f"--init {path}: {problem}") from None
-    log(f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: {', '.join(left) or 'none'}")
+    log(
+        f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: "
+        f"{', '.join(left) or 'none'}"
+    )
     exposure = content.get("exposure")
     if exposure is None:
-        log("--init does not record its training subjects; if subjects of val or test are among them, scores LEAK")
+        log(
+            "--init does not record its training subjects; if subjects of val or test are among "
+            "them, scores LEAK"
+        )
     return {"file": os.path.basename(path), "exposure": exposure}
 
 
@@ -584,8 +709,10 @@ def model_card(args, slices, state, init):
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
     mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
-    names = [os.path.relpath(path, slices.root) for path in index.path]
-    model = dict(variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path)
+    names = index.path.map(lambda path: os.path.relpath(path, slices.root))
+    model = dict(
+        variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path
+    )
     return {
         "model": {**model, **dict(args.model_args)},
         "classes": list(CLASSES),
@@ -600,14 +727,20 @@ def model_card(args, slices, state, init):
         "mean_slice": torch.from_numpy(mean_slice.round().astype(np.uint8)),
         "split_by": args.split_by,
         "split_hash": subjects.split_hash(index),
-        "data_hash": subjects.fingerprint("\n".join(sorted(f"{a} {b}" for a, b in zip(names, index.pixel_hash)))),
+        "data_hash": fingerprint("\n".join(sorted(names + " " + index.pixel_hash))),
         "exposure": exposure,
         "init": init,
         "data": os.path.abspath(slices.root),
         "flags": vars(args),
         "precision": precision_name(state.amp),
-        "machine": f"{device_name(state.device)}, {torch.get_num_threads()} threads, {state.world.size} processes",
+        "machine": describe_machine(state),
     }
+
+
+def describe_machine(state):
+    """What the bits of a run depend on, beside the versions of the packages."""
+    threads = torch.get_num_threads()
+    return f"{device_name(state.device)}, {threads} threads, {state.world.size} processes"
 
 
 def write_start(out, args, slices, card):
@@ -625,15 +758,22 @@ def write_start(out, args, slices, card):
 
 
 def restore(state, last, card, args, out, log):
-    """Put last.pth, as loaded, back into `state`, and log what differs now. InputError if the data changed."""
+    """Put last.pth, as loaded, back into `state`, and log what differs now. InputError if the data
+    changed."""
     if args.epochs < last["epoch"]:
-        raise InputError(f"--epochs is {args.epochs}, but {out} has trained {last['epoch']}; expected no fewer")
+        raise InputError(
+            f"--epochs is {args.epochs}, but {out} has trained {last['epoch']}; expected no fewer"
+        )
     if last["split_hash"] != card["split_hash"]:
         raise InputError(
-            f"the slices are not those that {out} was trained on; expected the same files, split and subjects"
+            f"the slices are not those that {out} was trained on; expected the same files, split "
+            "and subjects"
         )
     if last["data_hash"] != card["data_hash"]:
-        raise InputError(f"some files show other pixels than when {out} was started; restore them, or start a new run")
+        raise InputError(
+            f"some files show other pixels than when {out} was started; restore them, or start a "
+            "new run"
+        )
     if last["epoch"] and not (out / "best_model.pth").exists():
         raise InputError(f"{out / 'best_model.pth'} is gone; restore it, or start a new run")
     state.load_state_dict(last, same_precision=last["precision"] == card["precision"])
@@ -643,8 +783,9 @@ def restore(state, last, card, args, out, log):
         log("this run was finished: if it trains on, its test scores are no longer the first")
     if last["flags"]["epochs"] != args.epochs:
         log(
-            f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, the learning rate "
-            "jumps here, and the run is not the one that started with this length"
+            f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, "
+            "the learning rate jumps here, and the run is not the one that started with this "
+            "length"
         )
     for name in ("precision", "machine"):
         if last[name] != card[name]:
@@ -652,24 +793,29 @@ def restore(state, last, card, args, out, log):
 
 
 def check_batches(state, n_slices, batch_size):
-    """Lines on batches that BatchNorm or several processes leave out; InputError if nothing can be trained."""
+    """Lines on batches that BatchNorm or several processes leave out; InputError if nothing can be
+    trained."""
     if has_batchnorm(state.model) and state.world.size > 1 and state.device.type != "cuda":
-        raise InputError("PyTorch has BatchNorm over several processes on CUDA only; start one process")
+        raise InputError(
+            "PyTorch has BatchNorm over several processes on CUDA only; start one process"
+        )
     if min(batch_size, n_slices) < state.min_batch:
         raise InputError(
-            f"a batch needs {state.min_batch} slices or more (BatchNorm, or one for each process); --batch-size is "
-            f"{batch_size}, and there are {n_slices:,} training slices"
+            f"a batch needs {state.min_batch} slices or more (BatchNorm, or one for each process); "
+            f"--batch-size is {batch_size}, and there are {n_slices:,} training slices"
         )
     rest = n_slices % batch_size
     if 0 < rest < state.min_batch:
         yield (
-            f"the last batch of each epoch has {rest} of {n_slices:,} slices, too few for BatchNorm or for "
-            f"{state.world.size} processes; it is left out, in each epoch another one"
+            f"the last batch of each epoch has {rest} of {n_slices:,} slices, too few for "
+            f"BatchNorm or for {state.world.size} processes; it is left out, in each epoch another "
+            "one"
         )
 
 
 def command(*words):
-    """A command as the user would type it here: relative paths for what is below the working directory."""
+    """A command as the user would type it here: relative paths for what is below the working
+    directory."""
     relative = []
     for word in map(str, words):
         if os.path.isabs(word) and not os.path.relpath(word).startswith(".."):
@@ -682,10 +828,11 @@ def command(*words):
 
 
 def evaluate_kept_model(slices, args, out, *, device, amp, log):
-    """Calibrate the kept model on val, then evaluate it on val and, once, on test, along the path of predict.py.
+    """Calibrate the kept model on val, then evaluate it on val and, once, on test, along the path
+    of predict.py.
 
-    What is learned here, from train and val alone, goes into best_model.pth: baselines and calibration.
-    """
+    What is learned here, from train and val alone, goes into best_model.pth: baselines and
+    calibration. """
     path = out / "best_model.pth"
     checkpoint = load_checkpoint(path)
     checkpoint["baselines"] = fit_baselines(slices)
@@ -701,11 +848,12 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
     inherited = (checkpoint["init"] or {}).get("exposure")
     for split, title in titles.items():
         part = slices.part(split)
-        part.index = part.index.sort_values(["scan", "slice"])  # as predict.py orders them: same batches, same bits
+        # In the order of predict.py: same batches, same bits.
+        part.index = part.index.sort_values(["scan", "slice"])
         exposure = checkpoint["exposure"]
         stated = assess.statements(checkpoint)
         leaks, notes = stated["leaks"], stated["notes"]
-        if split == "val":  # in the exposure of the run by design; what counts is whether --init saw it
+        if split == "val":  # the run has seen it by design; the question is whether --init saw it
             exposure = inherited or subjects.record_exposure(slices.index[:0])
             if leaks:
                 leaks = ["split by slice, its scans were trained on"]
@@ -718,26 +866,38 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
             log(describe_calibration(calibration, predictions))
         predictions = apply_calibration(predictions, calibration, assess.COVERAGE)
         scores = assess.write_results(
-            predictions, out / split, title=title, leaks=leaks, notes=notes, coverage=assess.COVERAGE,
+            predictions,
+            out / split,
+            title=title,
+            leaks=leaks,
+            notes=notes,
+            coverage=assess.COVERAGE,
             calibration=calibration,
-        )  # fmt: skip
+        )
         if split == "val":  # it was chosen on: a line is enough
             log(
-                f"{scores['title']}: accuracy slice-level {assess.cell(scores['slice'], 'accuracy')}, "
-                f"scan-level {assess.cell(scores['scan'], 'accuracy')}"
+                f"{scores['title']}: accuracy slice-level "
+                f"{assess.cell(scores['slice'], 'accuracy')}, scan-level "
+                f"{assess.cell(scores['scan'], 'accuracy')}"
             )
         else:
             log("\n".join(assess.format_assessment(scores)))
 
 
 def describe_calibration(calibration, predictions):
-    unit = "subjects" if predictions.subject.notna().all() else "subjects (or scans of unknown subjects)"
+    unit = (
+        "subjects"
+        if predictions.subject.notna().all()
+        else "subjects (or scans of unknown subjects)"
+    )
     text = (
         f"calibrated on the {calibration['groups']} {unit} of validation: temperature "
         f"{calibration['temperature']:.3f}, threshold {calibration['threshold']:.3f}"
     )
     if max_coverage(calibration, assess.COVERAGE) is not None:
-        text += f"; too few subjects for a coverage of {assess.COVERAGE}: every prediction set is AD|NC"
+        text += (
+            f"; too few subjects for a coverage of {assess.COVERAGE}: every prediction set is AD|NC"
+        )
     return text
 
 
@@ -755,7 +915,7 @@ def main(argv=None):
     amp = pick_amp(args.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
 
-    advice = f"lower --batch-size (now {args.batch_size}) first, then --image-size (now {args.image_size})"
+    advice = f"lower --batch-size ({args.batch_size}) first, then --image-size ({args.image_size})"
     with explain_out_of_memory(advice):
         train(args, world, device, amp)
 
@@ -764,12 +924,21 @@ def train(args, world, device, amp):
     """Read the data, build the model, make or open the run folder, train, evaluate."""
     with world.main_first():  # one process fills the cache
         slices = load_set(
-            find_data(args), val_fraction=args.val_fraction, split_by=args.split_by, seed=args.seed,
-            split_file=args.split, fold=args.fold, folds=args.folds, pool_test=args.pool_test,
-            drop_test_subjects=args.drop_test_subjects, n_subjects=args.subjects, skip_bad=args.skip_bad,
-            use_cache=not args.no_cache, subject_pattern=args.subject_pattern,
+            find_data(args),
+            val_fraction=args.val_fraction,
+            split_by=args.split_by,
+            seed=args.seed,
+            split_file=args.split,
+            fold=args.fold,
+            folds=args.folds,
+            pool_test=args.pool_test,
+            drop_test_subjects=args.drop_test_subjects,
+            n_subjects=args.subjects,
+            skip_bad=args.skip_bad,
+            use_cache=not args.no_cache,
+            subject_pattern=args.subject_pattern,
             progress="decoding" if world.is_main else None,
-        )  # fmt: skip
+        )
 
     lines = []  # for the log, whose folder is made when nothing can fail any more
     seed_everything(args.seed)
@@ -781,7 +950,13 @@ def train(args, world, device, amp):
     elif args.init:
         init = load_init(model, args.init, lines.append)
     state = TrainState(
-        model, device=device, amp=amp, lr=args.lr, weight_decay=args.weight_decay, ema=args.ema, world=world
+        model,
+        device=device,
+        amp=amp,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        ema=args.ema,
+        world=world,
     )
     card = model_card(args, slices, state, init)
     lines += check_batches(state, len(slices.part("train")), args.batch_size)
@@ -802,8 +977,9 @@ def train(args, world, device, amp):
 
     n_parameters = sum(p.numel() for p in model.parameters())
     log(
-        f"{describe_model(args.model)}, {n_parameters:,} parameters, {args.image_size} px, {device}, "
-        f"{precision_name(amp)}, {world.size} process{'es' if world.size > 1 else ''}; run folder {out}"
+        f"{describe_model(args.model)}, {n_parameters:,} parameters, {args.image_size} px, "
+        f"{device}, {precision_name(amp)}, {world.size} process{'es' if world.size > 1 else ''}; "
+        f"run folder {out}"
     )
     for line in slices.notes:
         log(line)
@@ -816,7 +992,8 @@ def train(args, world, device, amp):
     if args.skip_bad:
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
 
-    resume = f"resume with:\n  {command(sys.executable, os.path.abspath(__file__), '--out', out, '--resume')}"
+    resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
+    resume = f"resume with:\n  {resume}"
     try:
         fit(state, slices, args, out, card, log)
         world.leave()
@@ -826,7 +1003,9 @@ def train(args, world, device, amp):
         log(f"stopped by Ctrl-C after epoch {state.epoch}; {resume}")
         sys.exit(130)
     except (InputError, OSError) as problem:
-        raise type(problem)(f"{problem}\n{out / 'last.pth'} holds epoch {state.epoch}; {resume}") from None
+        raise type(problem)(
+            f"{problem}\n{out / 'last.pth'} holds epoch {state.epoch}; {resume}"
+        ) from None
 
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:

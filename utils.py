@@ -1,8 +1,9 @@
-"""Utilities: seeds, device and precision, learning-rate schedule, checkpoints, run log, training curves.
+"""Utilities: seeds, device and precision, learning-rate schedule, checkpoints, run log, training
+curves.
 
-A checkpoint holds plain Python values and tensors, so that it loads with weights_only=True. best_model.pth
-is a model with everything that predict.py needs; last.pth is a run with everything that --resume needs.
-"""
+A checkpoint holds plain Python values and tensors, so that it loads with weights_only=True.
+best_model.pth is a model with everything that predict.py needs; last.pth is a run with everything
+that --resume needs. """
 
 import contextlib
 import math
@@ -29,7 +30,8 @@ def seed_of(*numbers):
 
 
 def seed_everything(*numbers):
-    """Seed Python, NumPy and PyTorch on all devices from whole numbers such as (seed, epoch, step)."""
+    """Seed Python, NumPy and PyTorch on all devices from whole numbers such as (seed, epoch,
+    step)."""
     seed = seed_of(*numbers)
     random.seed(seed)
     np.random.seed(seed)
@@ -40,12 +42,15 @@ def seed_everything(*numbers):
 
 
 def pick_device(name="auto"):
-    """The device of that name; "auto" is CUDA if there is a GPU, else the CPU. InputError if unusable."""
+    """The device of that name; "auto" is CUDA if there is a GPU, else the CPU. InputError if
+    unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # fails for a device that is not there, or holds no numbers
+        torch.zeros(
+            1, device=device
+        ).item()  # fails for a device that is not there, or holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
         raise InputError(
@@ -55,7 +60,8 @@ def pick_device(name="auto"):
 
 
 def has_native_bf16():
-    """Whether this CPU computes in bf16. oneDNN emulates it on an AVX-512 CPU without it, slowly."""
+    """Whether this CPU computes in bf16. oneDNN emulates it on an AVX-512 CPU without it,
+    slowly."""
     if not torch.backends.mkldnn.is_available():
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -66,7 +72,8 @@ def has_native_bf16():
 
 
 def pick_amp(mode, device):
-    """The dtype to autocast to, or None for float32. "auto": fp16 on CUDA, bf16 on a CPU that has it."""
+    """The dtype to autocast to, or None for float32. "auto": fp16 on CUDA, bf16 on a CPU that has
+    it."""
     if mode == "auto":
         mode = "off"
         if device.type == "cuda":
@@ -74,7 +81,9 @@ def pick_amp(mode, device):
         elif device.type == "cpu" and has_native_bf16():
             mode = "bf16"
     if mode == "fp16" and device.type != "cuda":
-        raise InputError(f"--amp fp16 needs a CUDA GPU, this is {device.type}; choose bf16, off or auto")
+        raise InputError(
+            f"--amp fp16 needs a CUDA GPU, this is {device.type}; choose bf16, off or auto"
+        )
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[mode]
 
 
@@ -92,7 +101,8 @@ def device_name(device):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turn an error of exhausted memory, of the GPU or the machine, into one sentence with advice."""
+    """Turn an error of exhausted memory, of the GPU or the machine, into one sentence with
+    advice."""
     try:
         yield
     except MemoryError:
@@ -109,11 +119,12 @@ def explain_out_of_memory(advice):
 
 
 def lr_at(step, *, steps_per_epoch, epochs, warmup_epochs, lr):
-    """The learning rate of optimizer step `step` (from 0): linear warm-up to `lr`, then cosine to 0.
+    """The learning rate of optimizer step `step` (from 0): linear warm-up to `lr`, then cosine to
+    0.
 
-    The warm-up ends after warmup_epochs * steps_per_epoch steps, the cosine (Loshchilov & Hutter 2017,
-    arXiv 1608.03983) after epochs * steps_per_epoch. A pure function, so a resumed run cannot drift.
-    """
+    The warm-up ends after warmup_epochs * steps_per_epoch steps, the cosine (Loshchilov & Hutter
+    2017, arXiv 1608.03983) after epochs * steps_per_epoch. A pure function, so a resumed run cannot
+    drift. """
     warmup = warmup_epochs * steps_per_epoch
     total = epochs * steps_per_epoch
     if step < warmup:
@@ -140,17 +151,22 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path):
-    """A checkpoint of `save_checkpoint`. InputError for a file that is damaged, or of another kind or version."""
+    """A checkpoint of `save_checkpoint`. InputError for a file that is damaged, or of another kind
+    or version."""
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this project; expected best_model.pth of a run")
+        raise InputError(
+            f"{path} is not a checkpoint of this project; expected best_model.pth of a run"
+        )
     if checkpoint["format"] != FORMAT:
         raise InputError(
             f"{path} has format {checkpoint['format']}, this version reads {FORMAT}; "
             "train it again, or use the version that wrote it"
         )
     if checkpoint["classes"] != list(CLASSES):
-        raise InputError(f"{path} has the classes {checkpoint['classes']}; expected {list(CLASSES)}")
+        raise InputError(
+            f"{path} has the classes {checkpoint['classes']}; expected {list(CLASSES)}"
+        )
     return checkpoint
 
 
@@ -179,20 +195,31 @@ def make_log(path):
 def plot_lr_schedule(path, *, steps_per_epoch, epochs, **schedule):
     """The learning rate over the epochs, from `lr_at` itself."""
     steps = np.unique(np.linspace(0, epochs * steps_per_epoch - 1, 2000).astype(int))
-    rates = [lr_at(step, steps_per_epoch=steps_per_epoch, epochs=epochs, **schedule) for step in steps]
+    rates = [
+        lr_at(step, steps_per_epoch=steps_per_epoch, epochs=epochs, **schedule) for step in steps
+    ]
     with plots.figure(path, "learning rate: warm-up, then cosine, by step") as ((axes,),):
         axes.plot(steps / steps_per_epoch, rates)
         axes.set(xlabel="epoch", ylabel="learning rate")
 
 
 def plot_training_curves(path, history, kept_epoch, title):
-    """Slice-level loss and accuracy of training and validation by epoch, and the epoch that was kept."""
+    """Slice-level loss and accuracy of training and validation by epoch, and the epoch that was
+    kept."""
     with plots.figure(path, title, columns=2) as ((loss, accuracy),):
         for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
             label = "training (smoothed labels)" if name == "loss" else "training"
             axes.plot(history.epoch, history[f"train_{name}"], label=label, **plots.LOOK["slice"])
-            axes.plot(history.epoch, history[f"val_{name}"], label="validation", **plots.LOOK["scan"])
-            axes.axvline(kept_epoch, color="grey", linestyle=":", linewidth=1, label=f"kept: epoch {kept_epoch}")
+            axes.plot(
+                history.epoch, history[f"val_{name}"], label="validation", **plots.LOOK["scan"]
+            )
+            axes.axvline(
+                kept_epoch,
+                color="grey",
+                linestyle=":",
+                linewidth=1,
+                label=f"kept: epoch {kept_epoch}",
+            )
             axes.set(xlabel="epoch", ylabel=f"{name} (slice-level)")
             axes.legend()
         loss.axhline(math.log(2), color="grey", linewidth=0.8)
@@ -205,17 +232,18 @@ def plot_training_curves(path, history, kept_epoch, title):
 def validation_scores(index, logits):
     """Scores of an epoch, from the index of validation slices and their logits z_AD - z_NC (N,).
 
-    Returns (scores, remark). A dict of the slice-level loss (cross-entropy without label smoothing),
-    accuracy and balanced accuracy and of the scan-level AUROC; and a sentence if every slice gets the same
-    prediction, else "".
-    """
+    Returns (scores, remark). A dict of the slice-level loss (cross-entropy without label
+    smoothing), accuracy and balanced accuracy and of the scan-level AUROC; and a sentence if every
+    slice gets the same prediction, else "". """
     is_ad = (index.label == "AD").to_numpy()
     p_ad = metrics.expit(logits)
     predicted_ad = p_ad >= metrics.THRESHOLD
     p_label = np.where(is_ad, p_ad, 1 - p_ad)
 
     slices = metrics.point_scores(is_ad, p_ad, predicted_ad)
-    scans = index.assign(p_AD=p_ad).groupby("scan").agg(label=("label", "first"), p_AD=("p_AD", "mean"))
+    scans = (
+        index.assign(p_AD=p_ad).groupby("scan").agg(label=("label", "first"), p_AD=("p_AD", "mean"))
+    )
     scan_p_ad = scans.p_AD.round(12).to_numpy()
     scan_is_ad = (scans.label == "AD").to_numpy()
     scan_scores = metrics.point_scores(scan_is_ad, scan_p_ad, scan_p_ad >= metrics.THRESHOLD)

@@ -1,4 +1,5 @@
-"""What the five scripts use and a first reader need not open: data, scores, volumes, explanations, the phantom.
+"""What the five scripts use and a first reader need not open: data, scores, volumes, explanations,
+the phantom.
 
 Nothing in this package imports the scripts or `tools`. Models, paths and numbers are passed in.
 """

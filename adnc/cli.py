@@ -13,7 +13,8 @@ from adnc.errors import InputError, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as the manual. Wrong usage is one `error:` line, status 2."""
+    """argparse with the script's docstring as the manual. Wrong usage is one `error:` line, status
+    2."""
 
     def __init__(self, manual):
         super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +67,9 @@ def new_png(word):
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{word} does not end in .png")
     if os.path.lexists(path):
-        raise argparse.ArgumentTypeError(f"{word} exists, and nothing is overwritten; choose another name")
+        raise argparse.ArgumentTypeError(
+            f"{word} exists, and nothing is overwritten; choose another name"
+        )
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write into")
     return word
@@ -75,8 +78,10 @@ def new_png(word):
 def add_subject_pattern(group):
     """The flag --subject-pattern of the commands that read names of scans."""
     group.add_argument(
-        "--subject-pattern", type=regex, metavar="REGEX",
-        help="regular expression whose first group is the subject in the name of a scan, e.g. '(sub\\d+)_'",
+        "--subject-pattern",
+        type=regex,
+        metavar="REGEX",
+        help="regular expression whose first group is the subject, in names of scans: '(sub\\d+)_'",
     )
 
 
@@ -84,7 +89,8 @@ def add_subject_pattern(group):
 
 
 def run_script(main):
-    """Call `main()`. InputError, OSError and MemoryError become one `error:` line and exit status 2.
+    """Call `main()`. InputError, OSError and MemoryError become one `error:` line and exit status
+    2.
 
     Any other exception is a defect of this program and keeps its traceback. Warnings are one line.
     """

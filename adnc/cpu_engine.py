@@ -1,10 +1,10 @@
 """A fast engine for predictions of a ConvNeXt on a CPU.
 
-On a GPU the engine is the model under autocast. On a CPU the same function is computed differently, up to rounding:
-LayerScale is folded into the linear layer before it, BatchNorm into the convolution before it; linear layers hold their
-weights in oneDNN's blocked layout, with GELU in the same kernel; and every core works on a few images of its own, in the
-wide layers on some rows of them, so that activations stay in its cache.
-"""
+On a GPU the engine is the model under autocast. On a CPU the same function is computed differently,
+up to rounding: LayerScale is folded into the linear layer before it, BatchNorm into the convolution
+before it; linear layers hold their weights in oneDNN's blocked layout, with GELU in the same
+kernel; and every core works on a few images of its own, in the wide layers on some rows of them, so
+that activations stay in its cache. """
 
 import copy
 import functools
@@ -16,24 +16,26 @@ import torch.nn.functional as F
 from torch import nn
 
 HIDDEN_BYTES = 2**20  # of the widest activations of a block at once: a core's share of the cache
-MAX_WORKERS = 8  # beyond, threads wait for the interpreter's lock; each gets more than one core instead
+MAX_WORKERS = (
+    8  # beyond, threads wait for the interpreter's lock; each gets more than one core instead
+)
 
 
 def images_at_once(device, height, width):
-    """How many images go through the model at once. On a CPU 8 of 224 x 224 pixels, or as many smaller ones: more do not
-    stay in its cache. On a GPU all of them."""
+    """How many images go through the model at once. On a CPU 8 of 224 x 224 pixels, or as many
+    smaller ones: more do not stay in its cache. On a GPU all of them."""
     if device.type != "cpu":
         return 2**31
     return max(1, round(8 * 224**2 / (height * width)))
 
 
 def make_engine(model, *, device, amp):
-    """A function from images float32 (N, 1, S, S) to logits float32 (N, classes), in evaluation mode and in the precision
-    `amp`, a dtype or None for float32.
+    """A function from images float32 (N, 1, S, S) to logits float32 (N, classes), in evaluation
+    mode and in the precision `amp`, a dtype or None for float32.
 
-    On a CPU the weights are copied, so a later change of the model has no effect. The copy is compared with the model; if
-    it cannot be made or gives other answers, the model itself predicts, and a warning says so.
-    """
+    On a CPU the weights are copied, so a later change of the model has no effect. The copy is
+    compared with the model; if it cannot be made or gives other answers, the model itself predicts,
+    and a warning says so. """
     model.eval()
     plain = functools.partial(predict_plainly, model, device, amp)
     if device.type != "cpu" or not is_convnext(model):
@@ -48,7 +50,12 @@ def make_engine(model, *, device, amp):
         if difference <= (1e-3 if amp is None else 0.1) * size:
             return folded
         problem = f"its logits differ by {difference:.2g} from {size:.2g}"
-    except (RuntimeError, TypeError, AttributeError, ValueError) as error:  # of oneDNN operators without a public name
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:  # of oneDNN operators without a public name
         problem = str(error).splitlines()[0]
     message = f"the fast engine cannot be used here ({problem}); the plain model predicts, slower"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -78,7 +85,8 @@ class FoldedConvNeXt:
         self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
 
     def _fold(self, layers):
-        """A copy of layers, with each BatchNorm in the convolution before it; one before a padded convolution stays."""
+        """A copy of layers, with each BatchNorm in the convolution before it; one before a padded
+        convolution stays."""
         folded = []
         for layer in layers:
             if isinstance(layer, nn.BatchNorm2d) and folded and isinstance(folded[-1], nn.Conv2d):
@@ -124,9 +132,12 @@ class FoldedConvNeXt:
 
 
 def make_linear(weight, bias, dtype, gelu=False):
-    """x (..., in) -> (..., out), with GELU if asked for; in oneDNN's blocked layout if PyTorch has it."""
+    """x (..., in) -> (..., out), with GELU if asked for; in oneDNN's blocked layout if PyTorch has
+    it."""
     weight, bias = weight.to(dtype, copy=True), bias.to(dtype, copy=True)
-    ops = getattr(torch.ops, "mkldnn", None)  # the operators of torch.compile on a CPU; they have no public name
+    ops = getattr(
+        torch.ops, "mkldnn", None
+    )  # the operators of torch.compile on a CPU; they have no public name
     if torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise"):
         packed = ops._reorder_linear_weight(weight.contiguous())
         kind = ("gelu", [], "none") if gelu else ("none", [], "")

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 train.py --data AD_NC
 
-Every process walks through the same batches in the same order and takes every N-th slice of each; the
-gradients are averaged by DistributedDataParallel. Process 0 alone validates, writes and prints.
+Every process walks through the same batches in the same order and takes every N-th slice of each;
+the gradients are averaged by DistributedDataParallel. Process 0 alone validates, writes and prints.
 """
 
 import os
@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adnc.errors import InputError
 
-LONGEST_WAIT = timedelta(minutes=30)  # of one process for the others; the first may decode a large set
+LONGEST_WAIT = timedelta(
+    minutes=30
+)  # of one process for the others; the first may decode a large set
 
 
 @dataclass
@@ -68,10 +70,11 @@ class World:
 
 
 def join(device):
-    """(World, device) of this process; joins the processes of torchrun, if it was started by torchrun.
+    """(World, device) of this process; joins the processes of torchrun, if it was started by
+    torchrun.
 
-    On CUDA each process gets the GPU of its number on this machine. InputError if there are too few.
-    """
+    On CUDA each process gets the GPU of its number on this machine. InputError if there are too
+    few. """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # SLURM may set the first alone
         return World(), device

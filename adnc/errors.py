@@ -8,8 +8,8 @@ class InputError(ValueError):
 def printable(text, keep="\n"):
     """Text for a terminal, a log or a figure: characters that do not print become escapes.
 
-    Names of files may hold control characters, or bytes that are not UTF-8. Characters in `keep` stay.
-    """
+    Names of files may hold control characters, or bytes that are not UTF-8. Characters in `keep`
+    stay. """
     characters = []
     for character in str(text):
         if character.isprintable() or character in keep:

@@ -14,7 +14,8 @@ from adnc.errors import InputError, printable
 
 
 def write_atomically(path, write):
-    """Call `write(temporary path)`, then move the file into place, so that no reader meets half a file.
+    """Call `write(temporary path)`, then move the file into place, so that no reader meets half a
+    file.
 
     OSError if that fails; what was at `path` before is then untouched.
     """
@@ -23,7 +24,9 @@ def write_atomically(path, write):
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # else, after a power cut, the new name may belong to an empty file
+            os.fsync(
+                file.fileno()
+            )  # else, after a power cut, the new name may belong to an empty file
         os.replace(temporary, path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
@@ -39,7 +42,8 @@ def write_json(path, value):
 
 
 def write_csv(path, table):
-    """Write a table. Names of files may hold bytes that are not UTF-8; they are written as they are."""
+    """Write a table. Names of files may hold bytes that are not UTF-8; they are written as they
+    are."""
     options = dict(index=False, float_format="%.7g", errors="surrogateescape")
     write_atomically(path, lambda temporary: table.to_csv(temporary, **options))
 
@@ -56,10 +60,15 @@ def read_json(path):
 
 
 def read_csv(path):
-    """A table of strings as `write_csv` wrote it. An empty cell is missing; a scan may be named NA."""
+    """A table of strings as `write_csv` wrote it. An empty cell is missing; a scan may be named
+    NA."""
     try:
         table = pd.read_csv(
-            path, dtype="string", keep_default_na=False, na_values=[""], encoding_errors="surrogateescape"
+            path,
+            dtype="string",
+            keep_default_na=False,
+            na_values=[""],
+            encoding_errors="surrogateescape",
         )
     except (OSError, ValueError) as problem:
         raise InputError(f"{path} cannot be read ({problem})") from None
@@ -68,32 +77,62 @@ def read_csv(path):
 
 # Words in a table of subjects that stand for "not known", in lower case.
 MISSING = {
-    "", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "none", "null", "not available", "unknown", "unk",
-    "missing", "?", "-", "--", ".", "tbd", "tba", "to be determined", "anonymous", "anonymised",
-    "anonymized", "-9", "-99", "-999",
-}  # fmt: skip
+    "",
+    "na",
+    "n/a",
+    "#n/a",
+    "<na>",
+    "n.a.",
+    "nan",
+    "none",
+    "null",
+    "not available",
+    "unknown",
+    "unk",
+    "missing",
+    "?",
+    "-",
+    "--",
+    ".",
+    "tbd",
+    "tba",
+    "to be determined",
+    "anonymous",
+    "anonymised",
+    "anonymized",
+    "-9",
+    "-99",
+    "-999",
+}
 
 
 def read_table(path, columns):
-    """A table that people made, as text: any separator that can be detected, column names in any case.
+    """A table that people made, as text: any separator that can be detected, column names in any
+    case.
 
-    Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if the
-    file cannot be read or lacks one of the `columns`.
-    """
+    Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if
+    the file cannot be read or lacks one of the `columns`. """
     try:
         table = pd.read_csv(
-            path, sep=None, engine="python", encoding="utf-8-sig", encoding_errors="surrogateescape",
-            dtype=str, keep_default_na=False,
+            path,
+            sep=None,
+            engine="python",
+            encoding="utf-8-sig",
+            encoding_errors="surrogateescape",
+            dtype=str,
+            keep_default_na=False,
         )
     except (OSError, ValueError, csv.Error) as problem:
         raise InputError(
-            f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in UTF-8 with the "
-            f"columns {' and '.join(columns)}"
+            f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in "
+            f"UTF-8 with the columns {' and '.join(columns)}"
         ) from None
     table = table.rename(columns=lambda name: str(name).strip().lower())
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
         found = printable(", ".join(table.columns))[:200]
-        raise InputError(f"{path} has the columns {found}; expected {' and '.join(columns)}, each once")
+        raise InputError(
+            f"{path} has the columns {found}; expected {' and '.join(columns)}, each once"
+        )
     for name in table:
         table[name] = table[name].str.strip()
         if name != "scan":
@@ -111,7 +150,8 @@ def require_new(path, flag="--out"):
 
 
 def new_folder(path, flag="--out"):
-    """Make the folder `path`, with its parents. InputError if it exists, OSError if it cannot be made."""
+    """Make the folder `path`, with its parents. InputError if it exists, OSError if it cannot be
+    made."""
     path = Path(path)
     require_new(path, flag)
     try:
@@ -119,14 +159,17 @@ def new_folder(path, flag="--out"):
         path.mkdir()  # fails if another process has just made it
     except FileExistsError:
         require_new(path, flag)
-        raise OSError(f"{path} cannot be made: {path.parent} is not a folder; choose another {flag}") from None
+        raise OSError(
+            f"{path} cannot be made: {path.parent} is not a folder; choose another {flag}"
+        ) from None
     except OSError as problem:
         raise OSError(f"{path} cannot be made: {problem.strerror}; choose another {flag}") from None
     return path
 
 
 def unused_name(path):
-    """`path`, or path-2, path-3, ... if it exists: a name for a folder that the user did not name."""
+    """`path`, or path-2, path-3, ... if it exists: a name for a folder that the user did not
+    name."""
     path = Path(path)
     candidate, count = path, 1
     while candidate.exists():

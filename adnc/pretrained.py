@@ -17,8 +17,8 @@ PLAIN_CLASSES = [argparse.Namespace, PosixPath]
 def load_tensors(path):
     """The content of a file of torch.save or of a .safetensors file, on the CPU.
 
-    InputError if it does not exist, is damaged, or can only be read by running code that it contains.
-    """
+    InputError if it does not exist, is damaged, or can only be read by running code that it
+    contains. """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; expected a file of torch.save or .safetensors")
     try:
@@ -36,21 +36,21 @@ def load_tensors(path):
         blocked = re.search(r"Unsupported \w+: GLOBAL (\S+)", text)
         if blocked:
             raise InputError(
-                f"{path} contains {blocked[1]}, which cannot be read without running code; where the file "
-                "was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+                f"{path} contains {blocked[1]}, which cannot be read without running code; where "
+                "the file was made, save the weights alone: torch.save(model.state_dict(), FILE)"
             ) from None
         raise InputError(
-            f"{path} cannot be read as tensors ({type(problem).__name__}); expected a file of torch.save, "
-            "or .safetensors"
+            f"{path} cannot be read as tensors ({type(problem).__name__}); expected a file of "
+            "torch.save, or .safetensors"
         ) from None
 
 
 def find_state_dict(content):
-    """The state dict in the content of a weight file: the dict that holds the most tensors, at any depth.
+    """The state dict in the content of a weight file: the dict that holds the most tensors, at any
+    depth.
 
-    Of equally large ones the first wins, so that "model" comes before "model_ema". InputError if there
-    is none.
-    """
+    Of equally large ones the first wins, so that "model" comes before "model_ema". InputError if
+    there is none. """
     candidates = []
 
     def collect(value, depth):
@@ -64,5 +64,7 @@ def find_state_dict(content):
 
     collect(content, 0)
     if not candidates:
-        raise InputError(f"the file holds a {type(content).__name__} without tensors; expected a state dict")
+        raise InputError(
+            f"the file holds a {type(content).__name__} without tensors; expected a state dict"
+        )
     return max(candidates, key=len)

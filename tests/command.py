@@ -1,4 +1,5 @@
-"""Run a script as a command, forked from a process that has imported the libraries: two seconds less each.
+"""Run a script as a command, forked from a process that has imported the libraries: two seconds
+less each.
 
 Tests of imports and signals start a process of their own.
 """
@@ -41,7 +42,8 @@ def _run(folder, script, words, cwd, environment, file_size):
 
 
 def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
-    """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its end.
+    """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its
+    end.
 
     Returns what subprocess.run([python, script, *words], capture_output=True, text=True) returns.
     """
@@ -54,14 +56,17 @@ def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
             script = os.path.abspath(script)
         environment = dict(os.environ if env is None else env)
         process = FORKS.Process(
-            target=_run, args=(folder, script, [str(word) for word in words], str(cwd), environment, file_size)
+            target=_run,
+            args=(folder, script, [str(word) for word in words], str(cwd), environment, file_size),
         )
         process.start()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(script, timeout)
-        stdout, stderr = ((Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
+        stdout, stderr = (
+            (Path(folder) / name).read_text(errors="replace") for name in ("stdout", "stderr")
+        )
     return subprocess.CompletedProcess([script, *words], process.exitcode, stdout, stderr)
 
 

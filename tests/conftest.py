@@ -53,7 +53,8 @@ SCANS = {
 
 
 def write_slice(path, bright, seed, size=(48, 40)):
-    """A dark JPEG with a blob: bright for AD, dim for NC. A classifier can get everything right within a minute."""
+    """A dark JPEG with a blob: bright for AD, dim for NC. A classifier can get everything right
+    within a minute."""
     x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     noise = np.random.default_rng(seed).normal(0, 6, x.shape)
     pixels = (220 if bright else 90) * np.exp(-3 * (x**2 + y**2)) + noise
@@ -76,7 +77,8 @@ def write_set(root, scans=SCANS, slices=range(70, 75), subjects=True):
 
 @pytest.fixture(scope="session")
 def ad_nc(tmp_path_factory):
-    """A set that no test changes: 12 training and 6 test scans, a subject each, five slices a scan."""
+    """A set that no test changes: 12 training and 6 test scans, a subject each, five slices a
+    scan."""
     return write_set(tmp_path_factory.mktemp("set"))
 
 

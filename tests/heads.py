@@ -1,4 +1,5 @@
-"""A head of a few thousand voxels whose left, front and top are known, as an image, a file or a DICOM folder."""
+"""A head of a few thousand voxels whose left, front and top are known, as an image, a file or a
+DICOM folder."""
 
 import struct
 
@@ -13,11 +14,18 @@ CENTRE = -2.0, 4.0, 6.0  # mm
 
 
 def brightness(x, y, z):
-    """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the darkest at its top."""
+    """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the
+    darkest at its top."""
     x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
     value = 100.0 * ((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1)
-    for grey, radius, place in ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34))):
-        value = np.where((x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < radius**2, grey, value)
+    for grey, radius, place in (
+        (250, 17, (-38, 0, 0)),
+        (210, 13, (0, 55, 0)),
+        (170, 13, (0, 0, 34)),
+    ):
+        value = np.where(
+            (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < radius**2, grey, value
+        )
     return value
 
 
@@ -32,13 +40,18 @@ def head(affine=None, shape=None, dtype=np.float32):
     """An image of nibabel: the head, sampled where the affine says."""
     if affine is None:
         affine, shape = place()
-    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T + affine[:3, 3]
+    grid = (
+        np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T
+        + affine[:3, 3]
+    )
     return nib.Nifti1Image(brightness(*np.moveaxis(grid, -1, 0)).astype(dtype), affine)
 
 
 def stored(image, axes):
     """The same image with its voxels stored along other axes."""
-    to = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
+    to = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
+    )
     return image.as_reoriented(to)
 
 
@@ -62,12 +75,15 @@ AFFINE = head().affine
 def element(group, number, kind, value):
     value = value.encode() if isinstance(value, str) else value
     value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
-    size = struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
+    size = (
+        struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
+    )
     return struct.pack("<HH", group, number) + kind.encode() + size + value
 
 
 def write_dicom(folder, series=1):
-    """The head as axial DICOM slices of one series; rows run to the left, columns to the back of the patient."""
+    """The head as axial DICOM slices of one series; rows run to the left, columns to the back of
+    the patient."""
     image = stored(head(), "LPS")
     corner = image.affine[:3, 3] * (-1, -1, 1)  # x and y of DICOM point to the left and to the back
     folder.mkdir(exist_ok=True)
@@ -86,6 +102,10 @@ def write_dicom(folder, series=1):
                 (0x28, 0x100, "US", struct.pack("<H", 16)), (0x28, 0x101, "US", struct.pack("<H", 16)),
                 (0x28, 0x102, "US", struct.pack("<H", 15)), (0x28, 0x103, "US", struct.pack("<H", 0)),
                 (0x7FE0, 0x10, "OW", rows.tobytes())]  # fmt: skip
-        data = element(2, 0, "UL", struct.pack("<I", len(meta))) + meta + b"".join(element(*row) for row in body)
+        data = (
+            element(2, 0, "UL", struct.pack("<I", len(meta)))
+            + meta
+            + b"".join(element(*row) for row in body)
+        )
         (folder / f"{series}-{number:03d}.dcm").write_bytes(bytes(128) + b"DICM" + data)
     return folder

@@ -1,9 +1,10 @@
-"""Trains in children that are killed (SIGKILL) again and again: python tests/kill.py FOLDER KILLS FLAGS...
+"""Trains in children that are killed (SIGKILL) again and again: python tests/kill.py FOLDER KILLS
+FLAGS...
 
-test_resume.py runs it. Children are forked before anything is computed, so that a start costs no import. Half
-of the children are killed after a random time, half when a half-written file is seen after that time. Finished
-runs are in FOLDER/0, FOLDER/1, ...; a line for each kill says what it hit.
-"""
+test_resume.py runs it. Children are forked before anything is computed, so that a start costs no
+import. Half of the children are killed after a random time, half when a half-written file is seen
+after that time. Finished runs are in FOLDER/0, FOLDER/1, ...; a line for each kill says what it
+hit. """
 
 import os
 import random
@@ -35,7 +36,8 @@ def start_child(out, flags):
 
 
 def wait_or_kill(child, out, *, after, in_a_save, may_kill):
-    """Wait for the end of the child, or kill it `after` seconds. Returns its status, or None if killed."""
+    """Wait for the end of the child, or kill it `after` seconds. Returns its status, or None if
+    killed."""
     start = time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -57,7 +59,11 @@ def main(folder, kills, *flags):
         out = folder / str(run)
         child = start_child(out, flags)
         status = wait_or_kill(
-            child, out, after=random.uniform(0.1, 1.2), in_a_save=killed % 2 == 1, may_kill=killed < kills
+            child,
+            out,
+            after=random.uniform(0.1, 1.2),
+            in_a_save=killed % 2 == 1,
+            may_kill=killed < kills,
         )
         if status is None:
             killed += 1

@@ -54,7 +54,8 @@ def state():
             signal.getsignal(signal.SIGTERM), matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams),
             numpy.geterr(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
             torch.backends.cudnn.benchmark, dict(os.environ), sys.stdout, sys.stderr)
-import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, scipy.ndimage, scipy.special, tqdm
+import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, tqdm
+import scipy.ndimage, scipy.sparse.csgraph, scipy.special
 before = state()
 for name in sys.argv[1:]:
     __import__(name)
@@ -65,5 +66,7 @@ assert not changed, changed
 
 def test_importing_a_file_changes_nothing_in_the_process():
     names = sorted(SCRIPTS) + [module_name(path) for path in PACKAGE]
-    done = subprocess.run([sys.executable, "-c", LOOK, *names], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, *names], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr

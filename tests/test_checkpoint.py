@@ -28,7 +28,9 @@ def test_a_checkpoint_rebuilds_the_model(run_folder, tmp_path):
     changed = {**content(run_folder), "weights": model.state_dict(), "model": arguments}
     save_checkpoint(tmp_path / "m.pth", **changed)
     again = build_model(load_checkpoint(tmp_path / "m.pth"))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
 
 
 class Bomb:
@@ -39,7 +41,9 @@ class Bomb:
 def test_a_checkpoint_that_would_run_code_is_refused(run_folder, tmp_path):
     file = tmp_path / "m.pth"
     file.write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(InputError, match="contains .*exec, which cannot be read without running code"):
+    with pytest.raises(
+        InputError, match="contains .*exec, which cannot be read without running code"
+    ):
         load_checkpoint(file)
     torch.save({"format": utils.FORMAT, **content(run_folder), "flags": Bomb()}, file)
     with pytest.raises(SystemExit, match="ran code"):  # torch runs the code if it is trusted
@@ -53,7 +57,14 @@ def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         load_checkpoint(file)
     whole = (run_folder / "best_model.pth").read_bytes()
-    for part in (b"", b"text", b"epoch,loss\n1,2\n", whole[:2000], whole[: len(whole) // 2], whole[:-1000]):
+    for part in (
+        b"",
+        b"text",
+        b"epoch,loss\n1,2\n",
+        whole[:2000],
+        whole[: len(whole) // 2],
+        whole[:-1000],
+    ):
         file.write_bytes(part)
         with pytest.raises(InputError, match="cannot be read as tensors"):
             load_checkpoint(file)
@@ -61,7 +72,9 @@ def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
     with pytest.raises(InputError, match="not a checkpoint of this project"):
         load_checkpoint(file)
     torch.save({**content(run_folder), "format": utils.FORMAT - 1}, file)
-    with pytest.raises(InputError, match=f"has format {utils.FORMAT - 1}, this version reads {utils.FORMAT}"):
+    with pytest.raises(
+        InputError, match=f"has format {utils.FORMAT - 1}, this version reads {utils.FORMAT}"
+    ):
         load_checkpoint(file)
     save_checkpoint(file, **{**content(run_folder), "classes": ["AD", "NC"]})
     with pytest.raises(InputError, match="has the classes"):
@@ -79,13 +92,18 @@ def test_init_reads_plain_data_beside_the_weights_and_safetensors(tmp_path, besi
 
 def test_init_of_a_pickled_model_says_how_to_save_its_weights(tmp_path):
     torch.save(convnext("atto"), tmp_path / "model.pth")
-    with pytest.raises(InputError, match=r"contains modules.ConvNeXt, .* save the weights alone: torch.save\(model.st"):
+    with pytest.raises(
+        InputError,
+        match=r"contains modules.ConvNeXt, .* save the weights alone: torch.save\(model.st",
+    ):
         load_tensors(tmp_path / "model.pth")
 
 
 def test_of_several_sets_of_weights_the_largest_then_the_first_is_taken():
     state = {"a": torch.zeros(1), "b": torch.zeros(2)}
     assert find_state_dict({"epoch": 3, "model": state, "model_ema": dict(state)}) is not state
-    assert find_state_dict({"head": {"a": torch.zeros(1)}, "state_dict": state}).keys() == state.keys()
+    assert (
+        find_state_dict({"head": {"a": torch.zeros(1)}, "state_dict": state}).keys() == state.keys()
+    )
     with pytest.raises(InputError, match="holds a dict without tensors"):
         find_state_dict({"epoch": 3})

@@ -30,7 +30,8 @@ def pretend(monkeypatch):
                 p.grad = torch.empty_like(p)
 
     def zeros(tensor):
-        assert tensor.device.type == "cpu" or tensor.numel() <= 8  # what is read from a GPU in a loop is small
+        # What is read from a GPU in a loop is small.
+        assert tensor.device.type == "cpu" or tensor.numel() <= 8
         return np.zeros(tensor.shape, float if tensor.is_floating_point() else int)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)

@@ -35,7 +35,9 @@ def test_the_audit_counts_and_finds_subjects_in_both_train_and_test(tmp_path):
 
 def test_without_metadata_the_audit_reports_what_it_cannot_check(tmp_path):
     lines = audit(write_set(tmp_path, subjects=False))
-    assert any(line.startswith("NOT CHECKED: the subject of 18 of 18 scans is unknown") for line in lines)
+    assert any(
+        line.startswith("NOT CHECKED: the subject of 18 of 18 scans is unknown") for line in lines
+    )
 
 
 def test_an_id_with_scans_of_both_classes_is_suspicious_in_audit_and_log(tmp_path):
@@ -47,7 +49,9 @@ def test_an_id_with_scans_of_both_classes_is_suspicious_in_audit_and_log(tmp_pat
 
 def test_the_window_vote_sees_a_shortcut_and_only_a_shortcut(tmp_path):
     for label, window in (("AD", range(67, 70)), ("NC", range(80, 83))):
-        write_set(tmp_path, {scan: value for scan, value in SCANS.items() if value[1] == label}, window)
+        write_set(
+            tmp_path, {scan: value for scan, value in SCANS.items() if value[1] == label}, window
+        )
     index = read_index(tmp_path / "AD_NC")
     assert window_vote(index) == 1.0
     assert window_vote(index.assign(slice=0)) == 0.5
@@ -57,17 +61,25 @@ def test_the_audit_command_prints_it_and_wrong_input_is_one_line(ad_nc, tmp_path
     done = command.run(ROOT / "dataset.py", ad_nc)
     assert done.returncode == 0 and "none of the 6 known test subjects is in train" in done.stdout
     done = command.run(ROOT / "dataset.py", tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_audit_ends_with_status_1_if_training_would_refuse_the_set(tmp_path):
-    root = write_set(tmp_path, {scan: value for scan, value in SCANS.items() if scan[0] != "1" or scan == "100"})
+    root = write_set(
+        tmp_path, {scan: value for scan, value in SCANS.items() if scan[0] != "1" or scan == "100"}
+    )
     done = command.run(ROOT / "dataset.py", root)
     assert done.returncode == 1 and "training would refuse this set" in done.stderr
     write_set(tmp_path)
     (root / "train" / "AD" / "100_70.jpeg").write_bytes(b"")
     done = command.run(ROOT / "dataset.py", root)
-    assert done.returncode == 1 and "1 file cannot be used" in done.stderr and "100_70.jpeg" in done.stderr
+    assert (
+        done.returncode == 1
+        and "1 file cannot be used" in done.stderr
+        and "100_70.jpeg" in done.stderr
+    )
 
 
 def test_the_audit_writes_no_cache_and_training_one(tmp_path, monkeypatch):
@@ -84,7 +96,10 @@ def test_the_audit_writes_no_cache_and_training_one(tmp_path, monkeypatch):
 def test_pictures_of_the_training_slices_are_drawn(ad_nc, tmp_path, pictures):
     words = [f"--{name}={tmp_path / name}.png" for name in ("montage", "augmented", "mean")]
     dataset.main([str(ad_nc), *words])
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("montage", "augmented", "mean"))
+    assert all(
+        (tmp_path / f"{name}.png").stat().st_size > 5000
+        for name in ("montage", "augmented", "mean")
+    )
     with pytest.raises(SystemExit):
         dataset.main([str(ad_nc), f"--mean={ad_nc / 'train' / 'AD' / 'x_1.png'}"])
 
@@ -104,7 +119,10 @@ def test_a_set_of_12_bits_is_read_as_such_and_predicted_by_the_same_rule(tmp_pat
     checkpoint = load_checkpoint(run / "best_model.pth")
     path = root / "test" / "NC" / "400_70.png"
     alone = dataset.load_inputs(
-        list_inputs([path]), slice_size=checkpoint["slice_size"], bits=checkpoint["bits"], progress=None
+        list_inputs([path]),
+        slice_size=checkpoint["slice_size"],
+        bits=checkpoint["bits"],
+        progress=None,
     )
     whole = dataset.decode_set(root, progress=None)
     row = whole.index.row[whole.index.path == str(path)].item()
@@ -122,7 +140,9 @@ def test_a_set_of_12_bits_is_read_as_such_and_predicted_by_the_same_rule(tmp_pat
 
 def test_oasis_is_what_its_readme_says(oasis):
     index = read_index(oasis)
-    counts = index.groupby(["split", "label"]).agg(slices=("path", "size"), subjects=("subject", "nunique"))
+    counts = index.groupby(["split", "label"]).agg(
+        slices=("path", "size"), subjects=("subject", "nunique")
+    )
     assert counts.slices.to_dict() == {
         ("test", "AD"): 640, ("test", "NC"): 448, ("train", "AD"): 1856, ("train", "NC"): 1408,
     }  # fmt: skip

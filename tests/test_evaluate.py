@@ -119,7 +119,8 @@ def test_what_is_averaged_must_fit_and_leaks_are_named(sizes, ad_nc, tmp_path, c
     with pytest.raises(ValueError, match="which share none, or runs of other seeds"):
         run_evaluate(capsys, sizes[0], sizes[0], "--curve", tmp_path / "again.png")
     with pytest.raises(ValueError, match="which share none, or runs of other seeds"):
-        run_evaluate(capsys, sizes[0], sizes[0] / "test")  # no second seed, but the same run once more
+        # No second seed, but the same run once more.
+        run_evaluate(capsys, sizes[0], sizes[0] / "test")
 
 
 def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
@@ -129,10 +130,12 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path, capsys):
     (tmp_path / "grades.csv").write_text("\n".join(lines) + "\n")
     text = run_evaluate(capsys, *sizes[:2], "--by", tmp_path / "grades.csv", "grade")
     rows = [line for line in text.splitlines() if line.startswith(("| mild", "| severe", "| none"))]
-    assert [row.split("|")[2].strip() for row in rows] == ["5", "4"]  # two and one AD beside three NC
+    # Two and one AD beside three NC.
+    assert [row.split("|")[2].strip() for row in rows] == ["5", "4"]
     (tmp_path / "grades.csv").write_text("\n".join(lines[:-1]).replace("severe", "") + "\n")
     assert "1 AD scans are in no row" in run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "grade")
-    (tmp_path / "grades.csv").write_text("\n".join(lines).replace("severe", "NA").replace(",", ";"))  # a spreadsheet's
+    # A spreadsheet's.
+    (tmp_path / "grades.csv").write_text("\n".join(lines).replace("severe", "NA").replace(",", ";"))
     text = run_evaluate(capsys, sizes[0], "--by", tmp_path / "grades.csv", "Grade")
     assert "1 AD scans are in no row" in text and "| NA" not in text
     (tmp_path / "grades.csv").write_text("\n".join([*lines, f"{next(iter(grade))},severe"]))
@@ -179,7 +182,8 @@ def test_resamples_are_pairs_also_where_one_side_does_not_know_the_subjects(run_
     ("predictions.csv", (",NC,", ",AD,")),
     ("predictions.csv", (",tn0,NC,", ",tn0,XX,")), ("predictions.csv", (",tn0,NC,", ",tn0,,")),
     ("predictions.csv", (",NC,no,,,tn0,", ",AD,no,,,tn0,")), ("predictions.csv", (",no,,,tn0,", ",no,,,,")),
-    ("predictions.csv", (",threshold", ",cut")), ("predictions.csv", (",tn0,NC,", ",tn0,AD,", 1)),  # of one slice
+    # Of one slice.
+    ("predictions.csv", (",threshold", ",cut")), ("predictions.csv", (",tn0,NC,", ",tn0,AD,", 1)),
     ("predictions.csv", (",NC,no,,,tn0,", ",NC,maybe,,,tn0,")), ("predictions.csv", ("AD|NC", "both")),
 ])  # fmt: skip
 def test_a_damaged_folder_is_one_sentence(run_folder, tmp_path, capsys, file, text):
@@ -272,7 +276,8 @@ def test_the_threshold_of_youden_goes_through_to_all_tables(ad_nc, tmp_path, cap
         table = pd.read_csv(run / "test" / f"{name}.csv")
         assert ((table.prediction == "AD") == (table.p_AD >= threshold)).all()
     capsys.readouterr()
-    one = run_evaluate(capsys, run, "--out", tmp_path / "again")  # predictions follow from p_AD, or it is an error
+    # Predictions follow from p_AD, or it is an error.
+    one = run_evaluate(capsys, run, "--out", tmp_path / "again")
     two = run_evaluate(capsys, tmp_path / "again")
     assert one.splitlines()[1:12] == two.splitlines()[1:12]
 

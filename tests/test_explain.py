@@ -132,7 +132,8 @@ def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_t
         found = explain.check(method, atto[0], x, BLACK)
         assert explain.is_usable(found) and found.absolute.tail(explain.DRAWS).is_unique, method
     assert "UNUSABLE" in explain.describe("edges", ignoring, 2)
-    one_of_three = found.assign(absolute=[0, 0, 0, 0, 0.4, 0.4, 0.6])  # the mean decides, and the spread is said
+    # The mean decides, and the spread is said.
+    one_of_three = found.assign(absolute=[0, 0, 0, 0, 0.4, 0.4, 0.6])
     assert explain.is_usable(one_of_three) and "0.47 without signs (0.40 to 0.60 in 3 draws)" in explain.describe(
         "m", one_of_three, 8)
     assert not explain.is_usable(one_of_three.assign(absolute=[0, 0, 0, 0, 0.4, 0.5, 0.6]))
@@ -228,7 +229,8 @@ def test_each_slice_gets_an_overlay_and_arrays_whatever_it_is_named(run_folder, 
         np.testing.assert_allclose(arrays["mean"], arrays["maps"].mean(0), rtol=1e-5, atol=1e-7)
     assert len({(row.maps, row.place) for row in found.table.itertuples()}) == len(hostile)
     assert {"legend.png", "checks.csv", "summary.json"} < set(names)
-    assert sum(name.startswith("scan_") for name in names) == 1  # that of scan 7, which has two slices
+    # That of scan 7, which has two slices.
+    assert sum(name.startswith("scan_") for name in names) == 1
     out = capsys.readouterr()
     assert found.sentence in out.out + out.err
     checks = pd.read_csv(folder / "checks.csv")
@@ -274,7 +276,8 @@ def test_what_an_explanation_lacks_is_said_before_anything_is_written(run_folder
     with pytest.raises(ValueError, match="holds no mean of its training slices.*train it again"):
         explained(run_folder, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "old.pth")
     predict.main(predict.parse_args([str(ad_nc / "test"), "--checkpoint", str(tmp_path / "old.pth"), "--out",
-                                     str(tmp_path / "fine")]))  # without --explain it predicts as ever
+                                     # Without --explain it predicts as ever.
+                                     str(tmp_path / "fine")]))
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(ValueError, match="needs captum.*pip install 'captum>=0.9'"):
         explained(run_folder, tmp_path / "out", ad_nc / "test")
@@ -310,5 +313,6 @@ def test_the_altered_region_is_where_atrophy_acts_and_not_the_noise(attribution)
     region = attribution.altered(scan)
     assert region.shape == (6, 240, 256) and (0.0005 < region.mean((1, 2))).all() and (region.mean((1, 2)) < 0.02).all()
     rows, columns = np.nonzero(region.any(0))
-    assert 100 < rows.min() and rows.max() < 190 and 80 < columns.min() and columns.max() < 200  # temporal, below
+    # Temporal, below.
+    assert 100 < rows.min() and rows.max() < 190 and 80 < columns.min() and columns.max() < 200
     assert (render(scan._replace(atrophy=1.0))[~region] == render(scan._replace(atrophy=1.1))[~region]).mean() > 0.99

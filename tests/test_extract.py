@@ -171,7 +171,8 @@ def test_nothing_is_overwritten_and_nothing_found_is_an_error(tmp_path):
     (tmp_path / "h.nii").write_bytes(b"")
     with pytest.raises(InputError, match="none of the 1 volumes could be cut"):
         run_extract(tmp_path / "h.nii", "--out", tmp_path / "c")
-    assert not any((tmp_path / name).exists() for name in "abc")  # so that the corrected command can be given
+    # So that the corrected command can be given.
+    assert not any((tmp_path / name).exists() for name in "abc")
     (tmp_path / "d").mkdir()
     with pytest.raises(InputError, match="nothing is left in"):
         run_extract(tmp_path / "h.nii", "--out", tmp_path / "d")
@@ -235,7 +236,8 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     (tmp_path / "mix" / "dicom").mkdir(parents=True)
     shutil.copy(tmp_path / "good.nii", tmp_path / "mix")
     (tmp_path / "mix" / "dicom" / "1.dcm").write_bytes(bytes(128) + b"DICM" + b"rubbish" * 9)
-    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", tmp_path / "mix" / "dicom")  # a preview, and no scan
+    # A preview, and no scan.
+    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", tmp_path / "mix" / "dicom")
     table = run_predict(run_folder, tmp_path / "e", tmp_path / "mix", *words)
     assert len(table) == 3 and table.path[table.error.notna()].tolist() == [str(tmp_path / "mix" / "dicom")]
     assert "passed over: 1 .jpeg file in" in capsys.readouterr().err
@@ -248,7 +250,8 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(run_folder, ad_n
     (tmp_path / "more" / "notes.txt").write_text("")
     run_predict(run_folder, tmp_path / "d", tmp_path / "more", *words)
     assert "passed over: 1 .txt file" in capsys.readouterr().err
-    kept = ["--keep-slices", str(tmp_path / "kept")]  # which is left as it was, so that the corrected command runs
+    # Which is left as it was, so that the corrected command runs.
+    kept = ["--keep-slices", str(tmp_path / "kept")]
     with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
         run_predict(run_folder, tmp_path / "b", tmp_path / "bad.nii", *words, *kept)
     with pytest.raises(InputError, match="d is not empty, and nothing is overwritten"):
@@ -284,7 +287,8 @@ def test_a_table_beside_volumes_says_who_is_in_them(run_folder, tmp_path, capsys
         table = run_predict(run_folder, tmp_path / "out" / out, given, *words)
         assert table.subject.tolist() == ["a0"] * 2 and table.exposure.tolist() == ["yes"] * 2
         assert "subjects.csv" not in capsys.readouterr().err
-    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-07_T1w,somebody\n")  # it knows better than the name
+    # It knows better than the name.
+    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-07_T1w,somebody\n")
     shutil.copy(tmp_path / "999.nii", tmp_path / "sub-07_T1w.nii")
     kept = ["--keep-slices", tmp_path / "kept"]
     table = run_predict(run_folder, tmp_path / "out" / "two", tmp_path / "sub-07_T1w.nii", *words, *kept)
@@ -348,7 +352,8 @@ def test_a_checkpoint_cuts_volumes_as_its_training_slices_or_says_what_it_assume
         run_predict(run_folder, tmp_path / "c", run_folder, "--plane", "axial")
     args = predict.parse_args(["h.nii", "--turn", "0", "--count", "7"])
     look, _, _ = volumes.look_of({"slice_size": [40, 48], "extraction": vars(Look(**record))}, args)
-    assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)  # a flag that is given wins
+    # A flag that is given wins.
+    assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)
     args = predict.parse_args(["h.nii", "--turn", "180"])
     content = {"slice_size": [240, 256], "slice_stats": {"brightest": [150, 190]}}
     look, known, warnings = volumes.look_of(content, args)

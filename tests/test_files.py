@@ -49,7 +49,9 @@ def test_every_kind_of_file_is_whole_or_as_before_on_a_full_disk(tmp_path, write
 
 
 def test_a_table_is_read_back_as_it_was(tmp_path):
-    table = pd.DataFrame({"scan": ["NA", "=1+1", "a,b\n", "\udcff"], "p": ["0.5", None, "1", ""]}, dtype="string")
+    table = pd.DataFrame(
+        {"scan": ["NA", "=1+1", "a,b\n", "\udcff"], "p": ["0.5", None, "1", ""]}, dtype="string"
+    )
     files.write_csv(tmp_path / "t.csv", table)
     again = files.read_csv(tmp_path / "t.csv")
     assert again.scan.tolist() == table.scan.tolist()
@@ -86,7 +88,9 @@ def test_a_table_that_cannot_be_read_or_lacks_a_column_gets_a_sentence(tmp_path,
 
 def test_an_output_folder_is_new_or_refused(tmp_path):
     assert files.new_folder(tmp_path / "a" / "b").is_dir()
-    with pytest.raises(InputError, match="b exists, and nothing is overwritten; choose a new --out"):
+    with pytest.raises(
+        InputError, match="b exists, and nothing is overwritten; choose a new --out"
+    ):
         files.new_folder(tmp_path / "a" / "b")
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -123,9 +127,16 @@ def test_unnamed_folders_of_the_same_second_get_two_names(tmp_path):
 def test_wrong_input_is_one_line_and_a_defect_keeps_its_traceback():
     script = "import sys\nfrom adnc.cli import run_script\nfrom adnc.errors import InputError\nproblem = eval(sys.argv[1])\n"
     script += "def main():\n    raise problem\nrun_script(main)\n"
-    for problem in ("ValueError('of NumPy')", "KeyError('x')", "TypeError('y')", "RuntimeError('z')"):
+    for problem in (
+        "ValueError('of NumPy')",
+        "KeyError('x')",
+        "TypeError('y')",
+        "RuntimeError('z')",
+    ):
         done = command.run(script, problem)
-        assert done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr, problem
+        assert (
+            done.returncode == 1 and "Traceback" in done.stderr and "error: " not in done.stderr
+        ), problem
     for problem in ("InputError('no such thing')", "OSError('no such thing')"):
         done = command.run(script, problem)
         assert (done.returncode, done.stderr) == (2, "error: no such thing\n")

@@ -126,7 +126,8 @@ def test_in_bf16_p_ad_moves_by_less_than_a_hundredth_on_a_trained_model(run_fold
     model = build_model(load_checkpoint(run_folder / "best_model.pth"))
     slices = dataset.load_inputs(listing.list_inputs([ad_nc / "test"]), {"slice_size": (40, 48)}, bar=None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a processor without bf16 instructions has the plain model in bf16
+        # A processor without bf16 instructions has the plain model in bf16.
+        warnings.simplefilter("ignore")
         exact, short = (inference.predict_logits(model, slices, {"image_size": 32}, Runtime(CPU.device, amp))
                         for amp in (None, torch.bfloat16))  # fmt: skip
     p, q = (1 / (1 + np.exp(-z)) for z in (exact, short))

@@ -74,7 +74,8 @@ def test_another_session_of_a_test_subject_in_train_is_found(planted):
     metadata = root.parent / "meta_data_with_label.json"
     entries = json.loads(metadata.read_text())
     test, train = (index[(index.split == split) & (index.label == "NC")].scan.iloc[0] for split in ("test", "train"))
-    metadata.write_text(json.dumps(entries | {train: entries[test]}))  # the same name in the paths: another visit
+    # The same name in the paths: another visit.
+    metadata.write_text(json.dumps(entries | {train: entries[test]}))
     assert "LEAK: 1 of the" in audit() and "test subjects are also in train" in audit()
 
 
@@ -241,7 +242,8 @@ def test_baselines_are_fitted_on_train_alone_and_the_penalty_on_val(split_set):
 
 def test_baselines_are_what_their_names_say(split_set):
     index, images = split_set.index, split_set.images
-    index["slice"] += np.where((index.label == "AD") & (index.split != "test"), 10, 0)  # a window tied to the class
+    # A window tied to the class.
+    index["slice"] += np.where((index.label == "AD") & (index.split != "test"), 10, 0)
     fitted, test = baselines.fit_baselines(split_set), split_set.part("test")
     p = baselines.predict_baselines(fitted, test)
     train = index[index.split == "train"].drop_duplicates("scan")

@@ -128,10 +128,12 @@ def test_subjects_come_from_names_where_no_table_knows_the_scan(tmp_path, capsys
     dataset.main(dataset.parse_args([str(root)]))
     said = capsys.readouterr().out
     assert "subjects of 16 scans from their names (BIDS), such as sub-rAD0 of" in said and "NOT CHECKED" not in said
-    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-rAD0_ses-1,somebody\n")  # a table knows better
+    # A table knows better.
+    (tmp_path / "subjects.csv").write_text("scan,subject\nsub-rAD0_ses-1,somebody\n")
     index = read_index(root)
     assert index.subject.nunique() == 8 and sorted(index.subject.unique())[-1] == "sub-rNC1"
-    named = index.scan.str.startswith("sub-rAD0_")  # of whom the table has one scan of two: not two people
+    # Of whom the table has one scan of two: not two people.
+    named = index.scan.str.startswith("sub-rAD0_")
     assert index.scan[named].nunique() == 2 and (index.subject[named] == "somebody").all()
     inputs = listing.list_inputs([root / "train"]).index
     assert (inputs.subject[inputs.scan.str.startswith("sub-rAD0_")] == "somebody").all()
@@ -250,7 +252,8 @@ def test_two_tables_of_subjects_complete_each_other_and_must_not_disagree(tmp_pa
     assert f"subjects from {entries} and {table}" in list(dataset.audit(dataset.decode_set(root, bar=None)))
     for content in ("{}", '{"100": 3}', '{"100": {"label": 2}}'):
         entries.write_text(content)
-        assert listing.list_set(root).index.subject.notna().sum() == 85  # the table knows all but scan 101
+        # The table knows all but scan 101.
+        assert listing.list_set(root).index.subject.notna().sum() == 85
     table.unlink()
     for content in ("{}", '{"100": 3}', '{"100": {"label": 2}}'):
         entries.write_text(content)

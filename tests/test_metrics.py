@@ -128,7 +128,8 @@ def test_score_gives_each_unit_its_own_n_and_survives_unknown_subjects():
     assert scores["subject"]["n"] == 30
     for unit in metrics.UNITS:
         for name, (low, high) in scores[unit]["ci95"].items():
-            assert low <= scores[unit][name] <= high or name == "calibration_error"  # which resampling raises
+            # Which resampling raises.
+            assert low <= scores[unit][name] <= high or name == "calibration_error"
     unknown = metrics.summarise(metrics.bootstrap_scores(table.assign(subject=pd.array([None] * len(table), "string"))))
     assert unknown["subject"] is None and unknown["scan"]["accuracy"] == scores["scan"]["accuracy"]
 

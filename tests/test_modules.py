@@ -3,11 +3,21 @@ import pytest
 import torch
 import torchvision
 
-from modules import MODEL_ARGS, VARIANTS, ConvNeXt, ConvNeXtBlock, DropPath, convnext, load_weights, make_model
+from modules import (
+    MODEL_ARGS,
+    VARIANTS,
+    ConvNeXt,
+    ConvNeXtBlock,
+    DropPath,
+    convnext,
+    load_weights,
+    make_model,
+)
 
 
 def fill(model, seed=0):
-    """Weights far from their start, so that LayerScale at 1e-6 does not hide the blocks from a comparison."""
+    """Weights far from their start, so that LayerScale at 1e-6 does not hide the blocks from a
+    comparison."""
     torch.manual_seed(seed)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=0.0 if p.ndim > 1 else 0.1, std=0.05 if p.ndim > 1 else 0.1)
@@ -74,9 +84,13 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
 def test_gradients_reach_every_parameter():
     torch.manual_seed(0)
     model = convnext("atto")
-    loss = torch.nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1]))
+    loss = torch.nn.functional.cross_entropy(
+        model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1])
+    )
     loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    without = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert without == []
 
 
@@ -91,7 +105,9 @@ def test_memory_format_does_not_change_the_outputs():
     with torch.inference_mode():
         expected = model(x)
         model = model.to(memory_format=torch.channels_last)
-        assert (model(x.contiguous(memory_format=torch.channels_last)) - expected).abs().max() < 1e-5
+        assert (
+            model(x.contiguous(memory_format=torch.channels_last)) - expected
+        ).abs().max() < 1e-5
 
 
 def test_names_are_those_of_the_papers_code():
@@ -176,7 +192,14 @@ def test_an_option_changes_its_own_part_alone(option):
 
 def test_the_defaults_of_the_options_are_the_papers():
     defaults = ConvNeXt.__init__.__kwdefaults__
-    paper = dict(norm="layer", stem="patch", downsample="patch", head_norm="layer", layer_scale=1e-6, init_std=0.02)
+    paper = dict(
+        norm="layer",
+        stem="patch",
+        downsample="patch",
+        head_norm="layer",
+        layer_scale=1e-6,
+        init_std=0.02,
+    )
     assert {name: defaults[name] for name in MODEL_ARGS} == paper
 
 

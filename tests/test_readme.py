@@ -27,7 +27,9 @@ def test_two_commands_set_up_and_run_on_one_line_each():
 
 def test_the_ci_runs_the_readmes_test_command():
     (line,) = re.findall(r"^command=\$\((.*)\)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    found = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     assert found == commands("python3 -m venv")[1]
 
 
@@ -48,7 +50,9 @@ def test_the_readme_is_short_and_has_every_part_of_the_outline():
 def test_every_link_between_pages_leads_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), (
+                f"{page.name}: {target}"
+            )
 
 
 def test_every_file_of_the_house_has_its_place_in_the_readme():
@@ -64,7 +68,9 @@ def test_the_snippet_runs():
 
 @functools.cache
 def help_of(script):
-    return subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True
+    ).stdout
 
 
 def test_every_flag_that_the_pages_use_exists():
@@ -93,6 +99,9 @@ def test_requirements_name_what_is_imported_and_nothing_else():
 
 def test_every_test_that_the_pages_name_exists():
     named = set(re.findall(r"`(test_\w+)`", README + DOCS))
-    defined = {name for path in (ROOT / "tests").glob("test_*.py")
-               for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
     assert len(named) >= 60 and named <= defined, named - defined

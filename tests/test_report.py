@@ -315,7 +315,8 @@ def choose(browser, name, text):
 
 def test_it_opens_without_an_error_or_a_request_and_all_pictures_load(browser, page):
     show(browser, page)
-    browser.get_log("browser"), browser.get_log("performance")  # those of what was opened before, and of the start
+    # Those of what was opened before, and of the start.
+    browser.get_log("browser"), browser.get_log("performance")
     browser.refresh()
     loaded = browser.execute_async_script(PICTURES)
     assert len(loaded) > 20 and all(loaded)

@@ -1,4 +1,5 @@
-"""A run that is stopped at any moment, by anything, resumes and ends with the bits of a run without the stop."""
+"""A run that is stopped at any moment, by anything, resumes and ends with the bits of a run without
+the stop."""
 
 import os
 import re
@@ -26,13 +27,17 @@ def assert_same(a, b):
     for name in ("last.pth", "best_model.pth"):
         one, other = load_checkpoint(a / name), load_checkpoint(b / name)
         assert one["epoch"] == other["epoch"] and one.get("calibration") == other.get("calibration")
-        assert all(torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"])
+        assert all(
+            torch.equal(one["weights"][key], other["weights"][key]) for key in one["weights"]
+        )
         if one.get("ema"):
             assert all(torch.equal(one["ema"][key], other["ema"][key]) for key in one["ema"])
     states = [load_checkpoint(run / "last.pth")["optimizer"]["state"] for run in (a, b)]
     for number, state in states[0].items():
         assert all(torch.equal(state[key], states[1][number][key]) for key in state)
-    histories = [pd.read_csv(run / "training_history.csv").drop(columns="images_per_s") for run in (a, b)]
+    histories = [
+        pd.read_csv(run / "training_history.csv").drop(columns="images_per_s") for run in (a, b)
+    ]
     assert histories[0].equals(histories[1]) and len(histories[0])
     for file in ("test/predictions.csv", "test/scans.csv", "val/predictions.csv", "split.csv"):
         if (a / file).exists():
@@ -64,14 +69,19 @@ def whole(ad_nc, tmp_path_factory):
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_a_run_stopped_by_ctrl_c_resumes_bit_identical_from_anywhere(ad_nc, tmp_path, monkeypatch, whole, epoch):
+def test_a_run_stopped_by_ctrl_c_resumes_bit_identical_from_anywhere(
+    ad_nc, tmp_path, monkeypatch, whole, epoch
+):
     with monkeypatch.context() as patch:
         stop_in_epoch(epoch, patch)
         with pytest.raises(SystemExit) as stop:
             train_steps(ad_nc, tmp_path / "run", *FLAGS)
     assert stop.value.code == 130
     log = (tmp_path / "run" / "training_log.txt").read_text()
-    assert f"stopped by Ctrl-C after epoch {epoch - 1}; resume with:" in log and log.rstrip().endswith("--resume")
+    assert (
+        f"stopped by Ctrl-C after epoch {epoch - 1}; resume with:" in log
+        and log.rstrip().endswith("--resume")
+    )
     monkeypatch.chdir(tmp_path)
     resume("run")
     assert_same(whole, tmp_path / "run")
@@ -95,7 +105,9 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(ad_nc, tmp_path, repe
     done = command.run(ROOT / "tests" / "kill.py", tmp_path, n_kills, *flags, timeout=900)
     assert done.returncode == 0, done.stderr
     kills = re.findall(r"^killed; half written: (.*)$", done.stdout, re.MULTILINE)
-    assert len(kills) == n_kills and any(what != "nothing" for what in kills)  # in the middle of a save, too
+    assert len(kills) == n_kills and any(
+        what != "nothing" for what in kills
+    )  # in the middle of a save, too
     n_finished = len(re.findall(r"^run \d+ finished$", done.stdout, re.MULTILINE))
     assert n_finished >= 1
     for run in range(n_finished):
@@ -103,7 +115,16 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(ad_nc, tmp_path, repe
 
 
 def test_sigterm_ends_the_process_at_once_and_the_run_resumes(ad_nc, tmp_path, whole):
-    words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, *FLAGS]
+    words = [
+        sys.executable,
+        ROOT / "train.py",
+        "--data",
+        ad_nc,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        *FLAGS,
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r" +2 ", line):  # the second epoch is done
@@ -116,7 +137,17 @@ def test_sigterm_ends_the_process_at_once_and_the_run_resumes(ad_nc, tmp_path, w
 
 
 def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
-    words = [sys.executable, ROOT / "train.py", "--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000"]
+    words = [
+        sys.executable,
+        ROOT / "train.py",
+        "--data",
+        ad_nc,
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        "--epochs",
+        "2000",
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r" +1 ", line):
@@ -125,7 +156,9 @@ def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
     epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] + 1
-    again = command.run_printed(re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1], "--epochs", epochs)
+    again = command.run_printed(
+        re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1], "--epochs", epochs
+    )
     assert again.returncode == 0, again.stderr
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout
 
@@ -133,9 +166,17 @@ def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, tmp_path):
     run = train_steps(ad_nc, tmp_path / "run", "--epochs", "2")
     before = {path: path.read_bytes() for path in run.rglob("*.pth")}
-    done = command.run(ROOT / "train.py", "--out", run, "--resume", "--epochs", "4", file_size=5_000_000)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert re.search(r"\.pth cannot be written: .*\n.*last\.pth holds epoch 2; resume with", done.stderr)
+    done = command.run(
+        ROOT / "train.py", "--out", run, "--resume", "--epochs", "4", file_size=5_000_000
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("error: ") == 1
+        and "Traceback" not in done.stderr
+    )
+    assert re.search(
+        r"\.pth cannot be written: .*\n.*last\.pth holds epoch 2; resume with", done.stderr
+    )
     assert all(path.read_bytes() == data for path, data in before.items())
     assert len(pd.read_csv(resume(run) / "training_history.csv")) == 4
 
@@ -176,7 +217,9 @@ def test_a_run_is_resumed_with_its_own_files_or_not_at_all(run_folder, tmp_path)
     (run / "last.pth").unlink()
     with pytest.raises(InputError, match="holds no last.pth to resume"):
         resume(run)
-    assert (run / "training_history.csv").read_bytes() == (run_folder / "training_history.csv").read_bytes()
+    assert (run / "training_history.csv").read_bytes() == (
+        run_folder / "training_history.csv"
+    ).read_bytes()
 
 
 def test_a_run_resumes_on_its_own_slices_and_subjects_only(ad_nc, run_folder, tmp_path):
@@ -239,10 +282,9 @@ def test_another_precision_is_reported(run_folder, tmp_path):
 
 def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
     script = (
-        "import os, sys, torch, conftest\n"
-        "conftest.train_steps(sys.argv[1], sys.argv[2], '--epochs', '1', '--deterministic')\n"
-        "assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark\n"
-        "assert os.environ['CUBLAS_WORKSPACE_CONFIG']\n"
+        "import os, sys, torch, conftest\nconftest.train_steps(sys.argv[1], sys.argv[2], "
+        "'--epochs', '1', '--deterministic')\nassert torch.are_deterministic_algorithms_enabled() "
+        "and not torch.backends.cudnn.benchmark\nassert os.environ['CUBLAS_WORKSPACE_CONFIG']\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     done = command.run(script, ad_nc, tmp_path / "run", env=environment)
@@ -251,7 +293,9 @@ def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
 
 def test_two_runs_never_overwrite_each_other(ad_nc, run_folder):
     before = (run_folder / "training_log.txt").read_text()
-    with pytest.raises(InputError, match="exists, and nothing is overwritten; choose a new --out, or add --resume"):
+    with pytest.raises(
+        InputError, match="exists, and nothing is overwritten; choose a new --out, or add --resume"
+    ):
         train_small(ad_nc, run_folder, "--epochs", "1")
     assert (run_folder / "training_log.txt").read_text() == before
 

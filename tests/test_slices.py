@@ -145,7 +145,8 @@ def warp_one(image, x0=0.0, y0=0.0, w=256.0, h=240.0, mirror=1.0, degrees=0.0, s
 
 
 def inner(x):
-    return x[..., 1:-1, 1:-1]  # at the very edge torchvision repeats the crop's border, the map looks beyond it
+    # At the very edge torchvision repeats the crop's border, the map looks beyond it.
+    return x[..., 1:-1, 1:-1]
 
 
 def test_a_crop_equals_torchvisions(smooth):
@@ -195,7 +196,8 @@ def test_crops_have_the_area_and_aspect_of_the_recipe():
     assert area.min() >= 0.8 - 1e-4 and area.max() <= 1 + 1e-4
     assert 0.85 < area.mean() < 0.95
     assert (w / h).min() >= 3 / 4 - 1e-4 and (w / h).max() <= 4 / 3 + 1e-4
-    assert (theta[:, 0, 2].abs() + theta[:, 0, 0] <= 1 + 1e-5).all()  # the crop stays inside the image
+    # The crop stays inside the image.
+    assert (theta[:, 0, 2].abs() + theta[:, 0, 0] <= 1 + 1e-5).all()
     assert (theta[:, 1, 2].abs() + theta[:, 1, 1] <= 1 + 1e-5).all()
 
 

@@ -155,9 +155,11 @@ def test_a_scan_under_two_ids_is_one_group_for_split_folds_intervals_calibration
     assert sorted(calibration["weights"])[:2] == [0.5, 0.5]  # the two that are one brain
     z, y = table.logit.to_numpy(), (table.label == "AD").to_numpy()
     by_group, by_scan = (metrics.fit_temperature(z, y, table[name]) for name in ("group", "scan"))
-    assert calibration["temperature"] == by_group != by_scan  # six groups hold against the prior, not seven scans
+    # Six groups hold against the prior, not seven scans.
+    assert calibration["temperature"] == by_group != by_scan
     sets, rows = metrics.score_sets(table, 0.9), metrics.aggregate(table, "scan")
-    unsure = (rows.prediction_set == "AD|NC").to_numpy(float)  # of the two that are one brain: drawn together or not
+    # Of the two that are one brain: drawn together or not.
+    unsure = (rows.prediction_set == "AD|NC").to_numpy(float)
     by_group, by_scan = (metrics.interval(draws.total(unsure) / draws.total(np.ones(7)))
                          for draws in map(metrics.Bootstrap, (rows.group, rows.scan)))  # fmt: skip
     assert sets["n"] == 7 and sets["uncertain"] == pytest.approx(2 / 7)
@@ -182,8 +184,10 @@ def given(ad_nc, tmp_path):
 def test_the_split_csv_of_a_run_gives_its_split_again(ad_nc, tmp_path, given):
     run, table, load = given
     first = load_checkpoint(run / "last.pth")["split_hash"]
-    assert subjects.split_hash(load(table.sample(frac=1, random_state=0)).index) == first  # in any order
-    assert subjects.split_hash(load(table[["path", "split"]]).index) == first  # by hand, two columns do
+    # In any order.
+    assert subjects.split_hash(load(table.sample(frac=1, random_state=0)).index) == first
+    # By hand, two columns do.
+    assert subjects.split_hash(load(table[["path", "split"]]).index) == first
     assert f"{tmp_path / 'mine.csv'} says who is in val; --val-fraction is not used" in load(table).passed
     other = train_steps(ad_nc, tmp_path / "other", "--epochs", "1", "--seed", "4", "--split", str(run / "split.csv"))
     assert load_checkpoint(other / "last.pth")["split_hash"] == first

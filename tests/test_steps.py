@@ -64,7 +64,10 @@ def test_the_shares_of_several_processes_cover_a_batch_once(slices):
     part = slices.part("train")
     whole = [y.tolist() for _, y in Batches(part, 16)]
     for world in (2, 3):
-        shares = [[y.tolist() for _, y in Batches(part, 16, rank=rank, world=world)] for rank in range(world)]
+        shares = [
+            [y.tolist() for _, y in Batches(part, 16, rank=rank, world=world)]
+            for rank in range(world)
+        ]
         for number, batch in enumerate(whole):
             joined = [None] * len(batch)
             for rank in range(world):
@@ -103,7 +106,9 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss_and_clipped():
     for clip_grad in (1e9, 0.01):
         state = make_state()
         step(state, x, y, clip_grad=clip_grad)
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()]).item())
+        norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()]).item()
+        )
     model = make_state().model
     torch.nn.functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -120,7 +125,9 @@ def test_a_state_that_was_saved_and_loaded_takes_the_same_steps():
     step(one, x, y)
     step(other, x, y)
     for a, b in ((one.model, other.model), (one.ema, other.ema)):
-        assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+        assert all(
+            torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values())
+        )
 
 
 def test_the_scale_of_another_precision_is_not_restored():
@@ -159,7 +166,8 @@ def test_layer_scale_gives_no_gradient_in_fp16_without_the_scaler():
 
 
 def poison_step(number, factor, monkeypatch):
-    """Multiply the images of training step `number` of the next run, counted over all epochs, by a factor."""
+    """Multiply the images of training step `number` of the next run, counted over all epochs, by a
+    factor."""
     transform, count = train.train_transform, []
 
     def poisoned(*args, **kwargs):
@@ -171,7 +179,9 @@ def poison_step(number, factor, monkeypatch):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(ad_nc, tmp_path, monkeypatch, poison):
+def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(
+    ad_nc, tmp_path, monkeypatch, poison
+):
     poison_step(6, poison, monkeypatch)
     run = train_steps(ad_nc, tmp_path / "run", "--epochs", "3")
     history = pd.read_csv(run / "training_history.csv")
@@ -200,7 +210,9 @@ def test_a_skipped_step_changes_no_weight(poison):
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(state)))
 
 
-def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(ad_nc, tmp_path, monkeypatch):
+def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(
+    ad_nc, tmp_path, monkeypatch
+):
     transform, count = train.train_transform, []
 
     def poisoned(*args, **kwargs):
@@ -208,7 +220,9 @@ def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(ad_nc,
         return transform(*args, **kwargs) * (float("nan") if len(count) > 9 else 1)
 
     monkeypatch.setattr(train, "train_transform", poisoned)
-    with pytest.raises(ValueError, match=r"(?s)not finite in \d+ steps in a row.*last.pth holds epoch \d+; resume"):
+    with pytest.raises(
+        ValueError, match=r"(?s)not finite in \d+ steps in a row.*last.pth holds epoch \d+; resume"
+    ):
         train_steps(ad_nc, tmp_path / "run", "--epochs", "30", "--patience", "0")
     assert train.MAX_NONFINITE_STEPS <= len(count) - 9 <= 2 * train.MAX_NONFINITE_STEPS
     model = build_model(load_checkpoint(tmp_path / "run" / "last.pth"))
@@ -218,10 +232,16 @@ def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(ad_nc,
 # ---------------------------------------------------------------- BatchNorm, averages, compilation
 
 
-@pytest.mark.parametrize("flags", [["--model", "narrow"], ["--model-args", "norm=batch"], ["--model", "cnn"]])
+@pytest.mark.parametrize(
+    "flags", [["--model", "narrow"], ["--model-args", "norm=batch"], ["--model", "cnn"]]
+)
 def test_a_last_batch_of_one_slice_is_left_out_of_batch_norm_and_reported(ad_nc, tmp_path, flags):
-    run = train_steps(ad_nc, tmp_path / "run", *flags, "--epochs", "2", "--batch-size", "7")  # of 50 slices
-    assert "the last batch of each epoch has 1 of 50 slices" in (run / "training_log.txt").read_text()
+    run = train_steps(
+        ad_nc, tmp_path / "run", *flags, "--epochs", "2", "--batch-size", "7"
+    )  # of 50 slices
+    assert (
+        "the last batch of each epoch has 1 of 50 slices" in (run / "training_log.txt").read_text()
+    )
     last = load_checkpoint(run / "last.pth")
     assert {state["step"].item() for state in last["optimizer"]["state"].values()} == {14}
 
@@ -240,11 +260,27 @@ def test_batch_norm_and_batches_of_one_are_refused(ad_nc, tmp_path):
 
 @pytest.mark.parametrize("model", ["atto", "narrow", "cnn"])
 def test_with_ema_the_averaged_weights_and_statistics_are_kept(ad_nc, tmp_path, model):
-    flags = ["--model", model, "--epochs", "2", "--ema", "0.5", "--keep", "last", "--mixup", "0.2", "--cutmix", "1"]
+    flags = [
+        "--model",
+        model,
+        "--epochs",
+        "2",
+        "--ema",
+        "0.5",
+        "--keep",
+        "last",
+        "--mixup",
+        "0.2",
+        "--cutmix",
+        "1",
+    ]
     run = train_steps(ad_nc, tmp_path / "run", *flags)
     last, best = load_checkpoint(run / "last.pth"), load_checkpoint(run / "best_model.pth")
     assert best["epoch"] == 2
-    assert all(torch.equal(best["weights"][name], last["ema"][f"module.{name}"]) for name in best["weights"])
+    assert all(
+        torch.equal(best["weights"][name], last["ema"][f"module.{name}"])
+        for name in best["weights"]
+    )
     name = list(best["weights"])[0]
     assert not torch.equal(best["weights"][name], last["weights"][name])
 
@@ -257,11 +293,15 @@ def test_a_compiled_run_has_clean_names_and_the_same_losses(ad_nc, tmp_path, mon
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compile_module(self, backend=backend)
+    )
     flags = ["--epochs", "2", "--amp", "off"]
     plain = train_steps(ad_nc, tmp_path / "plain", *flags)
     compiled = train_steps(ad_nc, tmp_path / "compiled", *flags, "--compile")
     assert graphs
-    assert list(load_checkpoint(plain / "last.pth")["weights"]) == list(load_checkpoint(compiled / "last.pth")["weights"])
+    assert list(load_checkpoint(plain / "last.pth")["weights"]) == list(
+        load_checkpoint(compiled / "last.pth")["weights"]
+    )
     a, b = (pd.read_csv(run / "training_history.csv").train_loss for run in (plain, compiled))
     np.testing.assert_allclose(a, b, rtol=1e-3)

@@ -31,7 +31,8 @@ def test_a_marker_on_the_left_stays_on_the_left_and_the_front_is_where_it_is_doc
         assert centre_of(slices, 250)[2] < 0.4  # left, on the left of the picture
     assert centre_of(axial, 205, 225)[1] < 0.35  # front, at the top
     assert centre_of(coronal, 165, 185)[1] < 0.4  # crown, at the top
-    assert centre_of(sagittal, 205, 225)[2] < 0.35 and centre_of(sagittal, 165, 185)[1] < 0.4  # face to the left
+    # Face to the left.
+    assert centre_of(sagittal, 205, 225)[2] < 0.35 and centre_of(sagittal, 165, 185)[1] < 0.4
     # numbered from left to right, from back to front, from bottom to top
     assert centre_of(sagittal, 250)[0] < 0.4
     assert centre_of(coronal, 205, 225)[0] > 0.6 and centre_of(axial, 165, 185)[0] > 0.6
@@ -39,7 +40,8 @@ def test_a_marker_on_the_left_stays_on_the_left_and_the_front_is_where_it_is_doc
 
 @pytest.mark.parametrize("plane", volumes.PLANES)
 def test_a_head_gives_the_same_slices_however_it_is_stored(tmp_path, plane):
-    for voxels, shape in (((6, 6, 6), (25, 31, 24)), ((1.9, 3, 2.9), (79, 63, 50))):  # fine voxels, odd numbers of them
+    # Fine voxels, odd numbers of them.
+    for voxels, shape in (((6, 6, 6), (25, 31, 24)), ((1.9, 3, 2.9), (79, 63, 50))):
         image = head(*place(voxels, shape))
         expected, numbers, _ = cut(tmp_path / "RAS.nii", image, plane=plane)
         for axes in ORIENTATIONS[1:]:
@@ -120,7 +122,8 @@ def test_any_kind_of_number_and_file_gives_the_same_slices(tmp_path):
     scaled.header.set_data_dtype(np.int16)
     scaled.header.set_slope_inter(0.05, 10)
     assert np.abs(cut(tmp_path / "c.nii", scaled)[0].astype(int) - expected).max() <= 1
-    assert (cut(tmp_path / "d.nii", nib.Nifti1Image(values[..., None], affine))[0] == expected).all()  # 4-D, of one
+    # 4-D, of one.
+    assert (cut(tmp_path / "d.nii", nib.Nifti1Image(values[..., None], affine))[0] == expected).all()
     assert (cut(tmp_path / "e.mgz", nib.MGHImage(values, affine))[0] == expected).all()
     assert (cut(tmp_path / "f.nii", nib.Nifti2Image(values, affine))[0] == expected).all()
     assert (cut(tmp_path / "g.img", nib.Nifti1Pair(values, affine))[0] == expected).all()
@@ -387,7 +390,8 @@ def test_nibabels_own_volumes_are_cut_or_refused(tmp_path):
     data = Path(nib.__file__).parent / "tests" / "data"
     if not (data / "anatomical.nii").exists():
         pytest.skip("this nibabel comes without its test data")
-    slices, _, facts = volumes.extract_volume(str(data / "anatomical.nii"), Look(spacing=3.0))  # big-endian int16
+    # Big-endian int16.
+    slices, _, facts = volumes.extract_volume(str(data / "anatomical.nii"), Look(spacing=3.0))
     assert facts["orientation"] == "LAS" and slices.max() == 255
     for name in ("functional.nii", "example4d.nii.gz", "test.mgz"):
         with pytest.raises(Unfit, match="holds .* volumes; expected one"):
@@ -415,7 +419,8 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
     assert facts["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")  # how deepbet stores its weights
+# How deepbet stores its weights.
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-volumes.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))

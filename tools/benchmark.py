@@ -1,13 +1,13 @@
 """Measure speed side by side with torchvision's ConvNeXt, in one process.
 
-    python -m tools.benchmark --json cpu.json            # the CPU: prediction and training step; some minutes
-    python -m tools.benchmark --gpu --json gpu.json      # a CUDA GPU: also compiled, and an epoch from files
+    python -m tools.benchmark --json cpu.json          # the CPU: prediction and training step
+    python -m tools.benchmark --gpu --json gpu.json    # a CUDA GPU: also compiled, and whole epochs
 
-The reference is what one writes without this project: torchvision.models.convnext_tiny in a plain loop and, end to end,
-ImageFolder with PIL transforms and a DataLoader with a worker a core. Candidates take turns, so that a machine that slows
-down slows all of them; printed is the ratio to the reference, the median over the turns. A candidate that gives another
-answer is refused. OpenVINO and ONNX Runtime are candidates for prediction on a CPU if they are installed.
-"""
+The reference is what one writes without this project: torchvision.models.convnext_tiny in a plain
+loop and, end to end, ImageFolder with PIL transforms and a DataLoader with a worker a core.
+Candidates take turns, so that a machine that slows down slows all of them; printed is the ratio to
+the reference, the median over the turns. A candidate that gives another answer is refused. OpenVINO
+and ONNX Runtime are candidates for prediction on a CPU if they are installed."""
 
 import functools
 import json
@@ -46,10 +46,11 @@ from utils import autocast, has_native_bf16, pick_device, precision_name
 
 
 def take_turns(candidates, repeats, sync=lambda: None):
-    """Seconds of each candidate (a dict of functions), in `repeats` turns after one that does not count.
+    """Seconds of each candidate (a dict of functions), in `repeats` turns after one that does not
+    count.
 
-    Returns {name: {"seconds": median, "ratio": median over the turns of first / this}}; the first is the reference.
-    """
+    Returns {name: {"seconds": median, "ratio": median over the turns of first / this}}; the first
+    is the reference. """
     seconds = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, work in candidates.items():
@@ -70,7 +71,9 @@ def take_turns(candidates, repeats, sync=lambda: None):
 def require(what, difference, limit):
     """InputError for a wrong answer, which is not worth timing."""
     if not difference <= limit:
-        raise InputError(f"{what}: the largest difference is {difference:.2g}; expected at most {limit:.2g}")
+        raise InputError(
+            f"{what}: the largest difference is {difference:.2g}; expected at most {limit:.2g}"
+        )
     return float(difference)
 
 
@@ -79,7 +82,8 @@ def sync_of(device):
 
 
 def precisions(device):
-    """The dtypes of autocast that are measured on a device, the reference first; None is float32."""
+    """The dtypes of autocast that are measured on a device, the reference first; None is
+    float32."""
     if device.type == "cuda":
         return [torch.float16, torch.bfloat16]
     return [None, torch.bfloat16] if has_native_bf16() else [None]
@@ -100,11 +104,15 @@ def show(rows, batch, device, notes=None):
 
 
 def two_models(variant, device, in_chans=1, num_classes=2):
-    """(torchvision's model, ours) with the same random weights, LayerScale about 0.1 so that every block counts. Neither
-    drops paths, which would be random."""
+    """(torchvision's model, ours) with the same random weights, LayerScale about 0.1 so that every
+    block counts. Neither drops paths, which would be random."""
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, f"convnext_{variant}")(num_classes=num_classes, stochastic_depth_prob=0.0)
-    theirs.features[0][0] = nn.Conv2d(in_chans, VARIANTS[variant]["dims"][0], kernel_size=4, stride=4)
+    theirs = getattr(torchvision.models, f"convnext_{variant}")(
+        num_classes=num_classes, stochastic_depth_prob=0.0
+    )
+    theirs.features[0][0] = nn.Conv2d(
+        in_chans, VARIANTS[variant]["dims"][0], kernel_size=4, stride=4
+    )
     for p in theirs.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, mean=0.0, std=0.03)
@@ -116,9 +124,11 @@ def two_models(variant, device, in_chans=1, num_classes=2):
 
 
 def parity(variant):
-    """Our ConvNeXt and torchvision's with the same weights on a batch of 2 x 96 x 96 in float32: parameters of both, the
-    largest difference of the logits, and their SD."""
-    theirs, ours = (model.eval() for model in two_models(variant, "cpu", in_chans=3, num_classes=1000))
+    """Our ConvNeXt and torchvision's with the same weights on a batch of 2 x 96 x 96 in float32:
+    parameters of both, the largest difference of the logits, and their SD."""
+    theirs, ours = (
+        model.eval() for model in two_models(variant, "cpu", in_chans=3, num_classes=1000)
+    )
     x = torch.randn(2, 3, 96, 96)
     with torch.inference_mode():
         a, b = ours(x), theirs(x)
@@ -131,9 +141,13 @@ def parity(variant):
 
 
 def some_slices(n):
-    """n slices of the phantom, uint8 (n, 1, 240, 256), of a few brains from little to much atrophy."""
+    """n slices of the phantom, uint8 (n, 1, 240, 256), of a few brains from little to much
+    atrophy."""
     latents = np.linspace(-2, 2, min(20, -(-n // SLICES)))
-    scans = [Scan(i, f"001_S_{i:04d}", "AD", "train", 67, float(latent), 0) for i, latent in enumerate(latents)]
+    scans = [
+        Scan(i, f"001_S_{i:04d}", "AD", "train", 67, float(latent), 0)
+        for i, latent in enumerate(latents)
+    ]
     drawn = np.concatenate([render(scan) for scan in scans])
     return torch.from_numpy(drawn[np.arange(n) % len(drawn), None])
 
@@ -146,8 +160,9 @@ def p_ad(logits):
 
 
 def measure_prediction(variant, image_size, batch, device, repeats):
-    """From normalised slices to logits: torchvision's model, the engine of predict.py, and other runtimes. Returns
-    (rows, differences): of `take_turns`, and the largest difference of p_AD to torchvision in float32 of each."""
+    """From normalised slices to logits: torchvision's model, the engine of predict.py, and other
+    runtimes. Returns (rows, differences): of `take_turns`, and the largest difference of p_AD to
+    torchvision in float32 of each."""
     theirs, ours = two_models(variant, device)
     theirs.eval()
     x = eval_transform(some_slices(batch).to(device), image_size)
@@ -161,7 +176,9 @@ def measure_prediction(variant, image_size, batch, device, repeats):
     for amp in precisions(device):
         name = precision_name(amp)
         candidates[f"torchvision, {name}"] = functools.partial(reference, amp)
-        candidates[f"ours, {name}"] = functools.partial(make_engine(ours, device=device, amp=amp), x)
+        candidates[f"ours, {name}"] = functools.partial(
+            make_engine(ours, device=device, amp=amp), x
+        )
         if device.type == "cuda":
             compiled = two_models(variant, device)[1]
             compiled.compile()
@@ -178,7 +195,8 @@ def measure_prediction(variant, image_size, batch, device, repeats):
 
 
 def other_runtimes(model, x):
-    """{name: function} of torch.compile, ONNX Runtime and OpenVINO in float32, those that are installed."""
+    """{name: function} of torch.compile, ONNX Runtime and OpenVINO in float32, those that are
+    installed."""
     candidates = {}
     try:
         import onnxruntime
@@ -195,7 +213,9 @@ def other_runtimes(model, x):
         torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=True)
         if onnxruntime is not None:
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            candidates["ONNX Runtime, float32"] = lambda: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            candidates["ONNX Runtime, float32"] = lambda: torch.from_numpy(
+                session.run(None, {"x": x.numpy()})[0]
+            )
         if openvino is not None:
             hints = {"INFERENCE_PRECISION_HINT": "f32"}
             compiled = openvino.Core().compile_model(path, "CPU", hints)
@@ -207,7 +227,8 @@ def other_runtimes(model, x):
 
 
 def plain_step(model, device, amp):
-    """A function (x, y) that takes a training step of the recipe as one writes it without this project."""
+    """A function (x, y) that takes a training step of the recipe as one writes it without this
+    project."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
@@ -239,7 +260,8 @@ def our_step(model, x, y, device, amp, exact_norm):
 
 
 def measure_steps(variant, image_size, batch, device, amp, repeats):
-    """Training steps of torchvision's model by `plain_step` and of ours as in train.py; rows of `take_turns`."""
+    """Training steps of torchvision's model by `plain_step` and of ours as in train.py; rows of
+    `take_turns`."""
     x = eval_transform(some_slices(batch).to(device), image_size)
     y = torch.arange(batch, device=device) % 2
     theirs, ours = two_models(variant, device)
@@ -273,14 +295,20 @@ def write_jpegs(root, drawn, n):
 
 
 def their_epoch(variant, image_size, folder, batch, device, amp):
-    """A function that trains for an epoch as one writes it without this project, and returns images a second."""
+    """A function that trains for an epoch as one writes it without this project, and returns images
+    a second."""
     recipe = v2.Compose([
-        v2.Grayscale(), v2.RandomResizedCrop(image_size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(),
-        v2.RandomRotation(10), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]),
+        v2.Grayscale(),
+        v2.RandomResizedCrop(image_size, scale=(0.8, 1.0)),
+        v2.RandomHorizontalFlip(),
+        v2.RandomRotation(10),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.5], [0.5]),
     ])  # fmt: skip
     batches = DataLoader(
-        ImageFolder(folder, recipe), batch, shuffle=True, num_workers=os.cpu_count(), pin_memory=True, drop_last=True,
-        persistent_workers=True,
+        ImageFolder(folder, recipe), batch, shuffle=True, num_workers=os.cpu_count(),
+        pin_memory=True, drop_last=True, persistent_workers=True,
     )  # fmt: skip
     step = plain_step(two_models(variant, device)[0], device, amp)
 
@@ -297,7 +325,9 @@ def their_epoch(variant, image_size, folder, batch, device, amp):
 def our_epoch(variant, image_size, paths, batch, device, amp):
     """The same as train.py does it: decoded once, before the clock starts."""
     images, _, _ = decode_files(paths, lambda: (240, 256))
-    index = pd.DataFrame({"row": np.arange(len(paths)), "label": [Path(path).parent.name for path in paths]})
+    index = pd.DataFrame(
+        {"row": np.arange(len(paths)), "label": [Path(path).parent.name for path in paths]}
+    )
     batches = Batches(SliceSet(index, images), batch, generator=torch.Generator(), device=device)
     state = TrainState(two_models(variant, device)[1], device=device, amp=amp, lr=1e-6)
     state.model.compile()
@@ -320,7 +350,9 @@ def measure_epochs(variant, image_size, batch, device, n_slices):
         n_slices = max(1, n_slices // batch) * batch
         paths = write_jpegs(Path(folder), some_slices(400).numpy()[:, 0], n_slices)
         epochs = {
-            "torchvision, ImageFolder": their_epoch(variant, image_size, folder, batch, device, amp),
+            "torchvision, ImageFolder": their_epoch(
+                variant, image_size, folder, batch, device, amp
+            ),
             "ours, compiled": our_epoch(variant, image_size, paths, batch, device, amp),
         }
         for name, epoch in epochs.items():
@@ -339,7 +371,11 @@ def machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    match = (
+        re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+        if info.exists()
+        else None
+    )
     return f"{match[1] if match else platform.machine()}, {torch.get_num_threads()} threads"
 
 
@@ -348,10 +384,29 @@ def parse_args(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--gpu", action="store_true", help="measure a CUDA GPU instead of the CPU")
     add = parser.add_argument_group("what is measured").add_argument
-    add("--model", default="tiny", choices=("tiny", "small", "base", "large"), help="of torchvision's (tiny)")
-    add("--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's input (224)")
-    add("--batch-size", type=COUNT, default=64, metavar="N", help="slices at once; on a GPU also 4 N (64)")
-    add("--slices", type=COUNT, default=10240, metavar="N", help="JPEG files of an epoch, on a GPU (10240)")
+    add(
+        "--model",
+        default="tiny",
+        choices=("tiny", "small", "base", "large"),
+        help="of torchvision's (tiny)",
+    )
+    add(
+        "--image-size", type=SIDE, default=224, metavar="PX", help="side of the model's input (224)"
+    )
+    add(
+        "--batch-size",
+        type=COUNT,
+        default=64,
+        metavar="N",
+        help="slices at once; on a GPU also 4 N (64)",
+    )
+    add(
+        "--slices",
+        type=COUNT,
+        default=10240,
+        metavar="N",
+        help="JPEG files of an epoch, on a GPU (10240)",
+    )
     add("--repeats", type=COUNT, default=5, metavar="N", help="turns of each candidate (5)")
     return parser.parse_args(argv)
 
@@ -367,7 +422,12 @@ def main(argv=None):
         "torchvision": torchvision.__version__,
     }
     print(json.dumps(results), flush=True)
-    results.update(model=args.model, image_size=args.image_size, batch_size=args.batch_size, repeats=args.repeats)
+    results.update(
+        model=args.model,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        repeats=args.repeats,
+    )
 
     def keep():  # after each part: a machine may be taken away
         if args.json:
@@ -375,18 +435,23 @@ def main(argv=None):
 
     results["parity"] = found = parity(args.model)
     print(
-        f"with torchvision's weights, 3 channels, 1,000 classes: {found['ours']:,} parameters, torchvision's has "
-        f"{found['torchvision']:,}; largest difference of the logits {found['difference']:.1g}, SD {found['SD']:.2g}"
+        f"with torchvision's weights, 3 channels, 1,000 classes: {found['ours']:,} parameters, "
+        f"torchvision's has {found['torchvision']:,}; largest difference of the logits "
+        f"{found['difference']:.1g}, SD {found['SD']:.2g}"
     )
     batches = [args.batch_size]
     if args.gpu:
         batches.append(4 * args.batch_size)
         print(f"from files to trained weights, batch {batches[-1]}", flush=True)
-        results["epoch"] = measure_epochs(args.model, args.image_size, batches[-1], device, args.slices)
+        results["epoch"] = measure_epochs(
+            args.model, args.image_size, batches[-1], device, args.slices
+        )
         keep()
     for batch in batches:
         print(f"prediction, {args.model}, {args.image_size} px, batch {batch}", flush=True)
-        rows, differences = measure_prediction(args.model, args.image_size, batch, device, args.repeats)
+        rows, differences = measure_prediction(
+            args.model, args.image_size, batch, device, args.repeats
+        )
         results[f"predict, batch {batch}"] = rows
         results[f"difference of p_AD, batch {batch}"] = differences
         show(rows, batch, device, differences)

@@ -1,15 +1,15 @@
 """Cut volumes into slices: NIfTI, MGZ, Analyze pairs, or a DICOM folder.
 
-    python -m tools.extract scan.nii.gz --plane axial --count 32 --out slices   # 32 slices in the middle of the head
-    python -m tools.extract VOLUMES --like ADNI --strip --out SET               # as in AD_NC, without the skull
-    python -m tools.extract scan.nii.gz --like runs/tiny/best_model.pth --out S # as that model's training slices
+    python -m tools.extract scan.nii.gz --plane axial --count 32 --out slices
+    python -m tools.extract VOLUMES --like ADNI --strip --out SET   # as in AD_NC, without skull
+    python -m tools.extract scan.nii.gz --like runs/tiny/best_model.pth --out slices
 
-INPUT is a volume, a DICOM folder of one series, or a folder of volumes. Written to --out: slices/<scan>_<slice>.png (in
-AD/ and NC/ if the volumes are), extraction.csv (a row a volume: place, slices, decisions, why it was skipped),
-subjects.csv if a table beside the volumes or BIDS names know the subjects, and last extraction.json (these flags;
-train.py keeps them with the model). An extraction that was killed leaves a folder without extraction.json. Left is on
-the left, and a sagittal slice looks to the left. The exit status is 2 if no volume could be cut.
-"""
+INPUT is a volume, a DICOM folder of one series, or a folder of volumes. Written to --out:
+slices/<scan>_<slice>.png (in AD/ and NC/ if the volumes are), extraction.csv (a row a volume:
+place, slices, decisions, why it was skipped), subjects.csv if a table beside the volumes or BIDS
+names know the subjects, and last extraction.json (these flags; train.py keeps them with the model).
+An extraction that was killed leaves a folder without extraction.json. Left is on the left, and a
+sagittal slice looks to the left. The exit status is 2 if no volume could be cut."""
 
 import sys
 from dataclasses import replace
@@ -26,10 +26,21 @@ from utils import load_checkpoint
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a volume, a DICOM folder, or a folder of either")
-    parser.add_argument("--out", metavar="DIR", help="new folder for the slices (default: extracted/<time>)")
-    parser.add_argument("--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win")
-    parser.add_argument("--workers", type=number(1, 64, int), metavar="N", help="volumes at once (one a core, up to 8)")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a volume, a DICOM folder, or a folder of either"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="new folder for the slices (default: extracted/<time>)"
+    )
+    parser.add_argument(
+        "--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win"
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(1, 64, int),
+        metavar="N",
+        help="volumes at once (one a core, up to 8)",
+    )
     add_look_flags(parser)
     return parser.parse_args(argv)
 
@@ -49,7 +60,10 @@ def main(argv=None):
     volumes = cut.find_all(args.inputs)
     mixed = cut.describe_mixed(volumes)
     if mixed:
-        raise InputError(f"{mixed}; move these away or rename their folders, or give each folder of volumes by itself")
+        raise InputError(
+            f"{mixed}; move these away or rename their folders, or give each folder of volumes by "
+            "itself"
+        )
     volumes, tables, lines = cut.add_table_subjects(volumes, args.inputs)
     print(f"{look} ({known})" if known else look)
 
@@ -59,26 +73,32 @@ def main(argv=None):
     warnings += lines + cut.remarks(table, volumes, args.inputs, tables)
     warnings += [f"{row.source} {row.error}" for row in bad.head(10).itertuples()]
     if len(bad):
-        warnings.append(f"{len(bad)} of {len(table)} volumes were skipped (column error of {out / 'extraction.csv'})")
+        warnings.append(
+            f"{len(bad)} of {len(table)} volumes were skipped (column error of "
+            f"{out / 'extraction.csv'})"
+        )
     for warning in warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     if len(bad) == len(table):
         raise InputError(f"none of the {len(table)} volumes could be cut")
     if checkpoint:
         print(compare_with_training(out, checkpoint))
-    print(f"{table.n_slices.sum():,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}")
+    print(
+        f"{table.n_slices.sum():,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}"
+    )
 
 
 def compare_with_training(out, checkpoint):
-    """A sentence on whether the slices are in the range of those that a checkpoint was trained on."""
+    """A sentence on whether the slices are in the range of those that a checkpoint was trained
+    on."""
     paths = sorted(map(str, (out / "slices").rglob("*.png")))
     _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")
     outside = out_of_range(stats, checkpoint["slice_stats"]).dropna()
     if outside.empty:
         return f"all {len(paths)} slices are in the range of the training slices"
     return (
-        f"{len(outside)} of {len(paths)} slices are out of the training range, first {paths[outside.index[0]]}: "
-        f"{outside.iloc[0]}"
+        f"{len(outside)} of {len(paths)} slices are out of the training range, first "
+        f"{paths[outside.index[0]]}: {outside.iloc[0]}"
     )
 
 

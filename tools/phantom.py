@@ -1,51 +1,52 @@
 """Draw a synthetic imitation of the ADNI `AD_NC` set, for users without access to ADNI.
 
-    python -m tools.phantom ADNI                                  # 60 subjects, 140 scans, 2,800 slices
-    python -m tools.phantom ADNI --subjects 680 --seed 1          # the size of the real set
-    python -m tools.phantom LOCAL --cue local --subjects 250      # a cue that a blur does not show
-    python -m tools.phantom HEADS --volumes 4                     # four heads with a skull, as NIfTI, and no slices
-    python -m tools.phantom --sheet figures/phantom.png           # a contact sheet only
+    python -m tools.phantom ADNI                              # 60 subjects, 140 scans, 2,800 slices
+    python -m tools.phantom ADNI --subjects 680 --seed 1      # the size of the real set
+    python -m tools.phantom LOCAL --cue local --subjects 250  # a cue that a blur does not show
+    python -m tools.phantom HEADS --volumes 4                 # four heads with a skull, as NIfTI
+    python -m tools.phantom --sheet figures/phantom.png       # a contact sheet only
 
 writes
 
-    ADNI/meta_data_with_label.json                       scan -> label, and paths that name the subject
-    ADNI/AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg  256 x 240, 8-bit grey, 20 slices a scan
+    ADNI/meta_data_with_label.json                       label and subject of each scan
+    ADNI/AD_NC/{train,test}/{AD,NC}/<scan>_<slice>.jpeg  256 x 240, 8-bit grey, 20 slices per scan
 
-The brain is a parametric shape. One number a subject, its atrophy, drives the anatomy; the classes overlap, so that the
-best possible subject-level accuracy is about 0.915. With --cue local it shows in the temporal horn and the hippocampus
-alone. A result on the phantom shows that the code works; it says nothing about Alzheimer's disease. --volumes writes
-HEADS/heads/sub-*_T1w.nii.gz, HEADS/brains/ and HEADS/heads.csv.
+The brain is a parametric shape. One number per subject, its atrophy, drives the anatomy; the
+classes overlap, so that the best possible subject-level accuracy is about 0.915. With --cue local
+only the temporal horn and the hippocampus show it. A result on the phantom shows that the code
+works; it says nothing about Alzheimer's disease. --volumes writes HEADS/heads/sub-*_T1w.nii.gz,
+HEADS/brains/ and HEADS/heads.csv.
 """
 
 from adnc.cli import SEED, Parser, new_png, number, run_script
-from adnc.errors import InputError
 from adnc.phantom.draw import contact_sheet, draw, draw_volumes
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("out", nargs="?", metavar="OUT", help="folder for AD_NC and meta_data_with_label.json")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="folder to draw into")
     add = parser.add_argument_group("what is drawn").add_argument
-    add("--subjects", type=number(10, 5000, int), default=60, metavar="N", help="the real set has 680 (60)")
-    add("--cue", choices=("global", "local"), default="global", help="what the class shows in (global)")
+    subjects, heads = number(10, 5000, int), number(1, 100, int)
+    add("--subjects", type=subjects, default=60, metavar="N", help="the real set has 680 (60)")
+    add("--cue", choices=("global", "local"), default="global", help="see above (global)")
     add("--seed", type=SEED, default=0, metavar="S", help="another seed, another set (0)")
-    add("--volumes", type=number(1, 100, int), metavar="N", help="draw N heads as NIfTI, and no slices")
-    add("--sheet", type=new_png, metavar="PNG", help="save a contact sheet; without OUT, that alone")
-    add = parser.add_argument_group("machine").add_argument
-    add("--workers", type=number(1, 1024, int), metavar="N", help="threads; no influence on the result (one a core)")
-    return parser.parse_args(argv)
+    add("--volumes", type=heads, metavar="N", help="draw N heads as NIfTI instead of slices")
+    add("--sheet", type=new_png, metavar="PNG", help="save a contact sheet; alone without OUT")
+    args = parser.parse_args(argv)
+
+    if not args.out and not args.sheet:
+        parser.error("nothing to do: expected OUT, a folder to draw into, or --sheet PNG")
+    if args.volumes and not args.out:
+        parser.error("--volumes needs OUT, a folder to draw into")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if not args.out and not args.sheet:
-        raise InputError("nothing to do: expected OUT, a folder to draw into, or --sheet PNG")
-    if args.volumes and not args.out:
-        raise InputError("--volumes needs OUT, a folder to draw into")
     if args.volumes:
         print(f"drew {draw_volumes(args.out, args.volumes, args.seed)}")
     elif args.out:
-        print(f"drew {draw(args.out, args.subjects, args.seed, workers=args.workers, cue=args.cue)}")
+        print(f"drew {draw(args.out, args.subjects, args.seed, cue=args.cue)}")
     if args.sheet:
         print(f"drew {contact_sheet(args.sheet, args.subjects, args.seed)}")
 

@@ -1,8 +1,7 @@
 """Index image folders: files, names of scans and slices, and the subjects of scans.
 
-The subject of a scan is known from meta_data_with_label.json or subjects.csv beside the images, or from the
-name of the scan if it has a known form. Nothing is decoded here.
-"""
+The subject of a scan is known from meta_data_with_label.json or subjects.csv beside the images, or
+from the name of the scan if it has a known form. Nothing is decoded here. """
 
 import os
 import re
@@ -41,7 +40,15 @@ class Listing:
 
 METADATA = "meta_data_with_label.json"
 TABLE = "subjects.csv"
-LABELS = {"0": "NC", "1": "label 1 (MCI)", "2": "AD", "NC": "NC", "CN": "NC", "MCI": "MCI", "AD": "AD"}
+LABELS = {
+    "0": "NC",
+    "1": "label 1 (MCI)",
+    "2": "AD",
+    "NC": "NC",
+    "CN": "NC",
+    "MCI": "MCI",
+    "AD": "AD",
+}
 
 # What names of scans say by themselves, in the forms of archives; the first group is the subject.
 NAME_PATTERNS = {
@@ -55,11 +62,11 @@ NAME_PATTERNS = {
 def read_subjects(*folders):
     """The subjects of scans, from METADATA and TABLE in or beside one of the folders.
 
-    Returns (subjects, labels, sources): dicts from scan id to subject and to class name, and a dict from the path
-    of each file to the subjects that it names. METADATA is the JSON of ADNI: the subject is the `ddd_S_dddd` in a
-    file name of the entry, `label` is 0 for NC, 1 for MCI, 2 for AD. TABLE has the columns scan and subject.
-    InputError if a file cannot be read, or if the two contradict each other.
-    """
+    Returns (subjects, labels, sources): dicts from scan id to subject and to class name, and a dict
+    from the path of each file to the subjects that it names. METADATA is the JSON of ADNI: the
+    subject is the `ddd_S_dddd` in a file name of the entry, `label` is 0 for NC, 1 for MCI, 2 for
+    AD. TABLE has the columns scan and subject. InputError if a file cannot be read, or if the two
+    contradict each other. """
     subjects, labels, sources = {}, {}, {}
     for name, read in ((METADATA, read_metadata), (TABLE, read_subject_table)):
         path = find_beside(name, folders)
@@ -69,8 +76,9 @@ def read_subjects(*folders):
         for scan in known.keys() & subjects.keys():
             if known[scan] != subjects[scan]:
                 raise InputError(
-                    f"scan {scan} belongs to subject {known[scan]} in {path}, and to {subjects[scan]} in "
-                    f"{next(iter(sources))}; correct one of them, or move it away"
+                    f"scan {scan} belongs to subject {known[scan]} in {path}, and to "
+                    f"{subjects[scan]} in {next(iter(sources))}; correct one of them, or move it "
+                    "away"
                 )
         subjects = {**known, **subjects}
         labels.update(known_labels)
@@ -79,7 +87,8 @@ def read_subjects(*folders):
 
 
 def find_beside(name, folders):
-    """The path of the file `name` in one of the folders, beside it, or beside the target of a link; else None."""
+    """The path of the file `name` in one of the folders, beside it, or beside the target of a link;
+    else None."""
     for folder in map(Path, folders):
         for place in (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent):
             if (place / name).is_file():
@@ -91,7 +100,9 @@ def read_metadata(path):
     """(subjects, labels) of meta_data_with_label.json, dicts by scan id."""
     entries = read_json(path)
     if not isinstance(entries, dict):
-        raise InputError(f"{path} holds a {type(entries).__name__}; expected a JSON object with a key a scan")
+        raise InputError(
+            f"{path} holds a {type(entries).__name__}; expected a JSON object with a key a scan"
+        )
     subjects, labels = {}, {}
     for scan, entry in entries.items():
         if not isinstance(entry, dict):
@@ -99,10 +110,15 @@ def read_metadata(path):
         names = [os.path.basename(value) for value in entry.values() if isinstance(value, str)]
         matches = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", " ".join(names)))
         if len(matches) > 1:
-            raise InputError(f"{path} names two subjects of scan {scan} ({', '.join(sorted(matches))}); expected one")
+            raise InputError(
+                f"{path} names two subjects of scan {scan} ({', '.join(sorted(matches))}); "
+                "expected one"
+            )
         if matches:
             subjects[scan] = matches.pop()
-        label = str(entry.get("label", "")).strip().removesuffix(".0")  # a table with gaps makes 2.0 of 2
+        label = (
+            str(entry.get("label", "")).strip().removesuffix(".0")
+        )  # a table with gaps makes 2.0 of 2
         if label.lower() not in MISSING:
             labels[scan] = LABELS.get(label.upper(), f"label {label}")
     return subjects, labels
@@ -119,29 +135,29 @@ def read_subject_table(path):
 
 
 def check_match(scans, subjects, sources):
-    """InputError if the tables of subjects name no subject, or know none of the scans, with an id of each."""
+    """InputError if the tables of subjects name no subject, or know none of the scans, with an id
+    of each."""
     if not sources:
         return
     names = " and ".join(map(str, sources))
     if not subjects:
         raise InputError(
-            f"{names}: there is no subject of any scan; expected scan,subject in each row of {TABLE}, or in each "
-            f"entry of {METADATA} a file name with ADNI_ddd_S_dddd_"
+            f"{names}: there is no subject of any scan; expected scan,subject in each row of "
+            f"{TABLE}, or in each entry of {METADATA} a file name with ADNI_ddd_S_dddd_"
         )
     if len(scans) and not scans.isin(subjects.keys()).any():
         raise InputError(
             f"{names}: of {len(subjects):,} scans none is in the folder; its ids are such as "
-            f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file <scan>_<slice>.jpeg); write "
-            "the ids as the files have them, or move the table away"
+            f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file "
+            "<scan>_<slice>.jpeg); write the ids as the files have them, or move the table away"
         )
 
 
 def subjects_from_names(scans, pattern=None):
     """The subjects of scans whose names have a known form, a dict; and lines on what matched.
 
-    With `pattern`, a regular expression, its first group (or its group `subject`) is the subject, wherever it
-    matches in a name; the forms of NAME_PATTERNS are then not tried.
-    """
+    With `pattern`, a regular expression, its first group (or its group `subject`) is the subject,
+    wherever it matches in a name; the forms of NAME_PATTERNS are then not tried. """
     patterns = {"--subject-pattern": pattern} if pattern else NAME_PATTERNS
     subjects, lines = {}, []
     for form, regex in patterns.items():
@@ -155,19 +171,20 @@ def subjects_from_names(scans, pattern=None):
         if matches:
             scan, subject = next(iter(matches.items()))
             lines.append(
-                f"{len(set(matches.values())):,} subjects of {len(matches):,} scans from their names ({form}), such "
-                f"as {subject} of {scan}"
+                f"{len(set(matches.values())):,} subjects of {len(matches):,} scans from their "
+                f"names ({form}), such as {subject} of {scan}"
             )
         subjects.update(matches)
     return subjects, lines
 
 
 def add_subjects_from_names(scans, subjects, pattern=None):
-    """`subjects`, a dict from scan to subject of a table, completed by the names of the other scans: (dict, lines).
+    """`subjects`, a dict from scan to subject of a table, completed by the names of the other
+    scans: (dict, lines).
 
-    If the table knows one scan of a subject and the name of another scan matches it, both get the subject of the
-    table, so that no person counts twice. InputError if the table has two subjects for one of the names.
-    """
+    If the table knows one scan of a subject and the name of another scan matches it, both get the
+    subject of the table, so that no person counts twice. InputError if the table has two subjects
+    for one of the names. """
     scans = list(dict.fromkeys(scans))
     others = [scan for scan in scans if scan not in subjects]
     named, lines = subjects_from_names(others, pattern)
@@ -175,26 +192,33 @@ def add_subjects_from_names(scans, subjects, pattern=None):
         unmatched = [scan for scan in others if scan not in named]
         if unmatched:
             lines.append(
-                f"--subject-pattern {pattern} finds no subject in {len(unmatched):,} names of scans, such as "
-                f"{unmatched[0]}"
+                f"--subject-pattern {pattern} finds no subject in {len(unmatched):,} names of "
+                f"scans, such as {unmatched[0]}"
             )
         if len(named) > 1 and all(subject == scan for scan, subject in named.items()):
             lines.append(
-                f"SUSPICIOUS: --subject-pattern {pattern} takes the whole name of each scan for its subject, so that "
-                "no two scans belong to one person"
+                f"SUSPICIOUS: --subject-pattern {pattern} takes the whole name of each scan for "
+                "its subject, so that no two scans belong to one person"
             )
         if scans and not others:
-            lines.append("--subject-pattern is not used: the subjects of all scans are known from a table")
+            lines.append(
+                "--subject-pattern is not used: the subjects of all scans are known from a table"
+            )
 
-    in_table = defaultdict(dict)  # by the subject that a name gives: the table's subjects, each with a scan
-    for scan, name in subjects_from_names([scan for scan in scans if scan in subjects], pattern)[0].items():
+    in_table = defaultdict(
+        dict
+    )  # by the subject that a name gives: the table's subjects, each with a scan
+    for scan, name in subjects_from_names([scan for scan in scans if scan in subjects], pattern)[
+        0
+    ].items():
         in_table[name].setdefault(subjects[scan], scan)
     for scan, name in named.items():
         if len(in_table[name]) > 1:
             one, other = list(in_table[name].values())[:2]
             raise InputError(
-                f"the subject of scan {scan} is not clear: its name says {name}, as do the names of the scans {one} "
-                f"and {other}, which the table gives to two subjects; add scan {scan} to the table"
+                f"the subject of scan {scan} is not clear: its name says {name}, as do the names "
+                f"of the scans {one} and {other}, which the table gives to two subjects; add scan "
+                f"{scan} to the table"
             )
         if in_table[name]:
             named[scan] = next(iter(in_table[name]))
@@ -220,8 +244,8 @@ def list_folder(folder):
 
 
 def describe_unused(root, used):
-    """A line that counts, by extension, the files under `root` that are not among the paths `used`; [] if there
-    are none. Leftovers of archives and tools are not counted."""
+    """A line that counts, by extension, the files under `root` that are not among the paths `used`;
+    [] if there are none. Leftovers of archives and tools are not counted."""
     used = {os.path.abspath(path) for path in used}
     counts = Counter()
     example = {}
@@ -235,24 +259,32 @@ def describe_unused(root, used):
                 example.setdefault(kind, path)
     if not counts:
         return []
-    kinds = [f"{n:,} {kind} (such as {printable(example[kind])})" for kind, n in counts.most_common(5)]
+    kinds = [
+        f"{n:,} {kind} (such as {printable(example[kind])})" for kind, n in counts.most_common(5)
+    ]
     more = "" if len(counts) <= 5 else f", and {len(counts) - 5} other kinds"
     return [f"not used: {counts.total():,} other files under {root}: {', '.join(kinds)}{more}"]
 
 
 def tabulate(rows):
-    """A table of rows (path, label, split, error), with scan and slice from the name; the path and <NA> if it has
-    another form. Rows that contradict each other get an error."""
+    """A table of rows (path, label, split, error), with scan and slice from the name; the path and
+    <NA> if it has another form. Rows that contradict each other get an error."""
     rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
     for row in rows:
         row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
     checks = (
         ("label", ["scan"], "belongs to scan {scan}, which is in both classes (there as {other})"),
-        ("split", ["scan"], "belongs to scan {scan}, which is in both train and test (there as {other})"),
+        (
+            "split",
+            ["scan"],
+            "belongs to scan {scan}, which is in both train and test (there as {other})",
+        ),
         ("path", ["scan", "slice"], "is the same slice of a scan as {other}"),
     )
     for column, unit, text in checks:
-        first_paths = defaultdict(dict)  # of each unit: the values of the column, with the first path of each
+        first_paths = defaultdict(
+            dict
+        )  # of each unit: the values of the column, with the first path of each
         usable_rows = [row for row in rows if row["error"] is None]
         for row in usable_rows:
             if row[column] is not None:
@@ -268,7 +300,8 @@ def tabulate(rows):
 
 
 def complete(table, subjects, order):
-    """The table with subject and group, sorted. Groups of equal slices are merged once the pixels are known."""
+    """The table with subject and group, sorted. Groups of equal slices are merged once the pixels
+    are known."""
     table["subject"] = table.scan.map(subjects).astype("string")
     table = assign_groups(table.assign(pixel_hash=""))
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
@@ -281,20 +314,25 @@ def check_folders(root):
     """InputError if `root` lacks one of the folders of AD_NC."""
     expected = "expected AD_NC with train/AD, train/NC, test/AD and test/NC"
     if not root.is_dir():
-        raise InputError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; {expected}")
+        raise InputError(
+            f"{root} {'is not a folder' if root.exists() else 'does not exist'}; {expected}"
+        )
     missing = [f"{split}/{label}" for split in ("train", "test") for label in ("AD", "NC")]
     missing = [name for name in missing if not (root / name).is_dir()]
     if missing:
-        folders = sorted(f"{path.relative_to(root)}/" for path in [*root.glob("*/"), *root.glob("*/*/")])
+        folders = sorted(
+            f"{path.relative_to(root)}/" for path in [*root.glob("*/"), *root.glob("*/*/")]
+        )
         content = printable(", ".join(folders[:8])) or "no folders"
         raise InputError(f"{root} has no {', '.join(missing)}, it holds {content}; {expected}")
 
 
 def list_set(root, pattern=None):
-    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its parent.
+    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its
+    parent.
 
-    `pattern` finds subjects in names (see `subjects_from_names`). InputError for a folder of another form.
-    """
+    `pattern` finds subjects in names (see `subjects_from_names`). InputError for a folder of
+    another form. """
     named = root = Path(root)
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
@@ -307,11 +345,18 @@ def list_set(root, pattern=None):
             images, folders, _ = list_folder(folder)
             if not images:
                 raise InputError(
-                    f"{folder} holds {len(folders)} folders and no images ({', '.join(EXTENSIONS)}); expected files "
-                    "<scan>_<slice>.jpeg"
+                    f"{folder} holds {len(folders)} folders and no images "
+                    f"({', '.join(EXTENSIONS)}); expected files <scan>_<slice>.jpeg"
                 )
             for path in folders:
-                rows.append((path, label, split, f"is a folder; expected files <scan>_<slice>.jpeg in {label}"))
+                rows.append(
+                    (
+                        path,
+                        label,
+                        split,
+                        f"is a folder; expected files <scan>_<slice>.jpeg in {label}",
+                    )
+                )
             for path in images:
                 error = None
                 if parse_name(path) is None:
@@ -323,26 +368,32 @@ def list_set(root, pattern=None):
     other_label = table.scan.map(labels)
     wrong = other_label.notna() & (other_label != table.label) & table.error.isna()
     for i in table.index[wrong]:
-        table.loc[i, "error"] = f"is in folder {table.label[i]}, but {METADATA} says {other_label[i]}"
+        table.loc[i, "error"] = (
+            f"is in folder {table.label[i]}, but {METADATA} says {other_label[i]}"
+        )
     for path, known in sources.items():
         if known or len(sources) == 1:
             check_match(table.scan, known, [path])
     subjects, notes = add_subjects_from_names(table.scan, subjects, pattern)
     if pattern and not table.scan.isin(subjects.keys()).any():
-        raise InputError(f"{notes[0]}; expected a regular expression with a group, as in '(sub\\d+)_'")
+        raise InputError(
+            f"{notes[0]}; expected a regular expression with a group, as in '(sub\\d+)_'"
+        )
     notes += describe_unused(root, table.path)
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
     return Listing(index, str(root), list(sources), notes)
 
 
 def usable(index):
-    """(index of the files that can be used, list of (path, reason) of the others), of the index of a Listing."""
+    """(index of the files that can be used, list of (path, reason) of the others), of the index of
+    a Listing."""
     good, bad = index[index.error.isna()], index[index.error.notna()]
     return good.reset_index(drop=True).astype({"slice": "int64"}), list(zip(bad.path, bad.error))
 
 
 def describe_bad(bad, advice="fix or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first ten."""
+    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first
+    ten."""
     lines = [f"{len(bad):,} file{'s' if len(bad) > 1 else ''} cannot be used; {advice}:"]
     for path, reason in bad[:10]:
         lines.append(f"  {printable(path, keep='')} {printable(reason, keep='')}")
@@ -354,12 +405,12 @@ def describe_bad(bad, advice="fix or remove them"):
 def read_index(root):
     """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
 
-    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens from here), label
-    ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split ("train" or "test") and group (see
-    `assign_groups`). Raises InputError for a folder of another form, and if files cannot be used: names of another
-    form, folders, slices that are there twice, and scans that are in two classes, in train and test, or in another
-    class than the metadata say.
-    """
+    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens
+        from here), label ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split
+        ("train" or "test") and group (see `assign_groups`). Raises InputError for a folder of
+        another form, and if files cannot be used: names of another form, folders, slices that are
+        there twice, and scans that are in two classes, in train and test, or in another class than
+        the metadata say. """
     index, bad = usable(list_set(root).index)
     if bad:
         raise InputError(describe_bad(bad))
@@ -372,17 +423,19 @@ def read_index(root):
 def list_inputs(inputs, pattern=None, failed=None):
     """The Listing of files and folders to predict; label is None if unknown, split "".
 
-    A folder counts as labelled if it holds AD/ and NC/. A file that is not named <scan>_<slice> is a scan of its
-    own, with its path for a name and no slice number. `failed` has the reasons why volumes could not be cut, by
-    path. A file that cannot be predicted has the reason in the column error; InputError if there is no other.
-    """
+    A folder counts as labelled if it holds AD/ and NC/. A file that is not named <scan>_<slice> is
+    a scan of its own, with its path for a name and no slice number. `failed` has the reasons why
+    volumes could not be cut, by path. A file that cannot be predicted has the reason in the column
+    error; InputError if there is no other. """
     rows, notes = [], []
     for given in map(Path, inputs):
         rows += list_input(given)
     rows += [(path, None, reason) for path, reason in (failed or {}).items()]
 
     files, links = {}, []
-    for path, label, error in sorted(rows, key=lambda row: row[1] is None):  # a labelled path counts first
+    for path, label, error in sorted(
+        rows, key=lambda row: row[1] is None
+    ):  # a labelled path counts first
         real = os.path.realpath(path)
         if real in files and files[real][0] != path:
             links.append(path)
@@ -392,12 +445,14 @@ def list_inputs(inputs, pattern=None, failed=None):
         others = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
         raise InputError(f"{printable(table.path[0], keep='')} {table.error[0]}{others}")
     if links:
-        notes.append(f"{len(links)} inputs are links to others, first {links[0]}; each file counts once")
+        notes.append(
+            f"{len(links)} inputs are links to others, first {links[0]}; each file counts once"
+        )
     folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
     if len({given.name for given in folders}) > 1 and all(label is None for _, label, _ in rows):
         notes.append(
-            "folders AD and NC that are given one by one are no labels; for scores give the folder that holds them, "
-            f"such as {folders[0].parent}"
+            "folders AD and NC that are given one by one are no labels; for scores give the "
+            f"folder that holds them, such as {folders[0].parent}"
         )
 
     subjects, labels, tables = subjects_of_inputs(inputs, table.scan, notes)
@@ -405,9 +460,14 @@ def list_inputs(inputs, pattern=None, failed=None):
         if os.path.isdir(given):
             notes += describe_unused(given, [*table.path, *tables])
     other_label = table.scan.map(labels)
-    wrong = table.scan[other_label.notna() & table.label.notna() & (other_label != table.label)].nunique()
+    wrong = table.scan[
+        other_label.notna() & table.label.notna() & (other_label != table.label)
+    ].nunique()
     if wrong:
-        notes.append(f"{wrong} scans are in a folder of another class than the metadata say; the folder counts")
+        notes.append(
+            f"{wrong} scans are in a folder of another class than the metadata say; the folder "
+            "counts"
+        )
     subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
     return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], [*notes, *lines])
 
@@ -425,8 +485,12 @@ def list_input(given):
     images, folders, _ = list_folder(given)
     by_name = {os.path.basename(path): path for path in folders}
     labelled = {label: by_name[label] for label in ("AD", "NC") if label in by_name}
-    if not images and not labelled:  # without slices beside them, folders ad/ and nc/ are classes, too
-        labelled = {name.upper(): path for name, path in by_name.items() if name.upper() in ("AD", "NC")}
+    if (
+        not images and not labelled
+    ):  # without slices beside them, folders ad/ and nc/ are classes, too
+        labelled = {
+            name.upper(): path for name, path in by_name.items() if name.upper() in ("AD", "NC")
+        }
     rows = []
     for label, folder in labelled.items():
         rows += [(path, label, None) for path in list_folder(folder)[0]]
@@ -440,12 +504,14 @@ def list_input(given):
     hint = f"; did you mean {hints[0]}?" if hints else ""
     return [(
         str(given), None,
-        f"holds no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, nor do AD/ and NC/ in it{hint}",
+        f"holds no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, nor do AD/ and "
+        f"NC/ in it{hint}",
     )]  # fmt: skip
 
 
 def set_root(given):
-    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the folder itself."""
+    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the
+    folder itself."""
     folder = Path(os.path.abspath(given))
     if not folder.is_dir():
         folder = folder.parent
@@ -455,7 +521,8 @@ def set_root(given):
 
 
 def subjects_of_inputs(inputs, scans, notes):
-    """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs. A table that cannot
+    """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs. A
+    table that cannot
     be used costs the subjects, not the prediction: the reason is appended to `notes`."""
     subjects, labels, tables = {}, {}, []
     for root in sorted({set_root(given) for given in inputs}):
@@ -464,7 +531,10 @@ def subjects_of_inputs(inputs, scans, notes):
             check_match(scans, known, sources)
             for scan in known.keys() & subjects.keys():
                 if known[scan] != subjects[scan]:
-                    raise InputError(f"scan {scan} belongs to {subjects[scan]}, and beside {root} to {known[scan]}")
+                    raise InputError(
+                        f"scan {scan} belongs to {subjects[scan]}, and beside {root} to "
+                        f"{known[scan]}"
+                    )
         except InputError as problem:
             notes.append(f"subjects are unknown: {problem}")
             continue

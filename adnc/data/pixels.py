@@ -1,11 +1,11 @@
 """Decode image files to grey slices, cache them, and describe what they look like.
 
-Slices are uint8 arrays (N, H, W) until a batch is made. A file is a JPEG, PNG, BMP, TIFF or WebP of one
-picture, 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour (RGB, palette, CMYK) becomes grey
-by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), and what is transparent becomes black. Grey files of 16 bits
-become 8 bits by one rule for the whole set: the largest value in it takes b bits, and 0 to 2^b - 1 becomes
-0 to 255. Anything else is refused.
-"""
+Slices are uint8 arrays (N, H, W) until a batch is made. A file is a JPEG, PNG, BMP, TIFF or WebP of
+one picture, 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour (RGB, palette, CMYK)
+becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), and what is transparent becomes black.
+Grey files of 16 bits
+become 8 bits by one rule for the whole set: the largest value in it takes b bits, and 0 to 2^b - 1
+becomes 0 to 255. Anything else is refused. """
 
 import hashlib
 import io
@@ -34,13 +34,15 @@ FORMATS = {
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-# What describes a slice: its size in the file, how much its channels differ, the share of near-black pixels,
-# the quantiles 0.5, 0.9 and 0.99 of its grey levels, and the mean grey of its border.
+# What describes a slice: its size in the file, how much its channels differ, the share of
+# near-black pixels, the quantiles 0.5, 0.9 and 0.99 of its grey levels, and the mean grey of its
+# border.
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
 
 
 class Unfit(InputError):
-    """A file that is no slice; the text continues a sentence that begins with the name of the file."""
+    """A file that is no slice; the text continues a sentence that begins with the name of the
+    file."""
 
 
 # ---------------------------------------------------------------- names of files
@@ -52,8 +54,8 @@ def is_junk(name):
 
 
 def parse_name(path):
-    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being everything before the last underscore; None for
-    another form."""
+    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being everything before the last underscore;
+    None for another form."""
     match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id
     if not match:
         return None
@@ -64,7 +66,8 @@ def parse_name(path):
 
 
 def open_image(path):
-    """An image file, its pixels not yet decoded. Raises OSError or Unfit if it cannot be a slice."""
+    """An image file, its pixels not yet decoded. Raises OSError or Unfit if it cannot be a
+    slice."""
     if not os.path.isfile(path):  # a pipe would be waited for without end
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
     size = os.path.getsize(path)
@@ -98,8 +101,8 @@ def upright(image):
 
 
 def to_grey(image):
-    """(grey, colour) of a decoded image: mode "L", or "I" for more than 8 bits; and the mean difference of
-    its channels, 0 for a grey image."""
+    """(grey, colour) of a decoded image: mode "L", or "I" for more than 8 bits; and the mean
+    difference of its channels, 0 for a grey image."""
     if image.mode == "L":
         return image, 0.0
     if image.mode == "F":
@@ -114,15 +117,16 @@ def to_grey(image):
 
 
 def from_16_bits(values, bits):
-    """int (H, W) of a 16-bit file -> uint8: 0 to 2^bits - 1 becomes 0 to 255, rounded. Unfit beyond."""
+    """int (H, W) of a 16-bit file -> uint8: 0 to 2^bits - 1 becomes 0 to 255, rounded. Unfit
+    beyond."""
     white = 2**bits - 1
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise Unfit(f"holds values from {low} to {high}; expected 16 bits: 0 to 65,535")
     if high > white:
         raise Unfit(
-            f"holds values up to {high:,}; expected at most {white:,}, as the 16-bit slices in training have: "
-            "rescale it as they were"
+            f"holds values up to {high:,}; expected at most {white:,}, as the 16-bit slices in "
+            "training have: rescale it as they were"
         )
     return ((values * 255 + white // 2) // white).astype(np.uint8)
 
@@ -137,8 +141,9 @@ def describe_pixels(pixels):
 
 
 def decode_with_stats(path, size=None, bits=16):
-    """(pixels of `decode`, tuple of STATS, bits, depth). `depth` is the number of bits that the largest value
-    of a 16-bit file takes, 0 for another file. With bits=None the pixels of a 16-bit file are black."""
+    """(pixels of `decode`, tuple of STATS, bits, depth). `depth` is the number of bits that the
+    largest value of a 16-bit file takes, 0 for another file. With bits=None the pixels of a 16-bit
+    file are black."""
     image = open_image(path)
     image.load()
     grey, colour = to_grey(upright(image))
@@ -158,9 +163,9 @@ def decode_with_stats(path, size=None, bits=16):
 
 
 def decode(path, size=None, bits=16):
-    """One slice as uint8 (H, W). With size = (H, W), an image of another size is scaled to cover it and
-    cropped about its centre. Of a 16-bit file, `bits` are used. Raises OSError or ValueError if the file is no
-    slice."""
+    """One slice as uint8 (H, W). With size = (H, W), an image of another size is scaled to cover it
+    and cropped about its centre. Of a 16-bit file, `bits` are used. Raises OSError or ValueError if
+    the file is no slice."""
     return decode_with_stats(path, size, bits)[0]
 
 
@@ -173,7 +178,8 @@ def header(path):
 
 
 def hash_pixels(pixels):
-    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which identifies no scan."""
+    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which identifies no
+    scan."""
     if pixels.size == 0 or (pixels == pixels.flat[0]).all():
         return ""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:12]
@@ -210,13 +216,13 @@ def hash_slices(images, progress=None):
 
 
 def load_slices(paths, size, progress="decoding", images=None, bits=None):
-    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images` given.
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images`
+    given.
 
     Of 16-bit files `bits` are used, or if None as many as the largest value in all of them takes.
 
-    Returns (images, stats, errors): a DataFrame of N rows with STATS, bits and depth; and for each file None,
-    or the reason why it could not be read and images[i] is black.
-    """
+    Returns (images, stats, errors): a DataFrame of N rows with STATS, bits and depth; and for each
+    file None, or the reason why it could not be read and images[i] is black. """
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
     stats = np.zeros((len(paths), len(STATS) + 2))
@@ -261,13 +267,12 @@ FORMAT = 7  # of the cache; raise it when decoding changes
 def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None):
     """The slices of N files as uint8 (N, H, W), where (H, W) is what `find_size()` returns.
 
-    With the folder `root` they are cached: one .npy file a folder, memory-mapped, so that a set larger than
-    memory trains as well; it is used as long as path, size and time of change of each file stay the same. If
-    the cache cannot be written, the slices are decoded into memory.
+    With the folder `root` they are cached: one .npy file a folder, memory-mapped, so that a set
+    larger than memory trains as well; it is used as long as path, size and time of change of each
+    file stay the same. If the cache cannot be written, the slices are decoded into memory.
 
-    Returns (images, table, errors): a DataFrame of N rows with STATS, bits, depth and pixel_hash; and for each
-    file None or the reason why it cannot be read.
-    """
+    Returns (images, table, errors): a DataFrame of N rows with STATS, bits, depth and pixel_hash;
+    and for each file None or the reason why it cannot be read. """
     if root is not None:
         try:
             file = cache_folder() / f"slices-{fingerprint(os.path.abspath(root))}.npy"
@@ -277,7 +282,10 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
                 return *cached, [None] * len(paths)
             return write_cache(file, state, paths, find_size(), progress)
         except OSError as problem:
-            print(f"the cache cannot be written ({problem}); slices are decoded into memory", flush=True)
+            print(
+                f"the cache cannot be written ({problem}); slices are decoded into memory",
+                flush=True,
+            )
     images, stats, errors = load_slices(paths, find_size(), progress, bits=bits)
     return images, stats.assign(pixel_hash=hash_slices(images)), errors
 
@@ -309,8 +317,8 @@ def read_cache(file, state):
 
 
 def write_cache(file, state, paths, size, progress):
-    """Decode into a cache file; returns what `decode_files` does. Files that cannot be read keep the cache
-    from being used again, for they may be fixed."""
+    """Decode into a cache file; returns what `decode_files` does. Files that cannot be read keep
+    the cache from being used again, for they may be fixed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -325,7 +333,8 @@ def write_cache(file, state, paths, size, progress):
         if not any(errors):
             os.replace(temporary, file)
             write_text(
-                file.with_suffix(".json"), json.dumps({"state": state, "table": table.to_dict("list")})
+                file.with_suffix(".json"),
+                json.dumps({"state": state, "table": table.to_dict("list")}),
             )
             print(f"the decoded slices are cached in {file}", flush=True)
     finally:
@@ -349,8 +358,8 @@ def stats_range(stats):
     return {name: [float(stats[name].min()), float(stats[name].max())] for name in STATS}
 
 
-# How far beyond the range of training a slice is still accepted: a share of that range, plus a slack; and a
-# factor for height and width.
+# How far beyond the range of training a slice is still accepted: a share of that range, plus a
+# slack; and a factor for height and width.
 SHARE = 0.25
 SLACK = {"colour": 5, "near_black": 0.02, "median": 5, "bright": 10, "brightest": 16, "border": 5}
 SCALE = 1.5
@@ -367,7 +376,8 @@ WORDS = {
 
 
 def out_of_range(stats, training, reference="in training"):
-    """A text on what is out of the training range, for each row of a table with STATS; <NA> if nothing is.
+    """A text on what is out of the training range, for each row of a table with STATS; <NA> if
+    nothing is.
 
     `training` is the `stats_range` of the training slices.
     """
@@ -380,7 +390,9 @@ def out_of_range(stats, training, reference="in training"):
         else:
             least, most = low / SCALE, high * SCALE
         outside = (stats[name] < least) | (stats[name] > most)
-        text = stats[name].map(f"; {WORDS[name]} {{:.3g}}, {reference} {low:.3g} to {high:.3g}".format)
+        text = stats[name].map(
+            f"; {WORDS[name]} {{:.3g}}, {reference} {low:.3g} to {high:.3g}".format
+        )
         texts += text.where(outside, "")
     return texts.mask(texts == "").str.removeprefix("; ")
 
@@ -396,26 +408,34 @@ def describe_bits(table):
     if len(counts):
         by_label = f" ({', '.join(f'{label} {n:,}' for label, n in counts.items())})"
     yield (
-        f"{len(deep):,} of {len(table):,} slices have 16 bits a pixel{by_label} and are read as of {bits}, all "
-        f"by one rule: 0 to {2**bits - 1:,} becomes 0 to 255"
+        f"{len(deep):,} of {len(table):,} slices have 16 bits a pixel{by_label} and are read as of "
+        f"{bits}, all by one rule: 0 to {2**bits - 1:,} becomes 0 to 255"
     )
     usual, most = int(deep.depth.median()), int(deep.depth.max())
     if most >= usual + 2:
         few = deep[deep.depth == most]
         yield (
-            f"SUSPICIOUS: most of them use {usual} bits or fewer and become {2 ** (bits - usual)} times darker "
-            f"than they could be, because {len(few):,} use {most}, first {few.path.iloc[0]}: is that a slice "
-            "like the others?"
+            f"SUSPICIOUS: most of them use {usual} bits or fewer and become {2 ** (bits - usual)} "
+            f"times darker than they could be, because {len(few):,} use {most}, first "
+            f"{few.path.iloc[0]}: is that a slice like the others?"
         )
 
 
 MIN_ALIKE = 20  # slices needed to tell what is usual
-LIKENESS = ("height", "width", "colour", "near_black", "median", "border")  # contrast differs between scans
+LIKENESS = (
+    "height",
+    "width",
+    "colour",
+    "near_black",
+    "median",
+    "border",
+)  # contrast differs between scans
 
 
 def describe_outliers(table):
-    """A line on slices of a table with path and STATS that look unlike the others: outside Tukey's fences (1977),
-    1.5 interquartile ranges beyond the quartiles, and the slack of `out_of_range`."""
+    """A line on slices of a table with path and STATS that look unlike the others: outside Tukey's
+    fences (1977), 1.5 interquartile ranges beyond the quartiles, and the slack of
+    `out_of_range`."""
     if len(table) < MIN_ALIKE:
         return
     fences = dict.fromkeys(STATS, (-np.inf, np.inf))
@@ -426,5 +446,6 @@ def describe_outliers(table):
     if len(outliers):
         yield (
             f"SUSPICIOUS: {len(outliers):,} of {len(table):,} slices look unlike the others, first "
-            f"{table.path[outliers.index[0]]}: {outliers.iloc[0]}; are they damaged, or of another kind?"
+            f"{table.path[outliers.index[0]]}: {outliers.iloc[0]}; are they damaged, or of another "
+            "kind?"
         )

@@ -1,4 +1,5 @@
-"""Groups of slices that belong together, the split by subject, and exposure: what training has seen.
+"""Groups of slices that belong together, the split by subject, and exposure: what training has
+seen.
 
 Functions of the index, a DataFrame with a row a slice.
 """
@@ -18,10 +19,9 @@ from adnc.files import fingerprint, read_table
 def assign_groups(table):
     """The table with the column `group`: slices that a split must keep together.
 
-    A group is the subject, or the scan if the subject is unknown; groups that share a slice pixel for pixel
-    (column pixel_hash, "" if unknown) become one, named after the first. Split, folds, intervals, calibration
-    and prediction sets read this column.
-    """
+    A group is the subject, or the scan if the subject is unknown; groups that share a slice pixel
+    for pixel (column pixel_hash, "" if unknown) become one, named after the first. Split, folds,
+    intervals, calibration and prediction sets read this column. """
     groups = table.subject.fillna("scan " + table.scan).astype(str)
     if not table.pixel_hash[table.pixel_hash != ""].duplicated().any():
         return table.assign(group=groups)
@@ -42,12 +42,13 @@ def assign_groups(table):
 
 
 def drop_test_subjects(index):
-    """Leave groups that are also in "test" out of split "train". Returns (index, number of scans left out).
-    InputError if no subject is known."""
+    """Leave groups that are also in "test" out of split "train". Returns (index, number of scans
+    left out). InputError if no subject is known."""
     if index.subject.isna().all():
         raise InputError(
-            "which subjects are in both train and test is unknown without meta_data_with_label.json or "
-            "subjects.csv; provide one, or leave out --drop-test-subjects"
+            "which subjects are in both train and test is unknown without "
+            "meta_data_with_label.json or subjects.csv; provide one, or leave out "
+            "--drop-test-subjects"
         )
     in_test = index.group.isin(index.group[index.split == "test"])
     dropped = (index.split == "train") & in_test
@@ -55,8 +56,8 @@ def drop_test_subjects(index):
 
 
 def take_subjects(index, n, seed=0):
-    """Keep n groups of split "train", of each class its share, in a seeded order: a smaller set is part of a
-    larger one, as learning curves need it. InputError if there are fewer."""
+    """Keep n groups of split "train", of each class its share, in a seeded order: a smaller set is
+    part of a larger one, as learning curves need it. InputError if there are fewer."""
     label = index[index.split == "train"].groupby("group").label.first()
     if n > len(label):
         raise InputError(f"--subjects is {n}, but train/ has {len(label)}; expected no more")
@@ -75,15 +76,18 @@ def split_units(index, by):
 
 
 def split_index(index, val_fraction=0.1, by="subject", seed=0):
-    """Turn `val_fraction` of split "train" into split "val", stratified by class; returns a new DataFrame.
+    """Turn `val_fraction` of split "train" into split "val", stratified by class; returns a new
+    DataFrame.
 
-    by="subject" keeps a group whole (see `assign_groups`); by="slice" is the naive split that leaks, for
-    showing the leak. In each class groups are taken in a seeded random order until the number of slices is
-    nearest to the fraction: at least one, and at least one stays in train. A class with a single group stays
-    in train.
-    """
+    by="subject" keeps a group whole (see `assign_groups`); by="slice" is the naive split that
+    leaks, for showing the leak. In each class groups are taken in a seeded random order until the
+    number of slices is
+    nearest to the fraction: at least one, and at least one stays in train. A class with a single
+        group stays in train. """
     if not 0 <= val_fraction < 1:
-        raise InputError(f"the validation fraction is {val_fraction}; expected at least 0 and less than 1")
+        raise InputError(
+            f"the validation fraction is {val_fraction}; expected at least 0 and less than 1"
+        )
     index = index.copy()
     train = index[index.split == "train"]
     sizes = train.label.groupby(split_units(train, by)).agg(["min", "size"])
@@ -102,20 +106,24 @@ def split_index(index, val_fraction=0.1, by="subject", seed=0):
 
 
 def fold_index(index, fold, folds, by="subject", seed=0):
-    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train", by StratifiedGroupKFold.
+    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train", by
+    StratifiedGroupKFold.
 
-    The fold becomes split "test", and the rows of the official test set are dropped. Epochs are still chosen on
-    a "val" that `split_index` takes from the rest, never on the fold itself.
-    """
+    The fold becomes split "test", and the rows of the official test set are dropped. Epochs are
+    still chosen on a "val" that `split_index` takes from the rest, never on the fold itself. """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if folds < 2 or not 0 <= fold < folds:
-        raise InputError(f"there is no fold {fold} of {folds}; folds count from 0, and there are at least 2")
+        raise InputError(
+            f"there is no fold {fold} of {folds}; folds count from 0, and there are at least 2"
+        )
     index = index[index.split == "train"].copy()
     units = split_units(index, by)
     fewest = units.groupby(index.label).nunique().min()
     if fewest < folds:
-        raise InputError(f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}")
+        raise InputError(
+            f"{folds} folds need {folds} groups in each class; the smaller class has {fewest}"
+        )
     kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     held_out = list(kfold.split(index, index.label, units))[fold][1]
     index["split"] = np.where(np.isin(np.arange(len(index)), held_out), "test", index.split)
@@ -123,21 +131,23 @@ def fold_index(index, fold, folds, by="subject", seed=0):
 
 
 def read_split(index, file, root):
-    """The index with the split (train, val or test) that a split.csv gives each file, by its path below `root`.
+    """The index with the split (train, val or test) that a split.csv gives each file, by its path
+    below `root`.
 
-    The file comes from an earlier run or was made by hand; its columns path and split are read. InputError if
-    it does not name the slices of the index, each once, or if a group is in both train and val, or a scan in
-    both test and another split.
-    """
+    The file comes from an earlier run or was made by hand; its columns path and split are read.
+    InputError if it does not name the slices of the index, each once, or if a group is in both
+    train and val, or a scan in both test and another split. """
     given = read_table(file, ("path", "split"))
     given["path"] = given.path.map(os.path.normpath, na_action="ignore")
     given["split"] = given.split.str.lower()
-    valid = given.split.isin(["train", "val", "test"]) & given.path.notna() & ~given.path.duplicated()
+    valid = (
+        given.split.isin(["train", "val", "test"]) & given.path.notna() & ~given.path.duplicated()
+    )
     if not valid.all():
         row = given[~valid].iloc[0]
         raise InputError(
-            f"--split {file}: {(~valid).sum()} rows, first {row.path} with split {row.split}, are not usable; "
-            "expected each path once, in train, val or test"
+            f"--split {file}: {(~valid).sum()} rows, first {row.path} with split {row.split}, are "
+            "not usable; expected each path once, in train, val or test"
         )
 
     paths = index.path.map(lambda path: os.path.relpath(path, root))
@@ -146,27 +156,28 @@ def read_split(index, file, root):
     expected = f"expected the same slices, by paths such as {paths.iloc[0]}"
     if missing:
         raise InputError(
-            f"--split {file}: {len(missing):,} of the slices under {root} are not in it, first {missing[0]}; {expected}"
+            f"--split {file}: {len(missing):,} of the slices under {root} are not in it, first "
+            f"{missing[0]}; {expected}"
         )
     if unknown:
         raise InputError(
-            f"--split {file}: {len(unknown):,} of its slices are not under {root}, or not usable, first "
-            f"{unknown[0]}; {expected}"
+            f"--split {file}: {len(unknown):,} of its slices are not under {root}, or not usable, "
+            f"first {unknown[0]}; {expected}"
         )
 
     index = index.assign(split=paths.map(dict(zip(given.path, given.split))).to_numpy(str))
     shared = shared_values(index, "group", "train", "val")
     if shared:
         raise InputError(
-            f"--split {file} has {len(shared)} groups in both train and val, first {shared[0]}; expected all scans "
-            "of a subject, and copies of a scan, on one side"
+            f"--split {file} has {len(shared)} groups in both train and val, first {shared[0]}; "
+            "expected all scans of a subject, and copies of a scan, on one side"
         )
     merged = index.assign(split=index.split.replace("val", "train"))
     shared = shared_values(merged, "scan", "train", "test")
     if shared:
         raise InputError(
-            f"--split {file} has {len(shared)} scans in both test and train or val, first {shared[0]}; expected all "
-            "slices of a scan on one side"
+            f"--split {file} has {len(shared)} scans in both test and train or val, first "
+            f"{shared[0]}; expected all slices of a scan on one side"
         )
     return index
 
@@ -182,17 +193,29 @@ def check_disjoint(index):
     for column in ("subject", "scan", "group"):
         shared = shared_values(index, column, "train", "val")
         if shared:
-            raise RuntimeError(f"train and val share {len(shared)} {column}s, first {shared[0]}; the split leaks")
+            raise RuntimeError(
+                f"train and val share {len(shared)} {column}s, first {shared[0]}; the split leaks"
+            )
 
 
 def shared_subjects(index):
     """The subjects that are in both test and train (or val), sorted."""
-    return shared_values(index.assign(split=index.split.replace("val", "train")), "subject", "train", "test")
+    return shared_values(
+        index.assign(split=index.split.replace("val", "train")), "subject", "train", "test"
+    )
 
 
 def split_hash(index):
     """A fingerprint of the split: 16 hex digits of the sorted lines split/label/group/file."""
-    places = index.split + "/" + index.label + "/" + index.group.astype(str) + "/" + index.path.map(os.path.basename)
+    places = (
+        index.split
+        + "/"
+        + index.label
+        + "/"
+        + index.group.astype(str)
+        + "/"
+        + index.path.map(os.path.basename)
+    )
     return fingerprint("\n".join(sorted(places)), 16)
 
 
@@ -200,23 +223,32 @@ def split_hash(index):
 
 
 def describe_split(index, by, dropped=None):
-    """Lines on the sizes of the splits and on leaks. `dropped` is the number of scans that `drop_test_subjects`
-    left out, or None."""
+    """Lines on the sizes of the splits and on leaks. `dropped` is the number of scans that
+    `drop_test_subjects` left out, or None."""
     parts = []
     for split, part in index.groupby("split", sort=False):
         n_scans, n_subjects = part.scan.nunique(), part.subject.nunique()
-        parts.append(f"{split} {len(part):,} slices of {n_scans} scans, {n_subjects} known subjects")
+        parts.append(
+            f"{split} {len(part):,} slices of {n_scans} scans, {n_subjects} known subjects"
+        )
     yield "; ".join(parts)
     n_unknown = index.scan[index.subject.isna()].nunique()
     if by == "slice":
-        yield "LEAKY SPLIT: train and val share scans (--split-by slice); do not believe the scores on val"
+        yield (
+            "LEAKY SPLIT: train and val share scans (--split-by slice); do not believe the scores "
+            "on val"
+        )
     elif n_unknown:
-        yield f"{n_unknown} scans have no known subject: they are split by scan, and subjects may be shared"
+        yield (
+            f"{n_unknown} scans have no known subject: they are split by scan, and subjects may be "
+            "shared"
+        )
     n_shared = len(shared_subjects(index))
     if n_shared:
         yield (
-            f"LEAK IN THE DATA: {n_shared} test subjects are also in train; scores on test subjects known to be "
-            "unseen are reported apart (--drop-test-subjects trains without the shared ones)"
+            f"LEAK IN THE DATA: {n_shared} test subjects are also in train; scores on test "
+            "subjects known to be unseen are reported apart (--drop-test-subjects trains without "
+            "the shared ones)"
         )
     if dropped is not None:
         yield f"left out of train: {dropped} scans of subjects that are also in test"
@@ -225,13 +257,14 @@ def describe_split(index, by, dropped=None):
 
 
 def describe_both_classes(index):
-    """A line on subjects with scans of both classes: AD_NC has none, so an id is likely to be wrong."""
+    """A line on subjects with scans of both classes: AD_NC has none, so an id is likely to be
+    wrong."""
     n_classes = index.dropna(subset="subject").groupby("subject").label.nunique()
     both = n_classes.index[n_classes > 1]
     if len(both):
         yield (
-            f"SUSPICIOUS: {len(both)} subjects have scans of both classes, first {both[0]}; is the id really that "
-            "of one person?"
+            f"SUSPICIOUS: {len(both)} subjects have scans of both classes, first {both[0]}; is the "
+            "id really that of one person?"
         )
 
 
@@ -247,8 +280,8 @@ def describe_copies(index):
         first = in_both_classes[in_both_classes.pixel_hash == in_both_classes.pixel_hash.iloc[0]]
         one, other = first.drop_duplicates("label").path
         yield (
-            f"SUSPICIOUS: {in_both_classes.pixel_hash.nunique()} slices are in both classes, pixel for pixel, first "
-            f"{one} and {other}; one of the two labels is wrong"
+            f"SUSPICIOUS: {in_both_classes.pixel_hash.nunique()} slices are in both classes, pixel "
+            f"for pixel, first {one} and {other}; one of the two labels is wrong"
         )
     leaks = by_picture.filter(lambda part: "test" in set(part.split) and part.split.nunique() > 1)
     part, where = copies, "slices are in two scans, pixel for pixel"
@@ -256,8 +289,9 @@ def describe_copies(index):
         part, where = leaks, "LEAK: slices of test are copies, pixel for pixel, of slices in train"
     one, other = part[part.pixel_hash == part.pixel_hash.iloc[0]].path.iloc[:2]
     yield (
-        f"{where}: {part.pixel_hash.nunique()} slices of {part.scan.nunique()} scans, first {one} and {other}; "
-        "these scans are kept on one side of a split, and in test they count as seen in training"
+        f"{where}: {part.pixel_hash.nunique()} slices of {part.scan.nunique()} scans, first {one} "
+        f"and {other}; these scans are kept on one side of a split, and in test they count as seen "
+        "in training"
     )
 
 
@@ -265,9 +299,9 @@ def describe_copies(index):
 
 
 def record_exposure(index):
-    """What training has seen, for the checkpoint: fingerprints of subjects, scans and slices, and whether a
-    subject is unknown. Fingerprints spare the reader the names; they do not hide them from somebody who tries all
-    ids."""
+    """What training has seen, for the checkpoint: fingerprints of subjects, scans and slices, and
+    whether a subject is unknown. Fingerprints spare the reader the names; they do not hide them
+    from somebody who tries all ids."""
     return {
         "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
         "scans": sorted(map(fingerprint, index.scan.unique())),
@@ -285,9 +319,9 @@ def merge_exposure(one, other):
 def find_exposure(table, recorded):
     """Whether training has seen each row of a table: an array of "yes", "no" or "unknown".
 
-    `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan, or any slice
-    of its group is among them; it is unknown if its own subject, or that of any training scan, is not known.
-    """
+    `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan,
+    or any slice of its group is among them; it is unknown if its own subject, or that of any
+    training scan, is not known. """
     known = table.subject.notna()
     seen = known & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
     seen |= table.scan.map(fingerprint).isin(recorded["scans"])
@@ -298,8 +332,8 @@ def find_exposure(table, recorded):
 
 
 def describe_transfer(index, init):
-    """A line for each split with subjects that the weights of --init were trained on. `init` is what
-    train.load_init returns, or None."""
+    """A line for each split with subjects that the weights of --init were trained on. `init` is
+    what train.load_init returns, or None."""
     if not init or not init["exposure"]:
         return
     for split in ("val", "test"):
@@ -307,6 +341,6 @@ def describe_transfer(index, init):
         n_seen = part.scan[find_exposure(part, init["exposure"]) == "yes"].nunique()
         if n_seen:
             yield (
-                f"LEAK BY TRANSFER: --init was trained on subjects of {n_seen} of the {part.scan.nunique()} scans "
-                f"of {split}"
+                f"LEAK BY TRANSFER: --init was trained on subjects of {n_seen} of the "
+                f"{part.scan.nunique()} scans of {split}"
             )

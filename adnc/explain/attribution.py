@@ -1,13 +1,14 @@
-"""Attribution maps of the slices that a model predicts, and sanity checks of the method that makes them.
+"""Attribution maps of the slices that a model predicts, and sanity checks of the method that makes
+them.
 
-An attribution map gives each pixel of the model's input a share in the logit z_AD - z_NC: positive towards AD,
-negative towards NC. Maps are float32 (S, S), computed with the plain model in float32.
+An attribution map gives each pixel of the model's input a share in the logit z_AD - z_NC: positive
+towards AD, negative towards NC. Maps are float32 (S, S), computed with the plain model in float32.
 
-A map always looks like an explanation. So each method is checked on the model at hand before its maps are shown: the
-weights are randomised from the head down (Adebayo et al. 2018, arXiv 1810.03292), and a method whose maps do not change
-shows the slice, not the model, and is marked UNUSABLE. docs/explain.md says what the methods are worth on the phantom,
-whose altered anatomy is known.
-"""
+A map always looks like an explanation. So each method is checked on the model at hand before its
+maps are shown: the weights are randomised from the head down (Adebayo et al. 2018, arXiv
+1810.03292), and a method whose maps do not change shows the slice, not the model, and is marked
+UNUSABLE. docs/explain.md says what the methods are worth on the phantom, whose altered anatomy is
+known. """
 
 import re
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from adnc.scoring import plots
 from adnc.scoring.metrics import expit
 
 STEPS = 32  # of integrated gradients
-WINDOW = 7  # the occluded square has the side of the input divided by this, and moves by half of that
-LIMIT = 0.5  # a method is unusable if its maps correlate this much, or more, with those of random weights
+WINDOW = (
+    7  # the occluded square has the side of the input divided by this, and moves by half of that
+)
+# A method is unusable if its maps correlate this much, or more, with those of random weights.
+LIMIT = 0.5
 N_CHECKED = 8  # slices that are used in the check
 N_DRAWS = 3  # of random weights for all parts; their mean decides
 SMOOTH = 64  # pictures (not arrays) are smoothed by a Gaussian whose SD is the side divided by this
@@ -44,7 +48,8 @@ def import_captum():
         import captum.attr
     except ImportError:
         raise InputError(
-            "--explain needs captum; install it with: python -m pip install -r requirements-extra.txt"
+            "--explain needs captum; install it with: python -m pip install -r "
+            "requirements-extra.txt"
         ) from None
     return captum.attr
 
@@ -65,52 +70,68 @@ def at_once(x):
 
 
 def integrated_gradients(model, x, baseline):
-    """Sundararajan et al. 2017, arXiv 1703.01365. A map sums to the margin of the slice minus that of the baseline."""
+    """Sundararajan et al. 2017, arXiv 1703.01365. A map sums to the margin of the slice minus that
+    of the baseline."""
     method = import_captum().IntegratedGradients(margin(model))
     return method.attribute(x, baseline, n_steps=STEPS, internal_batch_size=at_once(x))
 
 
 def occlusion(model, x, baseline):
-    """Zeiler & Fergus 2014, arXiv 1311.2901: how much the margin falls if a square is replaced by the baseline; the mean
-    over all squares that contain a pixel."""
+    """Zeiler & Fergus 2014, arXiv 1311.2901: how much the margin falls if a square is replaced by
+    the baseline; the mean over all squares that contain a pixel."""
     side = max(2, x.shape[-1] // WINDOW)
     method = import_captum().Occlusion(margin(model))
     with torch.no_grad():
         return method.attribute(
-            x, (1, side, side), strides=(1, side // 2, side // 2), baselines=baseline, perturbations_per_eval=at_once(x)
+            x,
+            (1, side, side),
+            strides=(1, side // 2, side // 2),
+            baselines=baseline,
+            perturbations_per_eval=at_once(x),
         )
 
 
 def grad_cam(model, x, baseline):
-    """Selvaraju et al. 2017, arXiv 1610.02391, with its negative part, on `cam_layer`; the baseline is not used."""
+    """Selvaraju et al. 2017, arXiv 1610.02391, with its negative part, on `cam_layer`; the baseline
+    is not used."""
     small = import_captum().LayerGradCam(margin(model), cam_layer(model)).attribute(x)
-    return torch.nn.functional.interpolate(small.detach(), x.shape[2:], mode="bilinear", align_corners=False)
+    return torch.nn.functional.interpolate(
+        small.detach(), x.shape[2:], mode="bilinear", align_corners=False
+    )
 
 
 def cam_layer(model):
-    """The layer of Grad-CAM: the output of the third stage, a sixteenth of the input's side (the fourth stage has 2 x 2
-    at 64 px); of the plain CNN the last convolution's, after ReLU, before pooling."""
+    """The layer of Grad-CAM: the output of the third stage, a sixteenth of the input's side (the
+    fourth stage has 2 x 2 at 64 px); of the plain CNN the last convolution's, after ReLU, before
+    pooling."""
     if is_convnext(model):
         return model.stages[2]
     return [layer for layer in model if isinstance(layer, torch.nn.ReLU)][-1]
 
 
-# The best first, see docs/explain.md: `--explain auto` takes the first that passes its check on the model at hand.
-METHODS = {"integrated-gradients": integrated_gradients, "occlusion": occlusion, "grad-cam": grad_cam}
+# The best first, see docs/explain.md: `--explain auto` takes the first that passes its check on the
+# model at hand.
+METHODS = {
+    "integrated-gradients": integrated_gradients,
+    "occlusion": occlusion,
+    "grad-cam": grad_cam,
+}
 
 
 def attribute(method, model, x, baseline, progress=None):
-    """Attribution maps float32 (N, S, S) of images (N, 1, S, S), by one of METHODS or a function like them, of a model in
-    evaluation mode; the baseline is (1, 1, S, S)."""
+    """Attribution maps float32 (N, S, S) of images (N, 1, S, S), by one of METHODS or a function
+    like them, of a model in evaluation mode; the baseline is (1, 1, S, S)."""
     method = METHODS.get(method, method)
-    bar = tqdm(x.split(1), progress, unit=" slices", leave=False, disable=None if progress else True)
+    bar = tqdm(
+        x.split(1), progress, unit=" slices", leave=False, disable=None if progress else True
+    )
     maps = [method(model, image, baseline)[0, 0].detach().float().cpu().numpy() for image in bar]
     if not maps:
         return np.zeros((0, *x.shape[2:]), np.float32)
     return np.stack(maps)
 
 
-# ---------------------------------------------------------------- the check: does a map depend on the weights?
+# ---------------------------------------------------------------- does a map depend on the weights?
 
 
 def model_parts(model):
@@ -129,12 +150,16 @@ def model_parts(model):
 
 
 def randomise(model, fresh_model, n_parts, draw=0):
-    """A copy of the model whose first `n_parts` parts, from the head down, have the weights of an untrained one.
-    `fresh_model()` builds the same architecture with random weights."""
+    """A copy of the model whose first `n_parts` parts, from the head down, have the weights of an
+    untrained one. `fresh_model()` builds the same architecture with random weights."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1000 + draw)  # not the seed of a run, which might have begun with these weights
+        torch.manual_seed(
+            1000 + draw
+        )  # not the seed of a run, which might have begun with these weights
         random_weights = fresh_model().state_dict()
-    names = [beginning for _, beginnings in model_parts(model)[:n_parts] for beginning in beginnings]
+    names = [
+        beginning for _, beginnings in model_parts(model)[:n_parts] for beginning in beginnings
+    ]
     weights = dict(model.state_dict())
     for name, tensor in random_weights.items():
         if name.startswith(tuple(names)):
@@ -145,7 +170,8 @@ def randomise(model, fresh_model, n_parts, draw=0):
 
 
 def rank_correlation(a, b, mask):
-    """Spearman's correlation of two maps (S, S) over the pixels of a mask: (of the maps, of their absolute values). It is
+    """Spearman's correlation of two maps (S, S) over the pixels of a mask: (of the maps, of their
+    absolute values). It is
     0 if the second has no order, and 1 if the first has none: a constant map cannot change."""
     from scipy.stats import spearmanr
 
@@ -161,8 +187,8 @@ def rank_correlation(a, b, mask):
 
 
 def compare(maps, others, masks):
-    """(signed, absolute): the means over slices of the size of `rank_correlation`, and of that of the absolute maps. A map
-    with inverted signs shows the same picture."""
+    """(signed, absolute): the means over slices of the size of `rank_correlation`, and of that of
+    the absolute maps. A map with inverted signs shows the same picture."""
     pairs = np.array([rank_correlation(*each) for each in zip(maps, others, masks)])
     return float(abs(pairs[:, 0]).mean()), float(pairs[:, 1].mean())
 
@@ -170,9 +196,9 @@ def compare(maps, others, masks):
 def check(method, model, fresh_model, x, baseline, progress=None):
     """The cascading randomisation of a model on images (N, 1, S, S).
 
-    Returns a table with a row a part: part (randomised with all parts before it), draw (of random weights), signed and
-    absolute (see `compare`); and for the last part, with which no trained weight is left, a row for each of N_DRAWS.
-    """
+    Returns a table with a row a part: part (randomised with all parts before it), draw (of random
+        weights), signed and absolute (see `compare`); and for the last part, with which no trained
+        weight is left, a row for each of N_DRAWS. """
     masks = inside_head(x, baseline)
     maps = attribute(method, model, x, baseline)
     names = [name for name, _ in model_parts(model)]
@@ -193,7 +219,8 @@ def without_weights(table):
 
 
 def is_usable(table):
-    """Whether a method passes, from the table of `check`: both means over the draws are below LIMIT."""
+    """Whether a method passes, from the table of `check`: both means over the draws are below
+    LIMIT."""
     return bool((without_weights(table).mean() < LIMIT).all())
 
 
@@ -202,21 +229,24 @@ def describe(method, table, n_slices):
     last = without_weights(table)
     mean, low, high = last.mean(), last.absolute.min(), last.absolute.max()
     result = (
-        f"with all weights randomised, its maps of {n_slices} slice{'s' if n_slices > 1 else ''} keep a rank correlation "
-        f"of {mean.signed:.2f} with the original ones, {mean.absolute:.2f} without signs ({low:.2f} to {high:.2f} in "
-        f"{len(last)} draws)"
+        f"with all weights randomised, its maps of {n_slices} slice{'s' if n_slices > 1 else ''} "
+        f"keep a rank correlation of {mean.signed:.2f} with the original ones, {mean.absolute:.2f} "
+        f"without signs ({low:.2f} to {high:.2f} in {len(last)} draws)"
     )
     if is_usable(table):
         return (
-            f"{method} passes its check that its maps depend on this model's weights (no proof that they are right): "
-            f"{result}; unusable from {LIMIT:g}"
+            f"{method} passes its check that its maps depend on this model's weights (no proof "
+            f"that they are right): {result}; unusable from {LIMIT:g}"
         )
-    return f"UNUSABLE: {method} does not depend enough on this model's weights: {result}; expected below {LIMIT:g}"
+    return (
+        f"UNUSABLE: {method} does not depend enough on this model's weights: {result}; expected "
+        f"below {LIMIT:g}"
+    )
 
 
 def inside_head(x, baseline):
-    """Pixels bool (N, S, S) where the slice or the baseline, (N or 1, 1, S, S), is not near-black. Outside all maps are
-    alike."""
+    """Pixels bool (N, S, S) where the slice or the baseline, (N or 1, 1, S, S), is not near-black.
+    Outside all maps are alike."""
     black = (NEAR_BLACK / 255 - MEAN) / STD
     mask = ((x >= black) | (baseline >= black))[:, 0].cpu().numpy()
     return mask | ~mask.any((1, 2), keepdims=True)
@@ -229,10 +259,11 @@ def inside_head(x, baseline):
 class Explained:
     """The folder that `Explainer.write` filled.
 
-    table: a row a slice that could be read: path (as in predictions.csv), scan, slice, overlay (the name of a PNG in the
-        folder), maps and place (the file of arrays, and which of them), for_AD and for_NC (the sums of its positive and
-        negative values), full_colour (the value that is drawn in full colour), signed and absolute (rank correlation with
-        the map of random weights).
+    table: a row a slice that could be read: path (as in predictions.csv), scan, slice, overlay (the
+        name of a PNG in the
+        folder), maps and place (the file of arrays, and which of them), for_AD and for_NC (the sums
+        of its positive and negative values), full_colour (the value that is drawn in full colour),
+        signed and absolute (rank correlation with the map of random weights).
     sentence, usable: whether the method passed its check. caution: what a colour does not mean.
     """
 
@@ -249,8 +280,9 @@ class Explained:
 
 
 class Explainer:
-    """A method of attribution for the model of a checkpoint. `fresh_model()` builds the same architecture with random
-    weights. InputError if captum is missing, before anything is predicted."""
+    """A method of attribution for the model of a checkpoint. `fresh_model()` builds the same
+    architecture with random weights. InputError if captum is missing, before anything is
+    predicted."""
 
     def __init__(self, model, fresh_model, checkpoint, method, device):
         import_captum()
@@ -267,13 +299,16 @@ class Explainer:
         """uint8 (N, H, W) -> float32 (N, 1, S, S), as the model sees them."""
         images = torch.from_numpy(images)[:, None].to(self.device)
         checkpoint = self.checkpoint
-        return eval_transform(images, checkpoint["image_size"], checkpoint["mean"], checkpoint["std"])
+        return eval_transform(
+            images, checkpoint["image_size"], checkpoint["mean"], checkpoint["std"]
+        )
 
     def write(self, slices, out):
-        """Explain the slices of a SliceSet that could be read (one at least), into a new folder `out`. Returns Explained.
+        """Explain the slices of a SliceSet that could be read (one at least), into a new folder
+        `out`. Returns Explained.
 
-        An overlay for each slice; for each scan its maps (.npz: maps float32 (n, S, S), mean (S, S)) and a picture of
-        their mean; legend.png, checks.csv, explanations.csv and summary.json.
+        An overlay for each slice; for each scan its maps (.npz: maps float32 (n, S, S), mean (S,
+        S)) and a picture of their mean; legend.png, checks.csv, explanations.csv and summary.json.
         """
         out = new_folder(out)
         index = slices.index.reset_index(drop=True)
@@ -284,13 +319,18 @@ class Explainer:
         random_model = randomise(self.model, self.fresh_model, len(model_parts(self.model)))
         mark = "" if usable else "UNUSABLE"
         tables = []
-        with tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None) as bar:
+        with tqdm(
+            total=len(index), desc="explaining", unit=" slices", leave=False, disable=None
+        ) as bar:
             for _, part in index.groupby("scan", sort=False):
                 images = slices.images[part.row.to_numpy(np.int64)]
                 x = self.view(images)
                 maps = attribute(method, self.model, x, self.baseline)
                 others = attribute(method, random_model, x, self.baseline)
-                kept = [rank_correlation(*each) for each in zip(maps, others, inside_head(x, self.baseline))]
+                kept = [
+                    rank_correlation(*each)
+                    for each in zip(maps, others, inside_head(x, self.baseline))
+                ]
                 signed, absolute = np.array(kept).T
                 part = part.assign(signed=signed, absolute=absolute)
                 tables.append(write_scan(images, part, maps, out, method, mark))
@@ -308,25 +348,37 @@ class Explainer:
         relative = ""
         if method != "grad-cam":
             relative = (
-                f"It is relative to the mean training slice, which gets a p_AD of {self.baseline_p_ad:.2f} from this model, "
-                "so that one colour may prevail in all slices. "
+                "It is relative to the mean training slice, which gets a p_AD of "
+                f"{self.baseline_p_ad:.2f} from this model, so that one colour may prevail in all "
+                "slices. "
             )
         return (
-            "A colour shows where the model's output reacts, not where disease is, and not which class the model sees: "
-            f"the same colour can be there in slices of either class. {relative}The prediction is p_AD."
+            "A colour shows where the model's output reacts, not where disease is, and not which "
+            "class the model sees: the same colour can be there in slices of either class. "
+            f"{relative}The prediction is p_AD."
         )
 
     def choose(self, images, out):
-        """Check the method, or with "auto" one after the other until one passes, on some slices uint8 (n, H, W); the
-        checks are written to checks.csv. Returns (method, whether it passes, a sentence about it)."""
+        """Check the method, or with "auto" one after the other until one passes, on some slices
+        uint8 (n, H, W); the checks are written to checks.csv. Returns (method, whether it passes, a
+        sentence about it)."""
         x, tables, failed = self.view(images), [], []
         for method in self.candidates:
-            checked = check(method, self.model, self.fresh_model, x, self.baseline, progress=f"checking {method}")
+            checked = check(
+                method,
+                self.model,
+                self.fresh_model,
+                x,
+                self.baseline,
+                progress=f"checking {method}",
+            )
             tables.append(checked.assign(method=method))
             if is_usable(checked):
                 break
             failed.append(method)
-        write_csv(out / "checks.csv", pd.concat(tables)[["method", "part", "draw", "signed", "absolute"]])
+        write_csv(
+            out / "checks.csv", pd.concat(tables)[["method", "part", "draw", "signed", "absolute"]]
+        )
         sentence = describe(method, checked, len(x))
         others = [name for name in failed if name != method]
         if others:
@@ -335,12 +387,16 @@ class Explainer:
 
 
 def write_scan(images, part, maps, out, method, mark):
-    """Write the pictures and arrays of one scan, from its slices uint8 (n, H, W), their rows of the index, with number,
-    signed and absolute, and their maps (n, S, S). Returns its rows of `Explained.table`."""
+    """Write the pictures and arrays of one scan, from its slices uint8 (n, H, W), their rows of the
+    index, with number, signed and absolute, and their maps (n, S, S). Returns its rows of
+    `Explained.table`."""
     smoothed = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
     full = float(np.quantile(abs(smoothed), 0.995))
     first = f"{part.number.iloc[0]:05d}_{safe_name(part.scan.iloc[0])}"
-    names = [f"{number:05d}_{safe_name(Path(path).stem)}.png" for number, path in zip(part.number, part.path)]
+    names = [
+        f"{number:05d}_{safe_name(Path(path).stem)}.png"
+        for number, path in zip(part.number, part.path)
+    ]
     table = part[["path", "scan", "slice"]].assign(
         overlay=names,
         maps=f"{first}.npz",
@@ -367,8 +423,8 @@ def write_scan(images, part, maps, out, method, mark):
 
 
 def safe_name(text):
-    """A part of a file's name: letters, digits, hyphens and underscores, 40 at most. The number before it tells apart what
-    becomes equal here."""
+    """A part of a file's name: letters, digits, hyphens and underscores, 40 at most. The number
+    before it tells apart what becomes equal here."""
     return re.sub(r"[^A-Za-z0-9-]+", "_", Path(printable(text)).name)[:40]
 
 
@@ -379,4 +435,6 @@ def to_slice(values, size):
     seen = torch.zeros(1, 1, side * height // short, side * width // short)
     top, left = (round((total - side) / 2) for total in seen.shape[2:])  # as in eval_transform
     seen[..., top : top + side, left : left + side] = torch.from_numpy(values)
-    return torch.nn.functional.interpolate(seen, size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    return torch.nn.functional.interpolate(seen, size, mode="bilinear", align_corners=False)[
+        0, 0
+    ].numpy()

@@ -1,9 +1,11 @@
-"""One HTML page of a prediction: each scan with its slices, how certain the model is, what not to conclude.
+"""One HTML page of a prediction: each scan with its slices, how certain the model is, what not to
+conclude.
 
-The page is made from report.html.jinja beside this file, and is one file. Pictures are inlined, and the page's own policy
-forbids the browser any request; only if the pictures take more than INLINE bytes are they files in a folder beside it.
-Names and texts come from strangers: characters that do not print become escapes, and all are escaped for HTML.
-"""
+The page is made from report.html.jinja beside this file, and is one file. Pictures are inlined, and
+the page's own policy forbids the browser any request; only if the pictures take more than INLINE
+bytes are they files in a folder beside it.
+Names and texts come from strangers: characters that do not print become escapes, and all are
+escaped for HTML. """
 
 import base64
 import hashlib
@@ -29,8 +31,16 @@ from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 
 INLINE = 6_500_000  # bytes of pictures; in base64 a third more, so that a page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
-WEBP = dict(format="WEBP", quality=80, method=2)  # 4 kB and 2 ms a slice of the phantom; method 4 doubles the time
-RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # verdicts, the least certain first
+WEBP = dict(
+    format="WEBP", quality=80, method=2
+)  # 4 kB and 2 ms a slice of the phantom; method 4 doubles the time
+RANKS = {
+    "no verdict": 0,
+    "not read": 1,
+    "AD|NC": 2,
+    "AD": 3,
+    "NC": 3,
+}  # verdicts, the least certain first
 CURVES = {
     "confusion_matrix": "Confusion matrices",
     "roc_curve": "ROC curve",
@@ -50,7 +60,8 @@ class Report:
     index, images: of the SliceSet; predictions: of `apply_calibration`, in the same order.
     out, scores: the folder that `write_results` filled, and what it returned.
     warnings, notes: lines.
-    overlays: path of a slice -> path of a picture of its shape. overlay_note: how they were made, and whether the method
+    overlays: path of a slice -> path of a picture of its shape. overlay_note: how they were made,
+        and whether the method
         passed its check.
     """
 
@@ -74,8 +85,8 @@ class Report:
 
 
 def require_writable(path):
-    """InputError if a report cannot be written to `path`: another ending, no folder, or something there already; or if
-    jinja2 is missing."""
+    """InputError if a report cannot be written to `path`: another ending, no folder, or something
+    there already; or if jinja2 is missing."""
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report is {path}; expected a name that ends in .html")
@@ -89,7 +100,8 @@ def import_jinja():
         import jinja2
     except ImportError:
         raise InputError(
-            "--report needs jinja2; install it with: python -m pip install -r requirements-extra.txt"
+            "--report needs jinja2; install it with: python -m pip install -r "
+            "requirements-extra.txt"
         ) from None
     return jinja2
 
@@ -99,8 +111,8 @@ def picture_folder(path):
 
 
 def write_report(path, report):
-    """Write a Report to `path`, and if its pictures take more than INLINE bytes, these into the folder `<name>_files`
-    beside it. Returns a line about what was written."""
+    """Write a Report to `path`, and if its pictures take more than INLINE bytes, these into the
+    folder `<name>_files` beside it. Returns a line about what was written."""
     path, pictures = Path(path), encode_pictures(report)
     folder = None
     if sum(len(data) for data in pictures.values()) > INLINE:
@@ -124,7 +136,9 @@ def render(content):
     jinja2 = import_jinja()
 
     def finalize(value):
-        if isinstance(value, str) and not hasattr(value, "__html__"):  # what has __html__ is the template's own
+        if isinstance(value, str) and not hasattr(
+            value, "__html__"
+        ):  # what has __html__ is the template's own
             return printable(value, keep="")
         return value
 
@@ -145,7 +159,8 @@ def sha256_base64(text):
 
 
 def encode_pictures(report):
-    """{(row, kind): WebP} of each slice that could be read, kind "slice" or "overlay", in parallel."""
+    """{(row, kind): WebP} of each slice that could be read, kind "slice" or "overlay", in
+    parallel."""
     work = []
     for i, (row, path) in enumerate(zip(report.index.row.to_numpy(float), report.predictions.path)):
         if np.isfinite(row):
@@ -164,7 +179,14 @@ def encode_pictures(report):
         return file.getvalue()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter's lock
-        bar = tqdm(pool.map(encode, work), "pictures", len(work), unit=" pictures", leave=False, disable=None)
+        bar = tqdm(
+            pool.map(encode, work),
+            "pictures",
+            len(work),
+            unit=" pictures",
+            leave=False,
+            disable=None,
+        )
         return {(i, kind): data for (i, kind, _), data in zip(work, bar)}
 
 
@@ -173,8 +195,9 @@ def data_address(data, kind):
 
 
 def strip(rows, threshold):
-    """p_AD by slice position, as what an SVG of WIDTH x HEIGHT draws: the line, the points in and out of the training
-    range, and ticks for slices that could not be read. Without slice numbers in the order of the rows."""
+    """p_AD by slice position, as what an SVG of WIDTH x HEIGHT draws: the line, the points in and
+    out of the training range, and ticks for slices that could not be read. Without slice numbers in
+    the order of the rows."""
     numbered = bool(rows.slice.notna().all())
     at = rows.slice.to_numpy(float) if numbered else np.arange(1.0, len(rows) + 1)
     inner = WIDTH - 2 * EDGE
@@ -193,7 +216,8 @@ def strip(rows, threshold):
     if predicted.any():
         line = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x[predicted], y[predicted]))
         p = rows.p_AD[predicted]
-        label += f": p_AD from {p.min():.2f} to {p.max():.2f}, first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
+        label += f": p_AD from {p.min():.2f} to {p.max():.2f}"
+        label += f", first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
     return {
         "line": line,
         "dots": dots(predicted & ~outside),
@@ -217,7 +241,9 @@ def describe_page(report, sources, linked):
     """Everything that the template names."""
     scans = describe_scans(report, sources)
     predicted = report.predictions[report.predictions.p_AD.notna()]
-    own_paths = tuple(f"{name} " for name in report.predictions.path)  # warnings about one file appear at its scan
+    own_paths = tuple(
+        f"{name} " for name in report.predictions.path
+    )  # warnings about one file appear at its scan
     calibration, both = report.checkpoint.get("calibration"), None
     if calibration and report.coverage is not None:
         quantile = conformal_quantile(calibration, report.coverage)
@@ -256,10 +282,12 @@ def describe_page(report, sources, linked):
 
 
 def describe_scans(report, sources):
-    """A dict a scan, the least certain first: those without a verdict, then AD|NC, then by the distance of p_AD from the
-    threshold. A scan without a readable slice is among them."""
+    """A dict a scan, the least certain first: those without a verdict, then AD|NC, then by the
+    distance of p_AD from the threshold. A scan without a readable slice is among them."""
     table = report.predictions.reset_index(drop=True)
-    rows_by_scan = {row.scan: row for row in aggregate(table[table.p_AD.notna()], "scan").itertuples()}
+    rows_by_scan = {
+        row.scan: row for row in aggregate(table[table.p_AD.notna()], "scan").itertuples()
+    }
     scans = []
     for scan, rows in table.groupby("scan", sort=False):
         rows = rows.sort_values("slice", kind="stable")
@@ -268,7 +296,8 @@ def describe_scans(report, sources):
 
 
 def describe_scan(scan, rows, row, sources):
-    """What the page shows of a scan: `rows` are its slices, `row` its prediction, or None if no slice could be read."""
+    """What the page shows of a scan: `rows` are its slices, `row` its prediction, or None if no
+    slice could be read."""
     first = rows.iloc[0]
     labels, subjects = rows.label.dropna(), rows.subject.dropna()
     label = None if labels.empty else labels.iloc[0]
@@ -328,15 +357,19 @@ def describe_checkpoint(report):
         split = "slices of one scan on both sides: LEAKY"
     yield "File", str(report.file)
     yield "Model", (
-        f"{report.model_name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']} of {flags['epochs']}, recipe "
-        f"{flags['recipe']}, seed {flags['seed']}"
+        f"{report.model_name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']} of "
+        f"{flags['epochs']}, recipe {flags['recipe']}, seed {flags['seed']}"
     )
-    yield "Trained and validated on", f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}"
+    yield (
+        "Trained and validated on",
+        f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}",
+    )
     yield "Split", "; ".join([split, *stated["leaks"], *stated["notes"]])
 
 
 def own_scores(report, what, part):
-    """The scores of the checkpoint's own validation or test, from its run's folder, or why there are none."""
+    """The scores of the checkpoint's own validation or test, from its run's folder, or why there
+    are none."""
     folder = Path(report.file).parent / part
     calibration = report.checkpoint.get("calibration")
     try:
@@ -364,12 +397,14 @@ def own_scores(report, what, part):
 def score_line(scores):
     scan = scores["scan"]
     return (
-        f"scan-level accuracy {cell(scan, 'accuracy')}, AUROC {cell(scan, 'auroc')} (95 % intervals), n = {scan['n']}"
+        f"scan-level accuracy {cell(scan, 'accuracy')}, AUROC {cell(scan, 'auroc')} (95 % "
+        f"intervals), n = {scan['n']}"
     )
 
 
 def score_tables(scores):
-    """Scores, and beside them those of unseen subjects, as rows of text: a row a metric, a column a unit."""
+    """Scores, and beside them those of unseen subjects, as rows of text: a row a metric, a column a
+    unit."""
     parts = [scores]
     if "unseen_subjects" in scores:
         parts.append(scores["unseen_subjects"])

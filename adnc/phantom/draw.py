@@ -1,19 +1,21 @@
 """Draw a synthetic imitation of the ADNI `AD_NC` set, slices or volumes.
 
-What is imitated: layout, names and proportions (subjects in both train and test, 1 to 8 scans a subject, metadata
-entries without a picture), the near-black share, and the shortcut: the window of 20 slice indices is tied to the class,
-and a majority vote on it alone gets 68 % of the scans right.
+What is imitated: layout, names and proportions (subjects in both train and test, 1 to 8 scans a
+subject, metadata entries without a picture), the near-black share, and the shortcut: the window of
+20 slice indices is tied to the class, and a majority vote on it alone gets 68 % of the scans right.
 
-What is invented: the brain. It is a parametric 3-D shape, cut along sagittal planes. One latent number a subject, its
-atrophy, is N(+1.37, 1) for AD and N(-1.37, 1) for NC; it drives the ventricles most, then sulci, hippocampus and temporal
-lobe. The best possible subject-level accuracy is therefore about 0.915, never 1. Besides the atrophy only the window
-depends on the class. A result on the phantom shows that the code works; it says nothing about Alzheimer's disease.
+What is invented: the brain. It is a parametric 3-D shape, cut along sagittal planes. One latent
+number a subject, its atrophy, is N(+1.37, 1) for AD and N(-1.37, 1) for NC; it drives the
+ventricles most, then sulci, hippocampus and temporal lobe. The best possible subject-level accuracy
+is therefore about 0.915, never 1. Besides the atrophy only the window depends on the class. A
+result on the phantom shows that the code works; it says nothing about Alzheimer's disease.
 
-With the local cue the atrophy acts on the temporal horn and the hippocampus alone. Ventricles and sulci follow an ageing
-that is independent of the class, and scanners (contrast, texture, noise), tilt and position differ as much as in real
-sets. Each subject has one scan of six slices, the same for everybody, so that there is no window to vote on; a fifth of
-the subjects is in test. The best observer is right about 0.915 of the subjects; a logistic regression on blurred slices
-of 200 subjects stays below an AUROC of 0.7.
+With the local cue the atrophy acts on the temporal horn and the hippocampus alone. Ventricles and
+sulci follow an ageing that is independent of the class, and scanners (contrast, texture, noise),
+tilt and position differ as much as in real sets. Each subject has one scan of the same six slices,
+so there is no window to vote on; a fifth of the subjects is in test. The best possible accuracy is
+again about 0.915; a logistic regression on blurred slices of 200 subjects stays below an AUROC of
+0.7.
 """
 
 import json
@@ -28,8 +30,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from adnc.errors import InputError
-from adnc.files import write_atomically, write_csv
+from adnc.files import write_atomically, write_csv, write_text
 from adnc.phantom.anatomy import Scan, render, render_head
+from adnc.volumes.read import import_nibabel
 
 EFFECT = 1.37  # half the distance between the classes, in SD; Phi(1.37) = 0.915
 SCAN_IDS = np.arange(10_000, 1_210_000)  # image ids as ADNI has them
@@ -37,18 +40,20 @@ STARTS = (67, 70, 74, 77, 81, 84, 88, 91, 95)
 AD_WINDOWS = (67, 77, 81, 95)  # windows that lean to AD; the other five lean to NC
 LEAN = 0.36  # by 1 +/- LEAN, so that a vote gets 0.5 + LEAN / 2 = 0.68
 
-# The real set: subjects in train only, in both, in test only; shares of them with 1, 2, ... scans there.
+# Proportions of the real set: subjects in train only, in both, in test only.
 AD_SHARE = 743 / 1526
 GROUPS = {"train": 349, "both": 216, "test": 115}
+# (group of a subject, split) -> shares of these subjects with 1, 2, ... scans in that split
 SCANS = {
     ("train", "train"): (0.52, 0.29, 0.12, 0.05, 0.02),
     ("test", "test"): (0.64, 0.24, 0.10, 0.02),
     ("both", "train"): (0.38, 0.30, 0.17, 0.10, 0.05),
     ("both", "test"): (0.76, 0.19, 0.05),
 }
+NEITHER = (2189 - 1526) / 1526  # metadata entries with label 1 and no picture, per scan
 AGEING = 1.7  # SD of the second latent: that of atrophy over both classes
-STORED = ("RAS", "LAS", "PSR", "LPI")  # orientations of the volumes, in turn; scanners store sagittal heads as PSR
-NEITHER = (2189 - 1526) / 1526  # metadata entries with label 1 and no picture, for each scan drawn
+# Orientations of the volumes, in turn. Scanners store sagittal heads as PSR.
+STORED = ("RAS", "LAS", "PSR", "LPI")
 
 
 # ---------------------------------------------------------------- subjects and scans
@@ -66,77 +71,118 @@ def subject_names(rng, n):
     return [f"{rng.integers(2, 142):03d}_S_{number:04d}" for number in numbers]
 
 
-def plan_local(subjects=60, seed=0):
-    """The scans of a set with the local cue, as a list of Scan: one a subject, a fifth of them in test; half are AD, in
-    both parts with evenly spread quantiles of atrophy."""
-    rng = np.random.default_rng([seed, 4])
-    n_test = max(2, round(subjects / 5))
-    names, ids = subject_names(rng, subjects), rng.choice(SCAN_IDS, subjects, replace=False)
-    scans = []
-    for split, members in (("test", names[:n_test]), ("train", names[n_test:])):
-        for i, subject in enumerate(members):
-            label, sign = ("AD", 1) if i % 2 else ("NC", -1)
-            share = (i // 2 + 0.5) / ((len(members) + (not i % 2)) // 2)
-            atrophy = sign * EFFECT + NormalDist().inv_cdf(share)
-            ageing = float(AGEING * rng.standard_normal())
-            scans.append(Scan(int(ids[len(scans)]), subject, label, split, 0, float(atrophy), 0, ageing))
-    return sorted(scans)
-
-
 def plan(subjects=60, seed=0):
-    """The scans of a set, as a list of Scan: the class and place of each subject, and how far the disease went.
+    """The scans of a set, as a list of Scan with the class, split and atrophy of each.
 
-    Everything is drawn by quota, so that 60 subjects have the same proportions as 680.
+    Everything is drawn by quota, so that 60 subjects have the same proportions as 680. InputError
+    for fewer than 10 subjects.
     """
     if subjects < 10:
-        raise InputError(f"{subjects} subjects are too few; expected 10 or more, to fill train and test")
+        raise InputError(
+            f"{subjects} subjects are too few; expected 10 or more, to fill train and test"
+        )
     rng = np.random.default_rng([seed, 0])
     names = subject_names(rng, subjects)
     groups = quota(rng, list(GROUPS), list(GROUPS.values()), subjects)
+
     scans = []
     for group in GROUPS:
-        everyone = [name for name, g in zip(names, groups) if g == group]
-        offset, n_ad = rng.random(), round(AD_SHARE * len(everyone))
-        for label, sign, members in (("NC", -1, everyone[n_ad:]), ("AD", 1, everyone[:n_ad])):
-            # Quantiles, evenly spread; the classes half a step apart, so as not to overlap in turn.
-            steps = (rng.permutation(len(members)) + (offset + 0.25 * sign) % 1) / max(len(members), 1)
-            counts = {}
-            for (g, split), weights in SCANS.items():
-                if g == group:
-                    counts[split] = quota(rng, range(1, len(weights) + 1), weights, len(members))
-            for k, subject in enumerate(members):
-                atrophy = sign * (EFFECT - NormalDist().inv_cdf(np.clip(steps[k], 0.002, 0.998)))
-                splits = rng.permutation([split for split in counts for _ in range(counts[split][k])])
-                for visit, split in enumerate(splits):
-                    scans.append(Scan(0, subject, label, str(split), 0, float(atrophy), visit))
+        members = [name for name, g in zip(names, groups) if g == group]
+        offset = rng.random()
+        n_ad = round(AD_SHARE * len(members))
+        scans += plan_class(rng, group, members[n_ad:], "NC", (offset - 0.25) % 1)
+        scans += plan_class(rng, group, members[:n_ad], "AD", (offset + 0.25) % 1)
     ids = rng.choice(SCAN_IDS, len(scans), replace=False)
     scans = [scan._replace(scan=int(i)) for scan, i in zip(scans, ids)]
+    return sorted(assign_windows(rng, scans))
 
+
+def plan_class(rng, group, members, label, offset):
+    """The scans, not yet numbered, of the members of a group that have one class.
+
+    Their atrophies are evenly spread quantiles of the class. `offset` of the two classes differs by
+    half a step, so that they do not pair up.
+    """
+    sign = 1 if label == "AD" else -1
+    steps = (rng.permutation(len(members)) + offset) / max(len(members), 1)
+    counts = {}  # split -> number of scans of each member
+    for (g, split), weights in SCANS.items():
+        if g == group:
+            counts[split] = quota(rng, range(1, len(weights) + 1), weights, len(members))
+
+    scans = []
+    for k, subject in enumerate(members):
+        atrophy = sign * (EFFECT - NormalDist().inv_cdf(np.clip(steps[k], 0.002, 0.998)))
+        splits = np.repeat(list(counts), [count[k] for count in counts.values()])
+        for visit, split in enumerate(rng.permutation(splits)):
+            scans.append(Scan(0, subject, label, str(split), 0, float(atrophy), visit))
+    return scans
+
+
+def assign_windows(rng, scans):
+    """The same scans with a slice window each, tied to the class.
+
+    The four windows that lean to AD hold half of all scans, the other five the other half.
+    """
+    scans = list(scans)
     for split in ("train", "test"):
         for label, sign in (("AD", 1), ("NC", -1)):
+            weights = []
+            for start in STARTS:
+                if start in AD_WINDOWS:
+                    weights.append((1 + sign * LEAN) / 8)
+                else:
+                    weights.append((1 - sign * LEAN) / 10)
             here = [k for k, scan in enumerate(scans) if (scan.split, scan.label) == (split, label)]
-            # The four windows that lean to AD hold half of all scans, the other five the other half.
-            weights = [(1 + sign * LEAN) / 8 if s in AD_WINDOWS else (1 - sign * LEAN) / 10 for s in STARTS]
             for k, start in zip(here, quota(rng, STARTS, weights, len(here))):
                 scans[k] = scans[k]._replace(start=start)
+    return scans
+
+
+def plan_local(subjects=60, seed=0):
+    """The scans of a set with the local cue, as a list of Scan: one per subject.
+
+    A fifth of the subjects is in test. In both splits half are AD, and the atrophies of a class are
+    evenly spread quantiles.
+    """
+    rng = np.random.default_rng([seed, 4])
+    n_test = max(2, round(subjects / 5))
+    names = subject_names(rng, subjects)
+    ids = rng.choice(SCAN_IDS, subjects, replace=False)
+
+    scans = []
+    for split, members in (("test", names[:n_test]), ("train", names[n_test:])):
+        for i, subject in enumerate(members):
+            if i % 2:
+                label, sign, n_class = "AD", 1, len(members) // 2
+            else:
+                label, sign, n_class = "NC", -1, (len(members) + 1) // 2
+            quantile = NormalDist().inv_cdf((i // 2 + 0.5) / n_class)
+            atrophy = float(sign * EFFECT + quantile)
+            ageing = float(AGEING * rng.standard_normal())
+            scan = int(ids[len(scans)])
+            scans.append(Scan(scan, subject, label, split, 0, atrophy, 0, ageing))
     return sorted(scans)
 
 
 def metadata(scans, seed=0):
-    """The content of meta_data_with_label.json: {scan: {"label": 0 | 1 | 2, "raw": path, "brain": path}}.
+    """The content of meta_data_with_label.json: scan -> {"label": int, "raw": path, "brain": path}.
 
-    Label 0 is NC, 2 AD; 1 is neither, and such scans have no picture, as in the real set.
+    Label 0 is NC, 2 is AD; 1 is neither, and such scans have no picture, as in the real set.
     """
     rng = np.random.default_rng([seed, 1])
     rows = [(scan.scan, scan.subject, {"NC": 0, "AD": 2}[scan.label]) for scan in scans]
-    taken = [scan.scan for scan in scans]
-    free = rng.choice(np.setdiff1d(SCAN_IDS, taken), round(NEITHER * len(scans)), replace=False)
+    used = [scan.scan for scan in scans]
+    free = rng.choice(np.setdiff1d(SCAN_IDS, used), round(NEITHER * len(scans)), replace=False)
     others = [f"{rng.integers(2, 142):03d}_S_{8000 + n:04d}" for n in rng.permutation(1999)]
+    # as many scans per subject as in the real set
     rows += [(int(i), others[k * 680 // 1526 % 1999], 1) for k, i in enumerate(free)]
+
     entries = {}
     for scan, name, label in sorted(rows):
         day = f"20{rng.integers(5, 15):02d}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
-        stem = f"ADNI_{name}_MR_MP-RAGE_{day}{rng.integers(10**9):09d}_1_S{rng.integers(10**5)}_I{scan}"
+        time, series = rng.integers(10**9), rng.integers(10**5)
+        stem = f"ADNI_{name}_MR_MP-RAGE_{day}{time:09d}_1_S{series}_I{scan}"
         folder = f"ADNI/{name}/MP-RAGE/{day[:4]}-{day[4:6]}-{day[6:]}/I{scan}"
         entries[str(scan)] = {
             "label": label,
@@ -149,24 +195,26 @@ def metadata(scans, seed=0):
 # ---------------------------------------------------------------- files
 
 
-def make_folders(out, content, *names):
-    """The folder `out`, with the new folders `names` in it. InputError if one of them exists."""
-    out = Path(out)
+def new_folders(out, *names):
+    """Make the folders `names` in the folder `out`. InputError if one of them exists."""
     for name in names:
         if (out / name).exists():
-            raise InputError(f"{out / name} exists; expected a folder without {content}: name another or move it")
+            raise InputError(
+                f"{out / name} exists, and nothing is overwritten; choose another folder"
+            )
     for name in names:
         (out / name).mkdir(parents=True)
-    return out
 
 
 def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global"):
     """Draw a set under the folder `out`; returns the path of out/AD_NC.
 
-    The bytes depend on subjects, seed and cue ("global" or "local") alone. InputError if `out` holds a set.
+    The bytes depend on subjects, seed and cue ("global" or "local") alone. `workers` is the number
+    of threads. InputError if `out` holds a set.
     """
-    scans = plan(subjects, seed) if cue == "global" else plan_local(subjects, seed)
-    out = make_folders(out, "a set", "AD_NC")
+    scans = plan_local(subjects, seed) if cue == "local" else plan(subjects, seed)
+    out = Path(out)
+    new_folders(out, "AD_NC")
     for folder in ("train/AD", "train/NC", "test/AD", "test/NC"):
         (out / "AD_NC" / folder).mkdir(parents=True)
 
@@ -178,26 +226,26 @@ def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global")
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(write, scans)
         list(tqdm(done, "phantom", len(scans), unit=" scans", disable=None if progress else True))
-    text = json.dumps(metadata(scans, seed), indent=1)
-    write_atomically(out / "meta_data_with_label.json", lambda temporary: temporary.write_text(text))
+    write_text(out / "meta_data_with_label.json", json.dumps(metadata(scans, seed), indent=1))
     return out / "AD_NC"
 
 
 def draw_volumes(out, count, seed=0, every=1):
-    """Draw the first scan of `count` subjects, NC and AD in turn, as volumes under the folder `out`, with each
-    `every`-th slice only. Returns out/heads.
+    """Draw the first scan of `count` subjects, NC and AD in turn, as volumes; returns out/heads.
 
-    out/heads/sub-*_T1w.nii.gz are heads with a skull and a capsule on the left temple, voxels of 1.2 x 1 x 1 mm, each
-    stored in another orientation; out/brains the brains alone, stored alike; out/heads.csv has class, atrophy,
-    orientation and volume of the brain. InputError if `out` holds volumes.
+    out/heads/sub-*_T1w.nii.gz are heads with a skull and a capsule on the left temple, voxels of
+    1.2 x 1 x 1 mm, each stored in another orientation; out/brains the brains alone, stored alike;
+    out/heads.csv has class, atrophy, orientation and volume of the brain. Only each `every`-th
+    slice is drawn. InputError if `out` holds volumes.
     """
-    from adnc.volumes.read import import_nibabel
-
     nib = import_nibabel()
     first = [scan for scan in plan(max(10, 4 * count), seed) if scan.visit == 0]
-    classes = [[scan for scan in first if scan.label == label] for label in ("NC", "AD")]
-    scans = [classes[i % 2][i // 2] for i in range(count)]
-    out = make_folders(out, "volumes", "heads", "brains")
+    nc = [scan for scan in first if scan.label == "NC"]
+    ad = [scan for scan in first if scan.label == "AD"]
+    scans = [scan for pair in zip(nc, ad) for scan in pair][:count]
+    out = Path(out)
+    new_folders(out, "heads", "brains")
+
     rows = []
     for number, scan in enumerate(tqdm(scans, "phantom", unit=" heads", disable=None)):
         head, brain, affine = render_head(scan, seed, every)
@@ -216,15 +264,16 @@ def draw_volumes(out, count, seed=0, every=1):
 
 
 def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105, 112)):
-    """Save a picture of two NC and two AD subjects (quartiles of atrophy in their class) by slice index."""
+    """Save a picture of two NC and two AD subjects (quartiles of atrophy) by slice index."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 * len(slices), 6.6), layout="constrained")
     axes = figure.subplots(4, len(slices))
     first = [scan for scan in plan(subjects, seed) if scan.visit == 0]
     for row, (label, share) in enumerate([("NC", 0.25), ("NC", 0.75), ("AD", 0.25), ("AD", 0.75)]):
-        ranked = sorted((scan for scan in first if scan.label == label), key=lambda scan: scan.atrophy)
-        scan = ranked[int(share * len(ranked))]
+        same_class = [scan for scan in first if scan.label == label]
+        same_class.sort(key=lambda scan: scan.atrophy)
+        scan = same_class[int(share * len(same_class))]
         for axis, pixels, index in zip(axes[row], render(scan, seed, slices), slices):
             axis.imshow(pixels, cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])

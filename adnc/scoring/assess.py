@@ -1,7 +1,7 @@
-"""Predictions to a folder of tables, scores and pictures, and back.
+"""Evaluation: predictions -> tables, scores and pictures in a folder, and back.
 
-train.py writes the evaluation of its best model here, predict.py its predictions; tools.evaluate and the report read
-such folders again. All scores are those of metrics.py and calibration.py.
+train.py writes the evaluation of its best model, predict.py its predictions; tools.evaluate and the
+report read such folders. The scores are those of metrics.py and calibration.py.
 """
 
 from pathlib import Path
@@ -13,17 +13,30 @@ from adnc.errors import InputError
 from adnc.files import read_csv, read_json, write_csv, write_json
 from adnc.scoring import metrics, plots
 from adnc.scoring.calibration import score_sets
-from adnc.scoring.metrics import AGGREGATED, BASELINES, METRICS, PREDICTIONS, UNITS, aggregate, bootstrap_scores, summarise
+from adnc.scoring.metrics import (
+    AGGREGATED,
+    BASELINES,
+    METRICS,
+    PREDICTIONS,
+    UNITS,
+    aggregate,
+    bootstrap_scores,
+    summarise,
+)
 
-COVERAGE = 0.9  # of the prediction sets of a run's own evaluation
-COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")  # shown beside the baselines; accuracy decides
+COVERAGE = 0.9  # of the prediction sets in a run's own evaluation
+
+# The metrics that tables show beside the baselines. Accuracy decides who is better.
+COMPARED = ("accuracy", "balanced_accuracy", "auroc", "brier")
 
 # ---------------------------------------------------------------- from predictions to scores
 
 
 def statements(checkpoint):
-    """Sentences for the titles of everything that a checkpoint predicts: {"leaks": how its run was split, "notes":
-    what is not known about it}."""
+    """Sentences for the title of everything that a checkpoint predicts.
+
+    Returns {"leaks": leaks in its training, "notes": what is unknown about its training}.
+    """
     leaks, notes = [], []
     if checkpoint["split_by"] == "slice":
         leaks.append("of a run split by slice")
@@ -34,7 +47,7 @@ def statements(checkpoint):
 
 
 def find_leaks(predictions, leaks=(), notes=()):
-    """(leaks, notes): the sentences on a run, with those on the exposure and range of its predictions."""
+    """(leaks, notes): the sentences about a run, and those about exposure and range."""
     leaks, notes = list(leaks), list(notes)
     exposure = predictions.drop_duplicates("scan").exposure
     n_seen, n_unknown = (exposure == "yes").sum(), (exposure == "unknown").sum()
@@ -51,8 +64,9 @@ def find_leaks(predictions, leaks=(), notes=()):
 def score(predictions, title, *, leaks=(), notes=(), coverage=None):
     """All scores of labelled slice-level predictions, a dict as in metrics.json.
 
-    `leaks` and `notes` are sentences on the run; those on exposure and range are added, and all go into the title. If
-    some subjects were seen in training and others not, the scores of the others are under "unseen_subjects".
+    `leaks` and `notes` are sentences about the run. Those about exposure and range are added, and
+    all of them are part of the title. If training saw some subjects and not others, the scores of
+    the others are also given apart, under "unseen_subjects".
     """
     all_leaks, all_notes = find_leaks(predictions, leaks, notes)
     parts = [title]
@@ -75,16 +89,21 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None):
 
 
 def score_part(predictions, coverage):
-    """The scores of predictions, of the baselines, of the differences, and of the prediction sets."""
+    """Scores of the model, the baselines, their differences, and the prediction sets."""
     samples = bootstrap_scores(predictions)
     scores = summarise(samples)
+
     baselines = {}
     for name in BASELINES:
         if predictions[name].notna().all():
             baselines[name] = bootstrap_scores(metrics.as_baseline(predictions, name))
     if baselines:
-        scores["baselines"] = {name: summarise(other) for name, other in baselines.items()}
-        scores["minus_baseline"] = {name: metrics.compare(samples, other) for name, other in baselines.items()}
+        scores["baselines"] = {}
+        scores["minus_baseline"] = {}
+        for name, baseline in baselines.items():
+            scores["baselines"][name] = summarise(baseline)
+            scores["minus_baseline"][name] = metrics.compare(samples, baseline)
+
     if predictions.prediction_set.notna().all():
         scores["prediction_sets"] = score_sets(predictions, coverage)
     return scores
@@ -94,7 +113,7 @@ def score_part(predictions, coverage):
 
 
 def cell(part, name):
-    """`0.735 [0.588, 0.882]` of a dict of scores with ci95."""
+    """`0.735 [0.588, 0.882]`: a score and its interval, from a dict of scores with ci95."""
     if part is None or part[name] is None:
         return "undefined"
     if part["ci95"][name] is None:
@@ -104,13 +123,13 @@ def cell(part, name):
 
 
 def format_difference(part):
-    """`+0.059 [-0.029, +0.157]` of a metric of `metrics.compare`."""
+    """`+0.059 [-0.029, +0.157]`: the difference of a metric, from `metrics.compare`."""
     low, high = part["ci95"]
     return f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def format_table(rows):
-    """Lines of a Markdown table whose first row is the header, padded for a terminal."""
+    """Lines of a Markdown table, padded for a terminal. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     lines = []
@@ -121,7 +140,7 @@ def format_table(rows):
 
 
 def format_scores(scores, title):
-    """The dict of `summarise` as lines: a row a metric, a column a unit."""
+    """The result of `summarise` as lines: one row per metric, one column per unit."""
     units = [unit for unit in UNITS if scores[unit] is not None]
     rows = [["", *(f"{unit}s (n = {scores[unit]['n']:,})" for unit in units)]]
     for name, label in METRICS.items():
@@ -133,9 +152,10 @@ def format_scores(scores, title):
 
 
 def format_baselines(scores):
-    """The model beside the baselines, scan-level, and whether it is shown to beat them."""
+    """Lines with scan-level scores of model and baselines, and which ones the model beats."""
     model = scores["scan"]
-    header = [f"scans (n = {model['n']:,})", *(METRICS[name] for name in COMPARED), "accuracy of the model minus it"]
+    header = [f"scans (n = {model['n']:,})", *(METRICS[name] for name in COMPARED)]
+    header.append("accuracy of the model minus it")
     rows = [header, ["the model", *(cell(model, name) for name in COMPARED), ""]]
     beaten, not_beaten = [], []
     for name, part in scores["baselines"].items():
@@ -150,27 +170,30 @@ def format_baselines(scores):
     sentences = []
     if model["groups"] < metrics.MIN_GROUPS:
         unit = "subjects" if scores["subject"] else "scans of unknown subjects"
-        sentences.append(f"{model['groups']} {unit} are too few for a verdict; {metrics.MIN_GROUPS} are needed.")
+        sentences.append(
+            f"{model['groups']} {unit} are too few for a verdict; {metrics.MIN_GROUPS} are needed."
+        )
     else:
         if beaten:
             sentences.append(f"In scan-level accuracy, the model beats: {', '.join(beaten)}.")
         if not_beaten:
-            sentences.append(f"In scan-level accuracy, the model is NOT shown to beat: {', '.join(not_beaten)}.")
+            names = ", ".join(not_beaten)
+            sentences.append(f"In scan-level accuracy, the model is NOT shown to beat: {names}.")
     return ["", *format_table(rows), "", " ".join(sentences)]
 
 
 def format_sets(scores):
-    """The scores of the prediction sets, a sentence."""
+    """A sentence with the scores of the prediction sets."""
     sets = scores["prediction_sets"]
     return (
         f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
-        f"{cell(sets, 'covered')} contain the label, {cell(sets, 'uncertain')} are AD|NC; accuracy of the other "
-        f"{sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}"
+        f"{cell(sets, 'covered')} contain the label, {cell(sets, 'uncertain')} are AD|NC; accuracy "
+        f"of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}"
     )
 
 
 def format_assessment(scores):
-    """The dict of `score` as lines for people."""
+    """The result of `score` as lines to print."""
     parts = [scores]
     if "unseen_subjects" in scores:
         parts.append(scores["unseen_subjects"])
@@ -185,18 +208,21 @@ def format_assessment(scores):
     return lines[:-1]
 
 
-# ---------------------------------------------------------------- folders
+# ---------------------------------------------------------------- folders of results
 
 
 def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None, calibration=None):
-    """Write the tables of predictions into the folder `out`, and if every label is known scores and pictures.
+    """Write predictions into the folder `out`: tables, and if every label is known, scores and
+    pictures.
 
-    `calibration` is that of the checkpoint, recorded in metrics.json. Returns the dict of `score`, or None if a label
-    is missing.
+    `calibration` is that of the checkpoint; metrics.json records it. Returns the dict of `score`,
+    or None if a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").unlink(missing_ok=True)  # of a run that is resumed, until the new one is written
+    # A resumed run may have left scores here, which no longer belong to the tables.
+    (out / "metrics.json").unlink(missing_ok=True)
+
     write_csv(out / "predictions.csv", predictions[list(PREDICTIONS)])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
@@ -224,10 +250,11 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
 
 
 def read_run(folder, part="test"):
-    """The predictions of a run's `part`, or of a folder that predict.py wrote on labelled slices.
+    """Read the predictions of a run's `part`, or of a folder of predict.py on labelled slices.
 
-    Returns (predictions, scores): a table as `write_results` took it, without the files that could not be read, and
-    the content of metrics.json. InputError for a folder of another kind, or if the two files do not fit together.
+    Returns (predictions, scores): the table as `write_results` received it, without files that
+    could not be read, and the content of metrics.json. InputError for a folder of another kind, and
+    if the two files do not fit together.
     """
     folder = Path(folder)
     if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
@@ -235,8 +262,8 @@ def read_run(folder, part="test"):
     for name in ("metrics.json", "predictions.csv"):
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder} holds no {name}; expected a finished run of train.py, or what predict.py wrote about "
-                "labelled slices"
+                f"{folder} holds no {name}; expected a finished run of train.py, or what "
+                "predict.py wrote about labelled slices"
             )
     scores, table = read_json(folder / "metrics.json"), read_csv(folder / "predictions.csv")
     try:
@@ -248,25 +275,36 @@ def read_run(folder, part="test"):
 
 
 def check_predictions(table, scores):
-    """predictions.csv as text -> predictions with numbers. ValueError if it does not fit metrics.json, or was edited:
-    scores would silently be wrong."""
+    """predictions.csv as text -> predictions with numbers.
+
+    ValueError if the table does not fit metrics.json or was edited: the scores would silently be
+    wrong.
+    """
     missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)
     missing |= set(PREDICTIONS) - set(table)
     if missing:
         raise ValueError(f"there is no {', no '.join(sorted(missing))}")
-    table = table[table.p_AD.notna()].reset_index(drop=True)
-    table = table.astype(metrics.NUMBERS)  # Python's float; pandas' fast parser may be off in the last digit
+
+    # Text to float by Python: the fast parser of pandas may be off in the last digit.
+    table = table[table.p_AD.notna()].reset_index(drop=True).astype(metrics.NUMBERS)
     if len(table) != scores["slice"]["n"]:
-        raise ValueError("its predictions.csv and metrics.json are not of the same slices")
-    if not (table.p_AD.between(0, 1).all() and table.label.isin(CLASSES).all() and table.group.notna().all()):
-        raise ValueError("expected a p_AD from 0 to 1, a group, and a label AD or NC in each row of predictions.csv")
+        raise ValueError("predictions.csv and metrics.json are not of the same slices")
+    if not table.p_AD.between(0, 1).all():
+        raise ValueError("expected a p_AD from 0 to 1 in each row of predictions.csv")
+    if not table.label.isin(CLASSES).all() or table.group.isna().any():
+        raise ValueError("expected a group and a label AD or NC in each row of predictions.csv")
+
     constant = ["label", "subject", "group", "threshold", "exposure", "prediction_set"]
     differs = table.groupby("scan")[constant].nunique(dropna=False).gt(1).any(axis=1)
     if differs.any():
-        raise ValueError(f"expected one of {', '.join(constant)} for each scan; not so for scan {differs.idxmax()}")
+        names, scan = ", ".join(constant), differs.idxmax()
+        raise ValueError(f"expected one of {names} for each scan; not so for scan {scan}")
+
     accuracy = (table.label == table.prediction).mean()
-    if not np.isfinite(table.logit).all() or abs(accuracy - scores["slice"]["accuracy"]) > 1e-6:
-        raise ValueError("its logits are not finite, or its labels are not those of metrics.json")
+    if abs(accuracy - scores["slice"]["accuracy"]) > 1e-6:
+        raise ValueError("the labels are not those of metrics.json")
+    if not np.isfinite(table.logit).all():
+        raise ValueError("some logits are not finite")
     if (metrics.with_predictions(table).prediction != table.prediction).any():
-        raise ValueError("its predictions do not follow from p_AD and threshold")
+        raise ValueError("the predictions do not follow from p_AD and threshold")
     return table

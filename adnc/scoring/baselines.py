@@ -1,21 +1,25 @@
-"""Baselines that a ConvNeXt has to beat: predictors that see no anatomy, or only a blur of it.
+"""Baselines that a ConvNeXt has to beat: predictors that see no anatomy, or only a blur.
 
-train.py fits them on its training slices and puts them into the checkpoint, so that its own test and predict.py
-report them beside the model.
+train.py fits them on the training slices and stores them in the checkpoint, so that the final test
+and predict.py report them beside the model.
 
     majority_class        the larger class of the training scans
-    window_vote           the larger class of the training scans with the same slice window (lowest slice number):
-                          what a model can get from the choice of slices alone
-    logistic_regression   on the slice, averaged down to about 16 x 16 pixels; a scan gets the mean over its slices
+    window_vote           the larger class of the training scans with the same slice window (lowest
+                          slice number): what a model can learn from the choice of slices alone
+    logistic_regression   on the slice, averaged down to about 16 x 16 pixels; the p_AD of a scan is
+                          the mean over its slices
 """
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
-from adnc.scoring.metrics import expit, fit_windows
+from adnc.scoring.metrics import fit_windows
 
 SIDE = 16  # pixels of the short side after averaging
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the L2 penalty; chosen on validation
+
+# scikit-learn's C, the inverse strength of the L2 penalty. Validation chooses.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def shrink(images, rows):
@@ -23,22 +27,27 @@ def shrink(images, rows):
     block = max(1, min(images.shape[1:]) // SIDE)
     height, width = (side // block for side in images.shape[1:])
     parts = []
-    for part in np.array_split(rows, 1 + len(rows) // 1024):  # together they may not fit into memory
+    for part in np.array_split(rows, 1 + len(rows) // 1024):  # all at once may not fit in memory
+        # (n, H, W) -> (n, height, block, width, block)
         blocks = images[part][:, : height * block, : width * block]
         blocks = blocks.reshape(len(part), height, block, width, block)
-        parts.append(blocks.mean((2, 4), dtype=np.float32).reshape(len(part), height * width) / 255)
+        means = blocks.mean((2, 4), dtype=np.float32)
+        parts.append(means.reshape(len(part), height * width) / 255)
     return np.concatenate(parts)
 
 
 def fit_baselines(slices):
-    """Fit the baselines on split "train" of a SliceSet; returns plain values for the checkpoint. The penalty of the
-    logistic regression is chosen by the log loss of the validation scans."""
+    """Fit the baselines on split "train" of a SliceSet; returns plain values for the checkpoint.
+
+    The penalty of the logistic regression is chosen by the log loss of the validation scans.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
     from sklearn.preprocessing import StandardScaler
 
     index, y = slices.index, slices.is_ad
-    train, val = (index.split == "train").to_numpy(), (index.split == "val").to_numpy()
+    train = (index.split == "train").to_numpy()
+    val = (index.split == "val").to_numpy()
     scans = index[train].groupby("scan").agg(label=("label", "first"), at=("slice", "min"))
 
     x = shrink(slices.images, slices.rows)
@@ -52,6 +61,7 @@ def fit_baselines(slices):
         loss = log_loss(p.label == "AD", p.p, labels=[False, True])
         if loss < best_loss:
             best, best_loss = model, loss
+
     weights = best.coef_[0] / scaler.scale_  # of the pixels before standardisation
     return {
         "share_AD": float((scans.label == "AD").mean()),
@@ -63,8 +73,11 @@ def fit_baselines(slices):
 
 
 def predict_baselines(fitted, slices):
-    """p_AD of each baseline for a SliceSet whose pixels have the size of the fit: a DataFrame with a column each. A
-    window that training did not have gets the majority."""
+    """p_AD of each baseline for a SliceSet, a DataFrame with one column per baseline.
+
+    The pixels must have the size of those of the fit. A slice window that does not occur in
+    training gets the share of AD among the training scans.
+    """
     window = slices.index.groupby("scan").slice.transform("min")
     window_vote = window.map(fitted["windows"]).astype(float).fillna(fitted["share_AD"])
     pixels = shrink(slices.images, slices.rows).astype(float)

@@ -1,22 +1,28 @@
-"""Calibration on validation alone: temperature, threshold, and prediction sets by conformal prediction."""
+"""Temperature, decision threshold and conformal prediction sets, fitted on validation alone.
+
+A calibration is a dict of plain values in the checkpoint. It serves the two classes NC and AD.
+"""
 
 import math
 
 import numpy as np
+from scipy.special import expit
 
-from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, expit, interval, with_predictions
+from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, interval, with_predictions
 
 # ---------------------------------------------------------------- fitting
 
 
 def calibrate(val, threshold="0.5"):
-    """The calibration of a model, as plain values for its checkpoint.
+    """Fit the calibration of a model; returns plain values for its checkpoint.
 
-    `val` holds labelled slice-level predictions with the column logit (z_AD - z_NC). Returns the temperature; the
-    threshold, 0.5 or for "youden" that of `youden` on the validation scans; and for prediction sets the score
-    1 - p(its label) of each validation scan with its weight, so that all groups weigh the same.
+    `val` holds labelled slice-level predictions with the column logit (z_AD - z_NC). `threshold` is
+    "0.5" or "youden". For prediction sets, `scores` holds 1 - p(label) of each validation scan, and
+    `weights` gives every group the same weight.
     """
-    temperature = fit_temperature(val.logit.to_numpy(), (val.label == "AD").to_numpy(), val.group)
+    is_ad = (val.label == "AD").to_numpy()
+    temperature = fit_temperature(val.logit.to_numpy(), is_ad, val.group)
+
     scans = aggregate(val.assign(p_AD=expit(val.logit / temperature)), "scan")
     y, p, group = (scans.label == "AD").to_numpy(), scans.p_AD.to_numpy(), scans.group
     scores = np.where(y, 1 - p, p)
@@ -33,11 +39,12 @@ def calibrate(val, threshold="0.5"):
 
 
 def fit_temperature(z, y, group):
-    """The temperature T (Guo et al. 2017, arXiv 1706.04599) for which expit(z / T) fits y (N,) best, for logits z.
+    """The temperature T for which expit(z / T) fits y best (Guo et al. 2017, arXiv 1706.04599).
 
-    The mean cross-entropy counts as often as there are groups, and log T has a normal prior about 0 with an SD of
-    log 2. With many subjects that is Guo's optimum; with a handful, all predicted correctly, the model does not
-    become infinitely certain.
+    z: logits (N,); y: booleans (N,); group: the group of each row. The mean cross-entropy is
+    multiplied by the number of groups, and log T has a normal prior with mean 0 and an SD of log 2.
+    With many subjects this is Guo's optimum; with a handful, all predicted correctly, the prior
+    keeps the model from becoming infinitely certain.
     """
     from scipy.optimize import minimize_scalar
 
@@ -54,8 +61,10 @@ def fit_temperature(z, y, group):
 
 
 def youden(y, p):
-    """The threshold on p (N,) with the largest sensitivity + specificity - 1 (Youden 1950): half-way between two
-    values of p, or 0.5; of equally good ones the nearest to 0.5."""
+    """The threshold on p (N,) with the largest sensitivity + specificity - 1 (Youden 1950).
+
+    Candidates are 0.5 and the midpoints between values of p. Ties: the one nearest to 0.5.
+    """
     values = np.unique(p)
     cuts = np.append((values[:-1] + values[1:]) / 2, THRESHOLD)
     index = [(p[y] >= cut).mean() - (p[~y] >= cut).mean() for cut in cuts]
@@ -67,15 +76,18 @@ def youden(y, p):
 
 
 def conformal_quantile(calibration, coverage):
-    """The largest score that a class may have to be in a prediction set, or inf: every class may.
+    """The largest score 1 - p with which a class is in a prediction set; inf if every class is.
 
-    Hierarchical split-conformal prediction (Lee, Barber & Willett 2023, arXiv 2306.06342): of K + 1 groups with
-    equal weight, spread over their scans, the new one counts as infinite. The set of a scan of a new group then
-    contains its label with a probability of at least `coverage`, if the new group and those of validation are
-    exchangeable. They are not quite, if validation has also chosen the epoch.
+    Hierarchical split-conformal prediction (Lee, Barber & Willett 2023, arXiv 2306.06342): K + 1
+    groups have equal weight, spread over their scans, and the new group counts as infinite. The set
+    of a scan of a new group then contains its label with a probability of at least `coverage`, if
+    the new group and those of validation are exchangeable. They are not quite exchangeable if the
+    epoch was chosen on validation, too.
     """
     if not 0 < coverage < 1:
-        raise ValueError(f"the coverage is {coverage}; expected more than 0 and less than 1, such as 0.9")
+        raise ValueError(
+            f"the coverage is {coverage}; expected more than 0 and less than 1, such as 0.9"
+        )
     weights = np.cumsum(calibration["weights"]) / (calibration["groups"] + 1)
     reached = np.flatnonzero(weights >= coverage - 1e-9)
     if len(reached) == 0:
@@ -84,31 +96,37 @@ def conformal_quantile(calibration, coverage):
 
 
 def max_coverage(calibration, coverage):
-    """The largest coverage that the validation groups allow if it is less than `coverage`, else None."""
-    most = calibration["groups"] / (calibration["groups"] + 1)
-    return most if most < coverage - 1e-9 else None
+    """The largest coverage that the validation groups allow, or None if `coverage` is allowed."""
+    largest = calibration["groups"] / (calibration["groups"] + 1)
+    if largest < coverage - 1e-9:
+        return largest
+    return None
 
 
 def prediction_sets(p_ad, predicted, quantile):
-    """"AD", "NC" or "AD|NC" for each p_AD (N,): the classes whose 1 - p is within the quantile, and always the
-    prediction, so that no set is empty (which can only raise the coverage)."""
+    """The set of each p_AD (N,), "AD", "NC" or "AD|NC": classes whose 1 - p is within the quantile.
+
+    The prediction is always in its set, so no set is empty. This can only raise the coverage.
+    """
     ad = (1 - p_ad <= quantile) | (predicted == "AD")
     nc = (p_ad <= quantile) | (predicted == "NC")
     return np.select([ad & nc, ad], ["AD|NC", "AD"], "NC")
 
 
 def apply_calibration(predictions, calibration, coverage=None):
-    """Predictions with p_AD at the temperature and prediction at the threshold of a calibration (None: temperature
-    1, threshold 0.5), and with a coverage prediction_set, the set of the whole scan.
+    """Predictions with calibrated p_AD and prediction, and with a coverage, prediction_set.
 
-    A scan with a slice out of the training range gets "AD|NC": the coverage holds for scans like those of
-    validation.
+    Without a calibration (None), the temperature is 1 and the threshold 0.5. A prediction set
+    belongs to the whole scan. A scan with a slice out of the training range gets "AD|NC", since the
+    coverage holds only for scans like those of validation.
     """
     if calibration is None:
         calibration = {"temperature": 1.0, "threshold": THRESHOLD}
-    # Seven digits from here on, as the files have them, so that scores can be repeated from files.
+
+    # Seven digits from here on, as in the files, so that scores can be repeated from files.
     p_ad = expit(predictions.logit / calibration["temperature"]).round(7)
     table = with_predictions(predictions.assign(p_AD=p_ad, threshold=calibration["threshold"]))
+
     if coverage is not None:
         quantile = conformal_quantile(calibration, coverage)
         scans = aggregate(table[table.p_AD.notna()], "scan")
@@ -119,8 +137,11 @@ def apply_calibration(predictions, calibration, coverage=None):
 
 
 def score_sets(predictions, coverage):
-    """Scores of prediction sets on labelled scans: the share whose set contains the label (covered), the share of
-    AD|NC (uncertain), and the accuracy of the other scans, with intervals over groups."""
+    """Scores of prediction sets on labelled scans, with intervals over groups.
+
+    covered: the share of scans whose set contains the label; uncertain: the share of AD|NC;
+    accuracy_if_certain: the accuracy of the other scans.
+    """
     scans = aggregate(predictions, "scan")
     certain = (scans.prediction_set != "AD|NC").to_numpy(bool)
     covered = ~certain | (scans.prediction_set == scans.label).to_numpy(bool)
@@ -130,6 +151,7 @@ def score_sets(predictions, coverage):
         "uncertain": (~certain, everyone),
         "accuracy_if_certain": (covered & certain, certain),
     }
+
     bootstrap = Bootstrap(scans.group)
     scores = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
     for name, (part, whole) in ratios.items():

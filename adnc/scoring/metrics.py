@@ -1,8 +1,8 @@
-"""Scores of predictions at slice, scan and subject level, with intervals from a bootstrap over groups.
+"""Metrics of predictions at slice, scan and subject level, with bootstrap confidence intervals.
 
-Predictions are a DataFrame with a row a slice and the columns of `PREDICTIONS`, empty where unknown. The task is
-binary by design: AD, the positive class, against NC. Everything here is a function of tables: nothing is printed,
-drawn or read.
+The task is binary by design: AD, the positive class, against NC. Predictions are a DataFrame with
+one row per slice and the columns of `PREDICTIONS`, empty where unknown. Everything here is a
+function of tables and arrays: nothing is printed, drawn or read.
 """
 
 import math
@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit as expit
+from scipy.special import expit as expit  # p_AD from a logit; predict.py and utils.py use it too
 
 UNITS = ("slice", "scan", "subject")
 THRESHOLD = 0.5
 BINS = 10  # of equal width, for the calibration error and the reliability diagram
 RESAMPLES = 2000
-MIN_GROUPS = 10  # for a verdict: with fewer, bootstrap intervals are too narrow (8 to 11 % errors instead of 5)
 
-# The names in metrics.json, and the names for people.
+# Groups needed for a verdict. With fewer, bootstrap intervals are too narrow: 8 to 11 % of them
+# miss the true value instead of 5 %.
+MIN_GROUPS = 10
+
+# name in metrics.json: name in tables
 METRICS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -37,17 +40,21 @@ BASELINES = {
     "logistic_regression": "logistic regression on a blur",
 }
 
-# The columns of predictions.csv: first those that people look for, then those that tools.evaluate needs as well.
-# `threshold` is the p_AD from which the prediction is AD; the last three are the p_AD of the baselines.
+# The columns of predictions.csv: first what people look for, then what tools.evaluate needs as
+# well. `threshold` is the p_AD from which the prediction is AD; the last columns are the p_AD of
+# the baselines.
 PREDICTIONS = (
-    "path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure", "out_of_range", "error",
-    "group", "threshold", "prediction_set", *BASELINES,
+    "path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure",
+    "out_of_range", "error", "group", "threshold", "prediction_set", *BASELINES,
 )  # fmt: skip
-# The columns that hold numbers, with their types; the others hold text.
+
+# The numeric columns with their types. The other columns hold text.
 NUMBERS = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES), float)}
-# The columns of scans.csv; of subjects.csv all but the first.
+
+# The columns of scans.csv. Those of subjects.csv are the same without the first.
 AGGREGATED = (
-    "scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure", "n_out_of_range",
+    "scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
+    "n_out_of_range",
 )  # fmt: skip
 
 # ---------------------------------------------------------------- units
@@ -55,35 +62,45 @@ AGGREGATED = (
 
 def with_predictions(table):
     """Set prediction: "AD" if p_AD reaches the row's threshold, else "NC"; <NA> without p_AD."""
-    predicted = pd.Series(np.where(table.p_AD >= table.threshold, "AD", "NC"), table.index, dtype="string")
+    predicted = np.where(table.p_AD >= table.threshold, "AD", "NC")
+    predicted = pd.Series(predicted, table.index, dtype="string")
     return table.assign(prediction=predicted.where(table.p_AD.notna()))
 
 
 def aggregate(predictions, unit):
-    """Slice-level predictions -> predictions per "slice", "scan" or "subject": the mean p_AD over the slices.
+    """Slice-level predictions -> one row per "slice", "scan" or "subject", with the mean p_AD.
 
-    Slices of unknown subject have no row in the table of subjects, and a subject has no prediction set. Adds
-    n_slices and n_out_of_range. Other columns are carried over from the first slice, since they do not differ
-    within a scan. (A subject with scans of both classes, which the audit reports, gets the label of the first.)
+    Adds n_slices and n_out_of_range. Other columns are those of the first slice, since they do not
+    differ within a scan. Slices of unknown subjects are left out at subject level, and subjects
+    have no prediction set. A subject with scans of both classes, which the audit reports, gets the
+    label of the first scan.
     """
-    counts = predictions.assign(n_slices=1, n_out_of_range=predictions.out_of_range.notna().astype(int))
+    out_of_range = predictions.out_of_range.notna().astype(int)
+    counts = predictions.assign(n_slices=1, n_out_of_range=out_of_range)
     if unit == "slice":
         return with_predictions(counts)
+
     carried = ["label", "threshold", "exposure", "group", "prediction_set"]
     if unit == "scan":
         carried.append("subject")
-    columns = {"p_AD": "mean", "n_slices": "sum", "n_out_of_range": "sum", **dict.fromkeys(carried, "first")}
+    columns = {
+        "p_AD": "mean",
+        "n_slices": "sum",
+        "n_out_of_range": "sum",
+        **dict.fromkeys(carried, "first"),
+    }
     table = counts.groupby(unit).agg(columns).reset_index()
-    # Means of the same numbers, of 19 slices and of 20, may differ in the last bit, and no rank may.
+
+    # The means of 19 and of 20 equal numbers may differ in the last bit, which would rank them.
     table = with_predictions(table.assign(p_AD=table.p_AD.round(12)))
     if unit == "subject":
-        table = table.assign(prediction_set=pd.array([None] * len(table), "string"))
+        table["prediction_set"] = pd.array([None] * len(table), "string")
     return table
 
 
 def verdict(scan):
-    """What a row of `aggregate` for scans says to people: "no verdict" if half of the slices or more are out of the
-    training range, else the prediction set, or without one the prediction."""
+    """The verdict on a scan, a row of `aggregate`: its prediction set, or its prediction if there
+    is none. "no verdict" if at least half of the slices are out of the training range."""
     if 2 * scan.n_out_of_range >= scan.n_slices:
         return "no verdict"
     if pd.isna(scan.prediction_set):
@@ -92,8 +109,7 @@ def verdict(scan):
 
 
 def arrays(predictions, unit):
-    """(y, p, predicted, group) of labelled predictions, arrays (N,): whether the label is AD, p_AD, whether AD is
-    predicted, and the group."""
+    """Labelled predictions -> arrays (N,): is AD, p_AD, AD is predicted, group."""
     table = aggregate(predictions, unit)
     is_ad = (table.label == "AD").to_numpy(bool)
     predicted_ad = (table.prediction == "AD").to_numpy(bool)
@@ -109,25 +125,28 @@ def as_baseline(predictions, name):
 
 
 class Bootstrap:
-    """How often each group is drawn in each resample: `counts`, (resamples, groups).
+    """Resamples of whole groups (Efron & Tibshirani 1993): slices of one brain are not independent.
 
-    `group` (N,) names the group of each row. Rows of equal groups and seeds get equal counts, which pairs the
-    resamples of two models. Whole groups are drawn (Efron & Tibshirani 1993), since slices of one brain are not
-    independent samples.
+    `group` (N,) names the group of each row. `counts` (resamples, groups) holds how often each
+    group is drawn. Equal groups and seeds give equal counts, which pairs the resamples of two
+    models.
     """
 
     def __init__(self, group, resamples=RESAMPLES, seed=0):
         names, self.group = np.unique(np.asarray(group, str), return_inverse=True)
         n = len(names)
-        self.counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+        generator = np.random.default_rng(seed)
+        self.counts = generator.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
 
     def total(self, values):
         """The sum of values (N,) in each resample, (resamples,)."""
         return self.counts @ np.bincount(self.group, values, self.counts.shape[1])
 
     def curves(self, y, p):
-        """For chunks of resamples, the numbers of AD and of NC with p at or above each distinct value of p, from
-        the highest on: two arrays (chunk, values)."""
+        """For chunks of resamples, how many AD and NC have a p at or above each distinct value.
+
+        The values go from the highest to the lowest. Yields two arrays (chunk, values).
+        """
         order = np.argsort(-p, kind="stable")
         last = np.flatnonzero(np.diff(p[order], append=-np.inf))  # of each run of equal values
         ad, row = y[order].astype(float), self.group[order]
@@ -141,11 +160,12 @@ def which_bin(p):
 
 
 def resampled_scores(y, p, predicted, bootstrap):
-    """METRICS in each resample, a dict of arrays (resamples,); nan if a resample lacks a class that one needs.
+    """METRICS in each resample, a dict of arrays (resamples,); NaN if a needed class is not drawn.
 
-    The Brier score is the mean squared error of p_AD. The calibration error is the expected one of ten equal bins
-    of p_AD: the mean distance between p_AD and the share of AD in a bin, weighted by its size; small samples raise
-    it. A new metric is a line here, and its name in METRICS.
+    The Brier score is the mean squared error of p_AD. The calibration error is the expected one
+    over ten equal bins of p_AD: the distance between mean p_AD and share of AD in a bin, weighted
+    by the size of the bin; small samples raise it. To add a metric, add a line here and its name
+    to METRICS.
     """
     total = bootstrap.total
     n, ad, nc = total(np.ones(len(y))), total(y), total(~y)
@@ -153,14 +173,16 @@ def resampled_scores(y, p, predicted, bootstrap):
     bins = which_bin(p)
     error = sum(np.abs(total((p - y) * (bins == b))) for b in np.unique(bins))
     areas = [areas_under_curves(*curve) for curve in bootstrap.curves(y, p)]
+
     with np.errstate(invalid="ignore", divide="ignore"):
         sensitivity, specificity = hit_ad / ad, hit_nc / nc
+        f1 = 2 * hit_ad / (hit_ad + ad + nc - hit_nc)
         return {
             "accuracy": (hit_ad + hit_nc) / n,
             "balanced_accuracy": (sensitivity + specificity) / 2,
             "sensitivity": sensitivity,
             "specificity": specificity,
-            "f1": np.where((ad > 0) & (nc > 0), 2 * hit_ad / (hit_ad + ad + nc - hit_nc), np.nan),
+            "f1": np.where((ad > 0) & (nc > 0), f1, np.nan),
             "auroc": np.concatenate([auroc for auroc, _ in areas]),
             "average_precision": np.concatenate([precision for _, precision in areas]),
             "brier": total((p - y) ** 2) / n,
@@ -169,8 +191,10 @@ def resampled_scores(y, p, predicted, bootstrap):
 
 
 def areas_under_curves(above_ad, above_nc):
-    """AUROC (by trapezia, ties count half) and average precision (by steps) of curves (B, values)."""
-    more_ad, more_nc = np.diff(above_ad, axis=1, prepend=0), np.diff(above_nc, axis=1, prepend=0)
+    """AUROC (trapezoidal, ties count half) and average precision (by steps), arrays (chunk,), of
+    curves (chunk, values)."""
+    more_ad = np.diff(above_ad, axis=1, prepend=0)
+    more_nc = np.diff(above_nc, axis=1, prepend=0)
     ad, nc = above_ad[:, -1], above_nc[:, -1]
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.nan_to_num(above_ad / (above_ad + above_nc))  # 0 if nothing is above
@@ -180,7 +204,10 @@ def areas_under_curves(above_ad, above_nc):
 
 
 def point_scores(y, p, predicted):
-    """METRICS of p_AD `p` (N,) and booleans `predicted` (N,) against y (N,), True for AD; None if not defined."""
+    """METRICS of p_AD (N,) and booleans `predicted` (N,) against y (N,), True for AD.
+
+    A score that is not defined, because a class is absent, is None.
+    """
     once = Bootstrap(np.zeros(len(y)), resamples=1)  # one group, drawn once
     scores = {}
     for name, values in resampled_scores(y, p, predicted, once).items():
@@ -190,8 +217,9 @@ def point_scores(y, p, predicted):
 
 
 def interval(resampled):
-    """The 95 % percentile interval [low, high] of a score's resamples; None if it was defined in none of them."""
-    resampled = resampled[np.isfinite(resampled)]  # a resample without one of the classes says nothing about it
+    """The 95 % percentile interval [low, high] of a score's resamples; None if all are NaN."""
+    # A resample without one of the classes says nothing about the score.
+    resampled = resampled[np.isfinite(resampled)]
     if len(resampled) == 0:
         return None
     return [float(q) for q in np.quantile(resampled, [0.025, 0.975])]
@@ -199,7 +227,7 @@ def interval(resampled):
 
 @dataclass
 class Sample:
-    """Scores of one unit: the number of units and of groups, METRICS, and METRICS in each resample."""
+    """Scores of one unit: the numbers of units and groups, METRICS, and METRICS per resample."""
 
     n: int
     groups: int
@@ -208,7 +236,7 @@ class Sample:
 
 
 def bootstrap_scores(predictions):
-    """A Sample of labelled predictions for each unit, a dict; None for a unit without rows."""
+    """A dict with a Sample of labelled predictions for each unit; None for a unit without rows."""
     return {unit: sample_unit(predictions, unit) for unit in UNITS}
 
 
@@ -221,12 +249,16 @@ def sample_unit(predictions, unit):
 
 
 def summarise(samples):
-    """The scores of `bootstrap_scores` as they go into metrics.json.
+    """The result of `bootstrap_scores` as metrics.json has it.
 
-    Each unit holds n, the number of groups, the METRICS and ci95, the 95 % interval of each. A score that is not
-    defined (a class is absent) is None, and so are an interval of one group, and "subject" if no subject is known.
+    Each unit holds n, groups, the METRICS and ci95, the 95 % interval of each metric. A score that
+    is not defined is None, and so are an interval of one group, and "subject" if no subject is
+    known.
     """
-    return {unit: None if sample is None else summarise_unit(sample) for unit, sample in samples.items()}
+    summary = {}
+    for unit, sample in samples.items():
+        summary[unit] = None if sample is None else summarise_unit(sample)
+    return summary
 
 
 def summarise_unit(sample):
@@ -237,7 +269,7 @@ def summarise_unit(sample):
 
 
 def mean_scores(tables):
-    """`bootstrap_scores` of tables of the same slices, averaged over the tables: a dict of the same form."""
+    """`bootstrap_scores` averaged over tables of the same slices, a dict of the same form."""
     results = [bootstrap_scores(table) for table in tables]
     means = {}
     for unit in UNITS:
@@ -260,7 +292,9 @@ def roc_band(y, p, group, grid):
     for above_ad, above_nc in Bootstrap(group).curves(y, p):
         for ad, nc in zip(above_ad, above_nc):
             if ad[-1] and nc[-1]:
-                lines.append(np.interp(grid, np.append(0, nc / nc[-1]), np.append(0, ad / ad[-1])))
+                false_positive_rate = np.append(0, nc / nc[-1])
+                sensitivity = np.append(0, ad / ad[-1])
+                lines.append(np.interp(grid, false_positive_rate, sensitivity))
     return np.quantile(lines, [0.025, 0.975], axis=0)
 
 
@@ -270,9 +304,10 @@ def roc_band(y, p, group, grid):
 def compare(a, b):
     """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices.
 
-    Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95", "p"} of a paired
-    bootstrap over groups: both models are scored on the same resamples. p is two-sided: twice the share of
-    resamples on the rarer side of 0. Both need the same groups, or the resamples are not pairs.
+    Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95",
+    "p"} of a paired bootstrap: both models are scored on the same resamples. p is two-sided: twice
+    the share of resamples on the rarer side of 0. Both tables need the same groups, else the
+    resamples are not paired.
     """
     differences = dict.fromkeys(UNITS)
     for unit in UNITS:
@@ -294,43 +329,63 @@ def compare(a, b):
 
 
 def is_better(comparison, metric):
-    """Whether the whole interval of a comparison's difference is on the better side of 0, with enough groups."""
+    """Whether the whole interval of a difference is on the better side of 0, with MIN_GROUPS or
+    more groups."""
     if comparison[metric] is None or comparison["groups"] < MIN_GROUPS:
         return False
     low, high = comparison[metric]["ci95"]
-    return high < 0 if metric in LOWER_IS_BETTER else low > 0
+    if metric in LOWER_IS_BETTER:
+        return high < 0
+    return low > 0
 
 
-# ---------------------------------------------------------------- selective prediction, slice windows
+# ---------------------------------------------------------------- risk and coverage
 
 
 def risk_coverage(p, correct, threshold=THRESHOLD):
-    """Error rate among the most certain share of units (El-Yaniv & Wiener 2010): arrays coverage and risk, (N,).
-    The certainty of a prediction is the distance of p (N,) from the threshold."""
+    """Error rate among the most certain share of units (El-Yaniv & Wiener 2010).
+
+    The certainty of a prediction is the distance of p (N,) from the threshold. Returns the arrays
+    coverage and risk, (N,), the most certain unit first.
+    """
     order = np.argsort(-np.abs(p - threshold), kind="stable")
     answered = np.arange(1, len(p) + 1)
-    return answered / len(p), np.cumsum(~np.asarray(correct, bool)[order]) / answered
+    wrong = ~np.asarray(correct, bool)[order]
+    return answered / len(p), np.cumsum(wrong) / answered
+
+
+# ---------------------------------------------------------------- slice windows
 
 
 def fit_windows(scans):
-    """The share of AD by slice window, from a table of training scans with label and `at`, the window: the lowest
-    slice number of the scan. By Laplace's rule, so that a window of two scans is not certain."""
+    """The share of AD by slice window: what a model can learn from the choice of slices alone.
+
+    `scans` has one row per training scan, with label and `at`, the window: the lowest slice number
+    of the scan. Laplace's rule keeps a window of two scans from being certain.
+    """
     windows = (scans.label == "AD").groupby(scans["at"]).agg(["sum", "size"])
     return (windows["sum"] + 1) / (windows["size"] + 2)
 
 
 def window_vote(index):
-    """Scan-level accuracy on test of a vote on the slice window alone, fitted on train: what a model can get without
-    looking at anatomy. A window that train does not have counts as the larger class of train."""
-    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), at=("slice", "min")).reset_index()
+    """Scan-level accuracy on test of a vote on the slice window alone, fitted on train.
+
+    A window that does not occur in train counts as the larger class of train.
+    """
+    scans = index.groupby(["split", "scan"]).agg(label=("label", "first"), at=("slice", "min"))
+    scans = scans.reset_index()
     train, test = scans[scans.split == "train"], scans[scans.split == "test"]
     share = test["at"].map(fit_windows(train)).fillna((train.label == "AD").mean())
-    return float((np.where(share >= THRESHOLD, "AD", "NC") == test.label).mean())
+    predicted = np.where(share >= THRESHOLD, "AD", "NC")
+    return float((predicted == test.label).mean())
 
 
 def by_window(predictions):
-    """Scan-level accuracy for each slice window; if all scans have one window, slice-level for each slice number.
-    Returns a table with at, n, accuracy and share_AD, and the name of the unit."""
+    """Scan-level accuracy for each slice window, or slice-level accuracy for each slice number if
+    all scans have the same window.
+
+    Returns a table with at, n, accuracy and share_AD, and the name of the unit.
+    """
     unit = "scan"
     table = aggregate(predictions, "scan").set_index("scan")
     table["at"] = predictions.groupby("scan").slice.min()
@@ -338,6 +393,11 @@ def by_window(predictions):
         unit = "slice"
         table = aggregate(predictions, "slice")
         table["at"] = table.slice
-    table = table.assign(right=table.prediction == table.label, ad=table.label == "AD")
-    table = table.groupby("at").agg(n=("right", "size"), accuracy=("right", "mean"), share_AD=("ad", "mean"))
-    return table.reset_index(), unit
+
+    table = table.assign(correct=table.prediction == table.label, ad=table.label == "AD")
+    columns = {
+        "n": ("correct", "size"),
+        "accuracy": ("correct", "mean"),
+        "share_AD": ("ad", "mean"),
+    }
+    return table.groupby("at").agg(**columns).reset_index(), unit

@@ -1,7 +1,7 @@
 """Pictures of scores, of attribution maps, and of the data.
 
-Tables of predictions are those of `metrics.aggregate`. Every picture is drawn on a Figure of its own, without
-pyplot, and saved as PNG.
+Tables of predictions are those of `metrics.aggregate`. Every picture is drawn on its own Figure,
+without pyplot, and saved as PNG.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from adnc.errors import printable
 from adnc.files import write_atomically
 from adnc.scoring import metrics
 
-# The line of each unit: black and white first, so that a print shows what the screen shows.
+# The line of each unit: told apart in black and white too, so that a print shows what the screen
+# shows.
 LOOK = {
     "slice": dict(color="#999999", linestyle="--"),
     "scan": dict(color="#000000", linestyle="-"),
@@ -31,28 +32,33 @@ STYLE = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-AD_COLOUR, NC_COLOUR = (213, 94, 0), (0, 114, 178)  # vermilion and blue of Okabe & Ito, for the colour-blind
+
+# Vermilion and blue of Okabe & Ito, which colour-blind readers can tell apart.
+AD_COLOUR = (213, 94, 0)
+NC_COLOUR = (0, 114, 178)
 OPAQUE = 0.75  # the strongest colour of an attribution map: the anatomy shines through
 
 
 @contextlib.contextmanager
 def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True):
-    """Rows of axes to draw on, saved to `path` at the end. The title is wrapped to the width of the figure, since
-    what it says about leaks must not be cut off."""
+    """Rows of axes to draw on, saved to `path` at the end.
+
+    `width` is that of a column, in inches; `ratios` are the relative heights of the rows. The title
+    is wrapped to the width of the figure, since the leaks it names must not be cut off.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**STYLE, "axes.grid": grid}):
         drawing = Figure(figsize=(width * columns, height), layout="constrained")
         yield drawing.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
-        text = plain_text(title)
-        lines = textwrap.wrap(text, int(drawing.get_figwidth() * 14))
+        lines = textwrap.wrap(plain_text(title), int(drawing.get_figwidth() * 14))
         drawing.suptitle("\n".join(lines), fontsize=9)
         write_atomically(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
 
 
 def plain_text(text):
-    """Text that matplotlib does not take for a formula."""
+    """Text that matplotlib does not read as a formula."""
     return printable(text).replace("$", r"\$")
 
 
@@ -60,27 +66,31 @@ def plain_text(text):
 
 
 def plot_confusion(path, tables, title):
-    """Confusion matrices, one a unit, from a dict of labelled tables by unit."""
+    """Confusion matrices, one per unit, from a dict of labelled tables by unit."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     with figure(path, title, len(tables), grid=False) as (row,):
         for axes, (unit, table) in zip(row, tables.items()):
             ConfusionMatrixDisplay.from_predictions(
-                table.label.to_numpy(str), table.prediction.to_numpy(str), labels=CLASSES, cmap="Greys",
-                colorbar=False, ax=axes,
-            )  # fmt: skip
+                table.label.to_numpy(str),
+                table.prediction.to_numpy(str),
+                labels=CLASSES,
+                cmap="Greys",
+                colorbar=False,
+                ax=axes,
+            )
             axes.set_title(f"{unit}s (n = {len(table):,})")
 
 
 def plot_roc(path, tables, title):
-    """ROC curves, one a unit; grey, the 95 % band of the scan-level curve from a bootstrap over groups."""
+    """ROC curves, one per unit, and in grey the 95 % bootstrap band of the scan-level curve."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     grid = np.linspace(0, 1, 101)
     with figure(path, title, height=4.4) as ((axes,),):
         for unit, table in tables.items():
             y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy(float)
-            if y.all() or not y.any():  # one class has no curve
+            if y.all() or not y.any():  # a single class has no curve
                 continue
             if unit == "scan":
                 low, high = metrics.roc_band(y, p, table.group, grid)
@@ -94,55 +104,63 @@ def plot_roc(path, tables, title):
 
 
 def plot_calibration(path, tables, title):
-    """Reliability diagram: the share of AD against the predicted probability in ten bins; below, how many scans (or
-    slices) are in each."""
+    """Reliability diagram: the share of AD against the mean p_AD in ten bins of equal width; below,
+    the number of scans (or slices) in each bin."""
     limits = (-0.03, 1.03)
     with figure(path, title, height=5.4, ratios=(4, 1)) as ((axes,), (below,)):
         for unit, table in tables.items():
             bins = metrics.which_bin(table.p_AD.to_numpy(float))
-            points = table.assign(ad=table.label == "AD").groupby(bins).agg(p=("p_AD", "mean"), ad=("ad", "mean"))
-            axes.plot(points.p, points.ad, marker="o", markersize=4, label=f"{unit}-level", **LOOK[unit])
+            bins = table.assign(ad=table.label == "AD").groupby(bins)
+            points = bins.agg(p=("p_AD", "mean"), ad=("ad", "mean"))
+            label = f"{unit}-level"
+            axes.plot(points.p, points.ad, marker="o", markersize=4, label=label, **LOOK[unit])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.set(ylabel="share that is AD", aspect="equal", xlim=limits, ylim=limits)
         axes.legend(loc="upper left")
+
         unit = "scan" if "scan" in tables else "slice"
-        below.hist(tables[unit].p_AD, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
+        p = tables[unit].p_AD
+        below.hist(p, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
         below.set(xlabel="p_AD", ylabel=f"{unit}s", xlim=limits)
 
 
 def plot_windows(path, predictions, title):
-    """Accuracy for each slice window, beside the share of its larger class: what the window alone could say."""
+    """Accuracy for each slice window, beside the share of its larger class, which is the accuracy
+    that the window alone allows."""
     table, unit = metrics.by_window(predictions)
+    larger = np.maximum(table.share_AD, 1 - table.share_AD)
     x = np.arange(len(table))
-    shown = x[:: max(1, len(table) // 12)]
+    ticks = x[:: max(1, len(table) // 12)]
+    marks = dict(linestyle="", marker="_", markersize=14, color="black")
     with figure(path, title, height=3.6, width=6) as ((axes,),):
         axes.bar(x, table.accuracy, color="0.75", label=f"{unit}-level accuracy")
-        larger = np.maximum(table.share_AD, 1 - table.share_AD)
-        axes.plot(x, larger, linestyle="", marker="_", markersize=14, color="black", label="share of the larger class")
-        for i in shown:
+        axes.plot(x, larger, label="share of the larger class", **marks)
+        for i in ticks:
             axes.annotate(f"{table.n[i]}", (i, 0.02), ha="center", fontsize=7)
-        axes.set_xticks(shown, table["at"][shown])
+        axes.set_xticks(ticks, table["at"][ticks])
         name = "slice window (lowest slice number)" if unit == "scan" else "slice number"
-        axes.set(xlabel=f"{name}; in the bars, the number of {unit}s", ylabel="accuracy", ylim=(0, 1.03))
+        axes.set_xlabel(f"{name}; in the bars, the number of {unit}s")
+        axes.set(ylabel="accuracy", ylim=(0, 1.03))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def plot_risk(path, tables, title, sets=None):
-    """Risk-coverage curves, one a unit: the error rate among the most certain share. `sets`, of `score_sets`, adds a
-    point."""
+    """Risk-coverage curves, one per unit: the error rate among the most certain share of units.
+
+    `sets`, the result of `calibration.score_sets`, adds a point.
+    """
     with figure(path, title, height=3.6, width=5) as ((axes,),):
         for unit, table in tables.items():
-            coverage, risk = metrics.risk_coverage(
-                table.p_AD.to_numpy(float), table.prediction == table.label, table.threshold.to_numpy(float)
-            )
+            p, threshold = table.p_AD.to_numpy(float), table.threshold.to_numpy(float)
+            correct = table.prediction == table.label
+            coverage, risk = metrics.risk_coverage(p, correct, threshold)
             axes.plot(coverage, risk, label=f"{unit}-level", **LOOK[unit])
         if sets is not None and sets["accuracy_if_certain"] is not None:
+            coverage, risk = 1 - sets["uncertain"], 1 - sets["accuracy_if_certain"]
             label = f"prediction sets for {sets['coverage']:g}, scan-level"
-            axes.plot(1 - sets["uncertain"], 1 - sets["accuracy_if_certain"], "k*", markersize=9, label=label)
-        axes.set(
-            xlabel="share of units with an answer, the most certain first", ylabel="error rate among them",
-            xlim=(0, 1.02), ylim=(-0.01, None),
-        )  # fmt: skip
+            axes.plot(coverage, risk, "k*", markersize=9, label=label)
+        axes.set(xlabel="share of units with an answer, the most certain first", xlim=(0, 1.02))
+        axes.set(ylabel="error rate among them", ylim=(-0.01, None))
         axes.legend()
 
 
@@ -150,53 +168,62 @@ def plot_risk(path, tables, title, sets=None):
 
 
 def blend(pixels, values, full):
-    """Grey pixels (H, W) from 0 to 255 under a map (H, W): uint8 (H, W, 3). The colour of AD where the map is
-    positive, of NC where it is negative, the stronger the nearer to `full`; none at 0."""
-    share = OPAQUE * np.clip(abs(values) / (full or 1), 0, 1)[..., None]
+    """Lay a map (H, W) over grey pixels (H, W) from 0 to 255: uint8 (H, W, 3).
+
+    Positive values get the colour of AD, negative values that of NC, 0 none. The colour is
+    strongest at `full`.
+    """
+    strength = abs(values) / (full or 1)
+    share = OPAQUE * np.clip(strength, 0, 1)[..., None]
     colour = np.where(values[..., None] > 0, AD_COLOUR, NC_COLOUR)
     return (pixels[..., None] * (1 - share) + colour * share).round().astype(np.uint8)
 
 
 def plot_overlay(path, pixels, values, full, mark=""):
-    """`blend` as a PNG of the size of the slice, with a word written across its top."""
+    """`blend` as a PNG of the size of the slice, with the text `mark` across its top."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(blend(pixels, values, full))
     if mark:
-        ImageDraw.Draw(picture).text((2, 1), mark, fill="white", stroke_width=1, stroke_fill="black")
+        draw = ImageDraw.Draw(picture)
+        draw.text((2, 1), mark, fill="white", stroke_width=1, stroke_fill="black")
     write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def plot_legend(path, title):
-    """What the colours of an overlay mean."""
+    """The legend of all overlays: the meaning of the colours."""
     bar = np.linspace(-1, 1, 256)[None].repeat(24, 0)
     with figure(path, title, height=2.1, width=6, grid=False) as ((axes,),):
         axes.imshow(blend(np.full(bar.shape, 120), bar, 1), aspect="auto", extent=(-1, 1, 0, 1))
-        axes.set(
-            yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"],
-            xlabel="full colour: the 99.5 % quantile of the scan's maps (full_colour in explanations.csv)",
-        )  # fmt: skip
+        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"])
+        axes.set_xlabel(
+            "full colour: full_colour in explanations.csv, the 99.5 % quantile of the scan"
+        )
 
 
 def plot_scan_map(path, pixels, mean, slices, title):
-    """A scan's mean map over its mean slice, and the sums of positive and negative values by slice. `slices` is the
-    part of `attribution.Explained.table` of the scan."""
+    """The mean map of a scan over its mean slice, and the positive and negative sums of the map of
+    each slice.
+
+    `slices` holds the rows of the scan in the table of attribution.Explained.
+    """
     full = float(abs(mean).max())
     numbered = slices.slice.notna().all()
     at = np.arange(len(slices))
+    step = max(1, len(slices) // 20)
+    numbers = slices.slice.astype(str)[::step] if numbered else at[::step] + 1
+    sides = (("for_AD", AD_COLOUR, "towards AD"), ("for_NC", NC_COLOUR, "towards NC"))
     with figure(path, title, 2, height=3.4, width=3.6) as ((left, right),):
         left.imshow(blend(pixels, mean, full))
         left.set(title=f"mean over the slices (full colour: {full:.2g})", xticks=[], yticks=[])
         left.grid(False)
-        for name, colour, label in (("for_AD", AD_COLOUR, "towards AD"), ("for_NC", NC_COLOUR, "towards NC")):
+        for name, colour, label in sides:
             right.barh(at, slices[name], color=np.array(colour) / 255, label=label)
-        step = max(1, len(slices) // 20)
-        ticks = slices.slice.astype(str)[::step] if numbered else at[::step] + 1
-        right.set_yticks(at[::step], ticks)
+        right.set_yticks(at[::step], numbers)
         right.axvline(0, color="black", linewidth=0.8)
         right.set(xlabel="sum of the map", ylabel="slice number" if numbered else "slice")
         right.invert_yaxis()
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)  # beside the bars
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)  # above the bars
 
 
 # ---------------------------------------------------------------- the data
@@ -208,8 +235,12 @@ def evenly(values, most):
 
 
 def montage_rows(index, images, change=None, n_groups=5, n_slices=8):
-    """Rows of a contact sheet, (text, slices uint8 (n, H, W)): of each class some groups (subjects, or scans of
-    unknown subjects), of each some slices. `change` is applied to the slices of each."""
+    """Rows of a contact sheet, (text, slices uint8 (n, H, W)): some groups of each class, and some
+    slices of each group.
+
+    A group is a subject, or a scan of an unknown subject. The function `change` is applied to the
+    slices of each row.
+    """
     rows = []
     for label in reversed(CLASSES):
         part = index[index.label == label]
@@ -223,27 +254,30 @@ def montage_rows(index, images, change=None, n_groups=5, n_slices=8):
 
 
 def plot_montage(path, rows, title):
-    """A contact sheet of `montage_rows`."""
+    """A contact sheet of the rows of `montage_rows`."""
     most = max(len(slices) for _, slices in rows)
     size = dict(height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows))
-    with figure(path, title, **size, grid=False) as axes:
-        for axis, (text, slices) in zip(axes[:, 0], rows):
+    with figure(path, title, **size, grid=False) as panels:
+        for axes, (text, slices) in zip(panels[:, 0], rows):
             height, width = slices.shape[1:]
             sheet = np.zeros((height, most * width), slices.dtype)
             sheet[:, : len(slices) * width] = np.concatenate(slices, 1)
-            axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(plain_text(text), rotation=0, ha="right", va="center")
+            axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            axes.set_ylabel(plain_text(text), rotation=0, ha="right", va="center")
 
 
 def plot_means(path, rows, title):
-    """The mean slice of each class and their difference, all differences on one scale. `rows` are (text, {class:
-    ((H, W) of grey levels, or None without slices, the number of slices)})."""
+    """The mean slice of each class and their difference, all differences on one scale.
+
+    `rows` are (text, {class: (mean slice (H, W) in grey levels or None, number of slices)}).
+    """
     differences = []
     for _, means in rows:
         (ad, n_ad), (nc, n_nc) = means["AD"], means["NC"]
         differences.append(ad - nc if n_ad and n_nc else None)
-    full = max((float(abs(each).max()) for each in differences if each is not None), default=0) or 1
+    largest = [float(abs(each).max()) for each in differences if each is not None]
+    full = max(largest, default=0) or 1
 
     size = dict(height=2.6 * len(rows), width=3.0, ratios=[1] * len(rows))
     with figure(path, title, 3, **size, grid=False) as panels:
@@ -255,7 +289,7 @@ def plot_means(path, rows, title):
                 if mean is not None:
                     place.imshow(mean, cmap="gray", vmin=0, vmax=255)
             if difference is None:
-                axes[2].set_title("only one class is here")
+                axes[2].set_title("only one class")
             else:
                 drawn = axes[2].imshow(difference, cmap="PuOr_r", vmin=-full, vmax=full)
                 axes[2].set_title(f"AD minus NC, at most {abs(difference).max():.1f} grey levels")

@@ -1,4 +1,5 @@
-"""How volumes are cut into slices: the flags, and the record of them beside slices and in checkpoints."""
+"""How volumes are cut into slices: the flags, and the record of them beside slices and in
+checkpoints."""
 
 import argparse
 import re
@@ -18,8 +19,8 @@ class Look:
     turn: degrees, counter-clockwise.
     spacing, step: mm from pixel to pixel, and from slice to slice (None: as spacing).
     strip: remove the skull.
-    brightest: the grey level that the 99 % quantile of the slices gets; None: the head fills 0 to 255.
-    """
+    brightest: the grey level that the 99 % quantile of the slices gets; None: the head fills 0 to
+        255. """
 
     plane: str = "axial"
     slices: tuple | None = None
@@ -55,13 +56,15 @@ ADNI = Look("sagittal", size=(256, 240), step=1.2)
 
 
 def span(word):
-    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices, -10mm:10mm are positions."""
+    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices,
+    -10mm:10mm are positions."""
     index = re.fullmatch(r"(\d{1,4}):(\d{1,4})", word)
     position = re.fullmatch(r"(-?\d{1,4}(?:\.\d+)?)mm:(-?\d{1,4}(?:\.\d+)?)mm", word)
     match = index or position
     if not match:
         raise argparse.ArgumentTypeError(
-            f"{word} is not FROM:TO; expected slice numbers as in 81:100, or millimetres as in -10mm:10mm"
+            f"{word} is not FROM:TO; expected slice numbers as in 81:100, or millimetres as in "
+            "-10mm:10mm"
         )
     low, high = float(match[1]), float(match[2])
     if low > high:
@@ -73,7 +76,9 @@ def size(word):
     """A `type` for argparse: WIDTHxHEIGHT in pixels, as (width, height)."""
     match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", word)
     if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is")
+        raise argparse.ArgumentTypeError(
+            f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -81,14 +86,43 @@ def add_look_flags(parser, default="the defaults in brackets"):
     """Add the flags of a Look, None if not given; returns their group."""
     group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
     add = group.add_argument
-    add("--plane", choices=("axial", "coronal", "sagittal"), help="left is on the left, faces look left (axial)")
-    add("--slices", type=span, metavar="FROM:TO", help="numbers as in 81:100, or with = positions: --slices=-10mm:10mm")
-    add("--count", type=number(1, 1000, int), metavar="N", help="the N slices in the middle of the head (20)")
-    add("--size", type=size, metavar="WxH", help="pixels of a slice about the middle of the head (whole volume)")
+    add(
+        "--plane",
+        choices=("axial", "coronal", "sagittal"),
+        help="left is on the left, faces look left (axial)",
+    )
+    add(
+        "--slices",
+        type=span,
+        metavar="FROM:TO",
+        help="numbers as in 81:100, or with = positions: --slices=-10mm:10mm",
+    )
+    add(
+        "--count",
+        type=number(1, 1000, int),
+        metavar="N",
+        help="the N slices in the middle of the head (20)",
+    )
+    add(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="pixels of a slice about the middle of the head (whole volume)",
+    )
     add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
     add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
-    add("--step", type=number(0.25, 50), metavar="MM", help="from one slice to the next (as --spacing)")
-    add("--strip", action="store_true", default=None, help="remove the skull with deepbet (requirements-extra.txt)")
+    add(
+        "--step",
+        type=number(0.25, 50),
+        metavar="MM",
+        help="from one slice to the next (as --spacing)",
+    )
+    add(
+        "--strip",
+        action="store_true",
+        default=None,
+        help="remove the skull with deepbet (requirements-extra.txt)",
+    )
     return group
 
 

@@ -1,8 +1,7 @@
 """Read volumes (NIfTI, MGZ, Analyze, or a DICOM folder) as arrays with a place in the world.
 
-nibabel is needed, dcm2niix for DICOM, deepbet for --strip (requirements-extra.txt); each is imported when it is used.
-A header is checked before a voxel is read.
-"""
+nibabel is needed, dcm2niix for DICOM, deepbet for --strip (requirements-extra.txt); each is
+imported when it is used. A header is checked before a voxel is read. """
 
 import os
 import re
@@ -38,8 +37,9 @@ def is_dicom(path):
 
 
 def find_volumes(given):
-    """[(path, folder relative to `given`)] of the volumes in a file or folder. A folder that holds DICOM files and no
-    volume counts as one volume; of an Analyze pair (.img, .hdr) only the .img is listed."""
+    """[(path, folder relative to `given`)] of the volumes in a file or folder. A folder that holds
+    DICOM files and no volume counts as one volume; of an Analyze pair (.img, .hdr) only the .img is
+    listed."""
     if not os.path.isdir(given):
         return [(str(given), "")] if is_volume(given) else []
     volumes = []
@@ -69,7 +69,8 @@ def files_of(source):
 
 
 def holds_volumes(given):
-    """Whether an input of predict.py is a volume, a DICOM folder, or a folder of volumes without slices."""
+    """Whether an input of predict.py is a volume, a DICOM folder, or a folder of volumes without
+    slices."""
     if not os.path.isdir(given):
         return is_volume(given)
     folders = [Path(given, label) for label in ("AD", "NC") if Path(given, label).is_dir()]
@@ -102,26 +103,44 @@ def load_deepbet():
 
 
 def convert_dicom(folder, out):
-    """The path of the NIfTI file that dcm2niix makes of a DICOM folder. Unfit if it makes none, or several."""
+    """The path of the NIfTI file that dcm2niix makes of a DICOM folder. Unfit if it makes none, or
+    several."""
     try:
         from dcm2niix import bin as program
     except ImportError:
         program = shutil.which("dcm2niix")
     if not program:
         raise InputError(f"DICOM folders need dcm2niix; install it with {INSTALL}")
-    command = [program, "-b", "n", "-z", "n", "-d", "0", "-f", "series%s", "-o", str(out), os.path.abspath(folder)]
+    command = [
+        program,
+        "-b",
+        "n",
+        "-z",
+        "n",
+        "-d",
+        "0",
+        "-f",
+        "series%s",
+        "-o",
+        str(out),
+        os.path.abspath(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     volumes = sorted(Path(out).glob("*.nii"))
-    if not volumes or done.returncode:  # with images missing it makes a volume of wrong distances, with status 1
+    if (
+        not volumes or done.returncode
+    ):  # with images missing it makes a volume of wrong distances, with status 1
         output = done.stdout.splitlines() + done.stderr.splitlines()
         words = ("enough", "issing", "rror", "arning")
         problems = [line.strip() for word in words for line in output if word in line]
-        raise Unfit(f"cannot be converted by dcm2niix: {problems[0] if problems else 'it makes no volume'}")
+        raise Unfit(
+            f"cannot be converted by dcm2niix: {problems[0] if problems else 'it makes no volume'}"
+        )
     if len(volumes) > 1:
         names = ", ".join(path.stem for path in volumes[:5])
         raise Unfit(
-            f"holds {len(volumes)} series ({names}); expected one: leave one in the folder, or convert it with dcm2niix "
-            "and name a file"
+            f"holds {len(volumes)} series ({names}); expected one: leave one in the folder, or "
+            "convert it with dcm2niix and name a file"
         )
     return volumes[0]
 
@@ -136,8 +155,9 @@ def reason(problem):
 
 
 def open_volume(path):
-    """(image, facts, notes) of a volume with a sound header, its voxels not yet read: the nibabel image, a dict of
-    what the header says, and sentences on what was decided. Unfit for anything else."""
+    """(image, facts, notes) of a volume with a sound header, its voxels not yet read: the nibabel
+    image, a dict of what the header says, and sentences on what was decided. Unfit for anything
+    else."""
     nib = import_nibabel()
     if not os.path.isfile(path):
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
@@ -156,10 +176,13 @@ def open_volume(path):
         if len(shape) > 3:
             what = f"{'x'.join(map(str, shape[3:]))} volumes"
         raise Unfit(f"holds {what}; expected one volume of three dimensions")
-    if not MIN_SIDE <= min(shape[:3]) <= max(shape[:3]) <= MAX_SIDE or np.prod(shape[:3], dtype=float) > MAX_VOXELS:
+    if (
+        not MIN_SIDE <= min(shape[:3]) <= max(shape[:3]) <= MAX_SIDE
+        or np.prod(shape[:3], dtype=float) > MAX_VOXELS
+    ):
         raise Unfit(
-            f"claims {' x '.join(map(str, shape[:3]))} voxels; expected {MIN_SIDE} to {MAX_SIDE} a side and at most "
-            f"{MAX_VOXELS:,}"
+            f"claims {' x '.join(map(str, shape[:3]))} voxels; expected {MIN_SIDE} to {MAX_SIDE} a "
+            f"side and at most {MAX_VOXELS:,}"
         )
     if dtype.fields:
         raise Unfit("has voxels in colour; expected one real number a voxel")
@@ -168,12 +191,15 @@ def open_volume(path):
     if dtype.kind not in "iufb":
         raise Unfit(f"has voxels of type {dtype}; expected one real number a voxel")
     if not (np.isfinite(affine).all() and orthogonality > 0.1):
-        raise Unfit("has an affine that cannot be inverted, so that its voxels have no place; fix its header")
+        raise Unfit(
+            "has an affine that cannot be inverted, so that its voxels have no place; fix its "
+            "header"
+        )
     field = voxels * shape[:3]
     if not MIN_FIELD <= field.min() <= field.max() <= MAX_FIELD:
         raise Unfit(
-            f"is {' x '.join(f'{side:.3g}' for side in field)} mm large; expected {MIN_FIELD} to {MAX_FIELD} mm a side, "
-            "with the header in millimetres"
+            f"is {' x '.join(f'{side:.3g}' for side in field)} mm large; expected {MIN_FIELD} to "
+            f"{MAX_FIELD} mm a side, with the header in millimetres"
         )
 
     notes = []
@@ -192,7 +218,8 @@ def open_volume(path):
 
 
 def affine_source(image):
-    """(where in the header the affine of an image comes from, sentences on what is doubtful about it)."""
+    """(where in the header the affine of an image comes from, sentences on what is doubtful about
+    it)."""
     header = image.header
     guess = "left and right are nibabel's guess (stored from right to left)"
     if isinstance(image, import_nibabel().MGHImage):
@@ -206,20 +233,25 @@ def affine_source(image):
     if not sform_code:
         return "qform", []
     if qform_code > 0:
-        corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape[:3]], [1])).reshape(4, -1)
+        corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape[:3]], [1])).reshape(
+            4, -1
+        )
         try:
             distances = np.sqrt((((sform - header.get_qform()) @ corners)[:3] ** 2).sum(0))
             apart = float(distances.max())
         except Exception:  # the quaternion is invalid
             apart = np.inf
         if not apart <= 1:
-            return "sform", [f"sform and qform disagree by up to {apart:.3g} mm; the sform was used"]
+            return "sform", [
+                f"sform and qform disagree by up to {apart:.3g} mm; the sform was used"
+            ]
     return "sform", []
 
 
 def read_volume(image, spacing):
-    """(float32 array, affine) of an opened volume, its axes nearest to x, y and z. Voxels of half of `spacing` (mm) or
-    less are smoothed to that width, against aliasing. Unfit for a file that is damaged."""
+    """(float32 array, affine) of an opened volume, its axes nearest to x, y and z. Voxels of half
+    of `spacing` (mm) or less are smoothed to that width, against aliasing. Unfit for a file that is
+    damaged."""
     nib = import_nibabel()
     try:
         voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
@@ -228,7 +260,9 @@ def read_volume(image, spacing):
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
     fine = nib.affines.voxel_sizes(canonical.affine) <= spacing / 2
     if fine.any():
-        canonical = nib.processing.smooth_image(canonical, np.where(fine, spacing, 0), mode="nearest")
+        canonical = nib.processing.smooth_image(
+            canonical, np.where(fine, spacing, 0), mode="nearest"
+        )
     return np.asarray(canonical.dataobj, dtype=np.float32), canonical.affine
 
 
@@ -240,7 +274,9 @@ def strip_skull(volume, affine):
         with np.errstate(all="ignore"):
             mask = model.run(import_nibabel().Nifti1Image(np.ascontiguousarray(volume), affine))[1]
     except (AssertionError, ValueError, RuntimeError, IndexError) as problem:
-        raise Unfit(f"cannot be stripped: deepbet finds no brain in it ({reason(problem)})") from None
+        raise Unfit(
+            f"cannot be stripped: deepbet finds no brain in it ({reason(problem)})"
+        ) from None
     mask = np.asarray(mask.dataobj) > 0
     if not mask.any():
         raise Unfit("cannot be stripped: deepbet finds no brain in it")

@@ -1,11 +1,11 @@
-"""What the attribution methods of `predict.py --explain` are worth on the phantom, whose altered anatomy is known.
+"""What the attribution methods of `predict.py --explain` are worth on the phantom, whose altered
+anatomy is known.
 
     python -m docs.experiments.attribution WORK > tables.md     # about 20 minutes on one core
 
-draws two phantoms into the folder WORK, one with the local and one with the global cue, and trains on each, once with its
-labels and once with labels shuffled over subjects; what is there already is not repeated. Prints the tables of
-docs/explain.md.
-"""
+draws two phantoms into the folder WORK, one with the local and one with the global cue, and trains
+on each, once with its labels and once with labels shuffled over subjects; what is there already is
+not repeated. Prints the tables of docs/explain.md. """
 
 import os
 from pathlib import Path
@@ -41,7 +41,8 @@ N_RANDOM = 3  # random maps for each map
 
 
 def shuffle_labels(data, out, seed=0):
-    """A copy (hard links) of a set AD_NC with the labels shuffled over the subjects; returns its AD_NC."""
+    """A copy (hard links) of a set AD_NC with the labels shuffled over the subjects; returns its
+    AD_NC."""
     index = read_index(data)
     subjects = index.drop_duplicates("subject").sort_values("subject")
     shuffled = np.random.default_rng(seed).permutation(subjects.label)
@@ -73,8 +74,8 @@ def prepare(work, cue):
 
 
 def altered(scan, seed=0):
-    """Where atrophy acts on the slices of a scan: bool (n, 240, 256). The same scan, noise included, is drawn with the mean
-    atrophy of AD and with that of NC."""
+    """Where atrophy acts on the slices of a scan: bool (n, 240, 256). The same scan, noise
+    included, is drawn with the mean atrophy of AD and with that of NC."""
     ad, nc = (render(scan._replace(atrophy=sign * EFFECT), seed).astype(int) for sign in (1, -1))
     return abs(ad - nc) > MIN_CHANGE
 
@@ -92,7 +93,8 @@ def altered_regions(index, cue):
 
 
 def choose_slices(index, n_scans, n_slices):
-    """Which rows of the test index are explained: of each class half of the scans, of each scan some slices."""
+    """Which rows of the test index are explained: of each class half of the scans, of each scan
+    some slices."""
     scans = index.drop_duplicates("scan").groupby("label").scan.head(n_scans // 2)
     place = index.sort_values("slice").groupby("scan").cumcount().reindex(index.index)
     step = (index.groupby("scan").scan.transform("size") / n_slices).clip(lower=1)
@@ -103,8 +105,8 @@ def choose_slices(index, n_scans, n_slices):
 
 
 def share_inside(maps, region):
-    """The share of the positive attribution of each of the maps (N, S, S) in its region bool (N, S, S); NaN for a map
-    without any."""
+    """The share of the positive attribution of each of the maps (N, S, S) in its region bool (N, S,
+    S); NaN for a map without any."""
     positive = maps.clip(min=0)
     with np.errstate(invalid="ignore"):
         return (positive * region).sum((1, 2)) / positive.sum((1, 2))
@@ -119,8 +121,8 @@ def scramble(maps, rng):
 
 @torch.inference_mode()
 def deletion(model, x, baseline, maps, mask, share=0.05):
-    """The margins (N,) of images (N, 1, S, S) after a share of all pixels, those with the highest values inside a mask, is
-    replaced by the baseline (Samek et al. 2017, arXiv 1509.06321)."""
+    """The margins (N,) of images (N, 1, S, S) after a share of all pixels, those with the highest
+    values inside a mask, is replaced by the baseline (Samek et al. 2017, arXiv 1509.06321)."""
     ranked = np.where(mask, maps, -np.inf).reshape(len(maps), -1)
     n = int(share * ranked.shape[1])
     deleted = np.zeros(ranked.shape, bool)
@@ -136,7 +138,8 @@ def edges(model, x, baseline):
 
 
 def distance(model, x, baseline):
-    """Not an attribution: the distance of each pixel from the mean training slice. It shows what deletion gains by that."""
+    """Not an attribution: the distance of each pixel from the mean training slice. It shows what
+    deletion gains by that."""
     return (x - baseline).abs()
 
 
@@ -144,7 +147,8 @@ CONTROLS = {"edges (no attribution)": edges, "distance to mean (no attribution)"
 
 
 def interval(values, scans, digits=3):
-    """`mean [low, high]` of values of slices, by a bootstrap over scans; and whether the interval is above 0."""
+    """`mean [low, high]` of values of slices, by a bootstrap over scans; and whether the interval
+    is above 0."""
     means = pd.Series(values).groupby(scans).mean().dropna().to_numpy()
     resampled = np.random.default_rng(0).choice(means, (2000, len(means))).mean(1)
     low, high = np.quantile(resampled, (0.025, 0.975))
@@ -158,9 +162,16 @@ class Experiment:
         self.checkpoint, self.slices = checkpoint, slices
         self.model, self.shuffled = build_model(checkpoint).eval(), build_model(shuffled).eval()
         device = torch.device("cpu")
-        self.explainer = attribution.Explainer(self.model, self.fresh_model, checkpoint, "auto", device)
-        self.x, self.baseline = self.explainer.view(slices.images[slices.rows]), self.explainer.baseline
-        self.region = self.explainer.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0  # half a pixel or more
+        self.explainer = attribution.Explainer(
+            self.model, self.fresh_model, checkpoint, "auto", device
+        )
+        self.x, self.baseline = (
+            self.explainer.view(slices.images[slices.rows]),
+            self.explainer.baseline,
+        )
+        self.region = (
+            self.explainer.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0
+        )  # half a pixel or more
         self.mask = attribution.inside_head(self.x, self.baseline)
         self.scans, self.is_ad = slices.index.scan.to_numpy(str), slices.is_ad
 
@@ -172,7 +183,9 @@ class Experiment:
         others = attribution.attribute(method, self.shuffled, self.x, self.baseline, progress=name)
         on_shuffled = attribution.compare(maps, others, self.mask)
         some = np.unique(np.linspace(0, len(self.x) - 1, attribution.N_CHECKED).round().astype(int))
-        checked = attribution.check(method, self.model, self.fresh_model, self.x[some], self.baseline, name)
+        checked = attribution.check(
+            method, self.model, self.fresh_model, self.x[some], self.baseline, name
+        )
         cascade = checked.groupby("part", sort=False)[["signed", "absolute"]].mean()
         usable = attribution.is_usable(checked) and max(on_shuffled) < attribution.LIMIT
         row = [name, *(f"{part.signed:.2f}, {part.absolute:.2f}" for part in cascade.itertuples())]
@@ -206,37 +219,53 @@ class Experiment:
             better.append("deletion")
         ad_scans = self.scans[self.is_ad]
         return [
-            name, interval(share, self.scans)[0], f"{area.mean():.3f}", interval(by_chance, self.scans)[0], more,
-            interval(real[self.is_ad], ad_scans)[0], interval(chance[self.is_ad], ad_scans)[0], drops,
+            name,
+            interval(share, self.scans)[0],
+            f"{area.mean():.3f}",
+            interval(by_chance, self.scans)[0],
+            more,
+            interval(real[self.is_ad], ad_scans)[0],
+            interval(chance[self.is_ad], ad_scans)[0],
+            drops,
             " and ".join(better) or "NO BETTER THAN CHANCE",
-        ]  # fmt: skip
+        ]
 
     def classify(self, name, maps):
         """A row of the table of the sums of maps as a classifier."""
         inside = (maps * self.region).sum((1, 2))
         return [
-            name, f"{(inside[self.is_ad] > 0).mean():.2f}", f"{(inside[~self.is_ad] > 0).mean():.2f}",
-            f"{roc_auc_score(self.is_ad, inside):.3f}", f"{roc_auc_score(self.is_ad, maps.sum((1, 2))):.3f}",
-        ]  # fmt: skip
+            name,
+            f"{(inside[self.is_ad] > 0).mean():.2f}",
+            f"{(inside[~self.is_ad] > 0).mean():.2f}",
+            f"{roc_auc_score(self.is_ad, inside):.3f}",
+            f"{roc_auc_score(self.is_ad, maps.sum((1, 2))):.3f}",
+        ]
 
 
 # ---------------------------------------------------------------- tables and a picture
 
 
 def plot_maps(path, experiment, regions):
-    """A picture: slices of an AD and of an NC scan in columns; with the altered region, and with each method's map."""
+    """A picture: slices of an AD and of an NC scan in columns; with the altered region, and with
+    each method's map."""
     from matplotlib.figure import Figure
 
     index = experiment.slices.index.assign(at=range(len(experiment.slices)))
-    shown = [at for label in reversed(CLASSES) for at in index[index.label == label]["at"].iloc[[7, 9]]]
+    shown = [
+        at for label in reversed(CLASSES) for at in index[index.label == label]["at"].iloc[[7, 9]]
+    ]
     pixels = experiment.slices.images[experiment.slices.rows[shown]]
     x = experiment.explainer.view(pixels)
     figure = Figure(figsize=(7.2, 7.2), layout="constrained")
     axes = figure.subplots(4, 4)
-    for row, (name, method) in zip(axes, [("altered by atrophy", None), *attribution.METHODS.items()]):
+    for row, (name, method) in zip(
+        axes, [("altered by atrophy", None), *attribution.METHODS.items()]
+    ):
         if method:
             maps = attribution.attribute(method, experiment.model, x, experiment.baseline)
-            maps = gaussian_filter(maps, (0, maps.shape[1] / attribution.SMOOTH, maps.shape[1] / attribution.SMOOTH))
+            maps = gaussian_filter(
+                maps, (0, maps.shape[1] / attribution.SMOOTH, maps.shape[1] / attribution.SMOOTH)
+            )
             values = [attribution.to_slice(one, pixels.shape[1:]) for one in maps]
         else:
             values = [regions[at].astype(float) for at in shown]
@@ -261,7 +290,9 @@ def run(work, cue, n_scans, n_slices):
 
     checks, places, classes = [], [], []
     for name, method in {**attribution.METHODS, **CONTROLS}.items():
-        maps = attribution.attribute(method, experiment.model, experiment.x, experiment.baseline, progress=name)
+        maps = attribution.attribute(
+            method, experiment.model, experiment.x, experiment.baseline, progress=name
+        )
         row, parts = experiment.check(name, method, maps)
         checks.append(row)
         places.append(experiment.localise(name, maps))
@@ -273,19 +304,36 @@ def run(work, cue, n_scans, n_slices):
     header = ["method", *steps, "shuffled labels", "usable"]
     print("\n".join(format_table([header, *checks])), "", sep="\n")
     header = [
-        "method", "positive inside", "area", "random map inside", "more than both", "drop of p_AD", "random map", "more",
+        "method",
+        "positive inside",
+        "area",
+        "random map inside",
+        "more than both",
+        "drop of p_AD",
+        "random map",
+        "more",
         "better than chance",
-    ]  # fmt: skip
+    ]
     print("\n".join(format_table([header, *places])), "", sep="\n")
-    header = ["method", "AD slices positive inside", "NC slices", "AUROC of the sum inside", "of the whole sum"]
+    header = [
+        "method",
+        "AD slices positive inside",
+        "NC slices",
+        "AUROC of the sum inside",
+        "of the whole sum",
+    ]
     print("\n".join(format_table([header, *classes])), flush=True)
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("work", metavar="WORK", help="folder for the phantoms and their runs")
-    parser.add_argument("--scans", type=number(2, 5000, int), default=40, help="test scans to explain, at most (40)")
-    parser.add_argument("--slices", type=number(1, 20, int), default=6, help="slices of each, at most (6)")
+    parser.add_argument(
+        "--scans", type=number(2, 5000, int), default=40, help="test scans to explain, at most (40)"
+    )
+    parser.add_argument(
+        "--slices", type=number(1, 20, int), default=6, help="slices of each, at most (6)"
+    )
     args = parser.parse_args(argv)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     python -m docs.experiments.learning_curve figures/learning_curve.png runs/*-n*-s?
 
-Runs of one model and size are averaged over seeds; runs of one model should differ in --subjects and --seed alone.
-"""
+Runs of one model and size are averaged over seeds; runs of one model should differ in --subjects
+and --seed alone. """
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from tools.evaluate import align, find_leaks, pool_seeds, read_flags
 
 
 def learning_curve(folders):
-    """{model: {training subjects: scores}} at subject level, mean over seeds, with the logistic regression of the first
-    model's runs; and lines on leaks."""
+    """{model: {training subjects: scores}} at subject level, mean over seeds, with the logistic
+    regression of the first model's runs; and lines on leaks."""
     by_model = {}
     for folder in folders:
         split = read_csv(f"{folder}/split.csv")
@@ -51,14 +51,27 @@ def plot_curves(path, curves, title):
     counts = sorted({n for sizes in curves.values() for n in sizes})
     with plots.figure(path, title, height=3.6, width=5.6) as ((axes,),):
         for k, (model, sizes) in enumerate(curves.items()):
-            x = np.array(list(sizes)) * 1.03 ** (k - len(curves) / 2)  # so that intervals do not cover each other
+            x = np.array(list(sizes)) * 1.03 ** (
+                k - len(curves) / 2
+            )  # so that intervals do not cover each other
             auroc = np.array([part["auroc"] for part in sizes.values()])
             low, high = np.array([part["ci95"]["auroc"] for part in sizes.values()]).T
-            axes.errorbar(x, auroc, (auroc - low, high - auroc), marker="o", markersize=3, capsize=2, label=model)
+            axes.errorbar(
+                x,
+                auroc,
+                (auroc - low, high - auroc),
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=model,
+            )
         axes.set(
-            xscale="log", xticks=counts, xticklabels=[f"{n:,}" for n in counts], xlabel="training subjects",
+            xscale="log",
+            xticks=counts,
+            xticklabels=[f"{n:,}" for n in counts],
+            xlabel="training subjects",
             ylabel="AUROC, subject-level",
-        )  # fmt: skip
+        )
         axes.minorticks_off()
         axes.axhline(0.5, color="#999999", linestyle=":")
         axes.legend()
@@ -72,8 +85,19 @@ def main(argv=None):
     curves, lines = learning_curve(args.runs)
     rows = [["training subjects", *curves]]
     for n in sorted({n for sizes in curves.values() for n in sizes}):
-        rows.append([f"{n:,}", *(cell(sizes[n], "auroc") if n in sizes else "" for sizes in curves.values())])
-    print("AUROC by number of training subjects, mean over seeds", *lines, "", *format_table(rows), sep="\n")
+        rows.append(
+            [
+                f"{n:,}",
+                *(cell(sizes[n], "auroc") if n in sizes else "" for sizes in curves.values()),
+            ]
+        )
+    print(
+        "AUROC by number of training subjects, mean over seeds",
+        *lines,
+        "",
+        *format_table(rows),
+        sep="\n",
+    )
     plot_curves(args.png, curves, "; ".join(["how many subjects are needed?", *lines]))
     print(f"\npicture in {args.png}")
 

@@ -1,10 +1,10 @@
-"""How fragile a model is, and what each stage knows: small changes of the test slices, and linear probes.
+"""How fragile a model is, and what each stage knows: small changes of the test slices, and linear
+probes.
 
-    python -m docs.experiments.stress runs/a runs/b --out stress      # decisions that change, read-out after each stage
+    python -m docs.experiments.stress runs/a runs/b --out stress
 
-A change is a function of one slice uint8 (H, W), applied to the decoded slices; the rest is the inference path of any
-prediction.
-"""
+A change is a function of one slice uint8 (H, W), applied to the decoded slices; the rest is the
+inference path of any prediction."""
 
 import io
 import math
@@ -73,7 +73,12 @@ def jpeg(pixels, quality):
 
 def bias_field(pixels, share):
     """Brighter by a share on one side, darker on the other, as near a coil."""
-    return (pixels * np.linspace(1 - share, 1 + share, pixels.shape[1])).clip(0, 255).round().astype(np.uint8)
+    return (
+        (pixels * np.linspace(1 - share, 1 + share, pixels.shape[1]))
+        .clip(0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 # name: (function, its levels, their unit)
@@ -95,9 +100,9 @@ KEPT = (0.5, 0.1)  # shares of a scan's slices, at least one: the others are mis
 def stress(checkpoint, slices, device, amp):
     """Scores of a model on labelled slices under each of CHANGES, and with slices missing.
 
-    Returns a table, a row a change: change, level, n (scans), changed (the share of scans whose prediction changes),
-    accuracy and auroc at scan level, and the interval of each (name + "_ci95"); the first row has the slices as they are.
-    """
+    Returns a table, a row a change: change, level, n (scans), changed (the share of scans whose
+        prediction changes), accuracy and auroc at scan level, and the interval of each (name +
+        "_ci95"); the first row has the slices as they are. """
 
     def predict(images, index=slices.index):
         part = replace(slices, images=images, index=index)
@@ -109,7 +114,9 @@ def stress(checkpoint, slices, device, amp):
     for name, (change, levels, unit) in CHANGES.items():
         for level in levels:
             with ThreadPoolExecutor() as pool:
-                images = np.stack(list(pool.map(change, slices.images, [level] * len(slices.images))))
+                images = np.stack(
+                    list(pool.map(change, slices.images, [level] * len(slices.images)))
+                )
             scores = score_change(plain, predict(images))
             rows.append({"change": name, "level": f"{level} {unit}".strip(), **scores})
     place = slices.index.groupby("scan").cumcount()
@@ -117,14 +124,22 @@ def stress(checkpoint, slices, device, amp):
     for share in KEPT:
         step = (size / (size * share).round().clip(lower=1)).round().astype(int)
         left = predict(slices.images, slices.index[place % step == 0])
-        rows.append({"change": "slices left", "level": f"{share:g} of them", **score_change(plain, left)})
+        rows.append(
+            {"change": "slices left", "level": f"{share:g} of them", **score_change(plain, left)}
+        )
     return pd.DataFrame(rows)
 
 
 def score_change(plain, other):
-    """Scan-level scores of predictions, and the share of scans whose prediction is not that of `plain`."""
-    scans, before = metrics.aggregate(other, "scan"), metrics.aggregate(plain, "scan").set_index("scan")
-    changed = (scans.prediction.to_numpy(str) != before.prediction[scans.scan].to_numpy(str)).astype(float)
+    """Scan-level scores of predictions, and the share of scans whose prediction is not that of
+    `plain`."""
+    scans, before = (
+        metrics.aggregate(other, "scan"),
+        metrics.aggregate(plain, "scan").set_index("scan"),
+    )
+    changed = (
+        scans.prediction.to_numpy(str) != before.prediction[scans.scan].to_numpy(str)
+    ).astype(float)
     bootstrap = metrics.Bootstrap(scans.group)
     resampled = bootstrap.total(changed) / bootstrap.total(np.ones(len(changed)))
     sample = metrics.summarise_unit(metrics.sample_unit(other, "scan"))
@@ -135,7 +150,8 @@ def score_change(plain, other):
 
 
 def load_test(folder):
-    """(checkpoint, SliceSet) of a run's test: its best model, and the slices that its predictions list."""
+    """(checkpoint, SliceSet) of a run's test: its best model, and the slices that its predictions
+    list."""
     predictions, _ = read_run(folder)
     checkpoint = load_checkpoint(Path(folder) / "best_model.pth")
     listing = list_inputs(predictions.path.tolist(), checkpoint["flags"]["subject_pattern"])
@@ -143,7 +159,10 @@ def load_test(folder):
     slices = load_inputs(listing, slice_size=checkpoint["slice_size"], bits=checkpoint["bits"])
     bad = slices.index[slices.index.error.notna()]
     if len(bad):
-        raise InputError(f"{len(bad)} test slices of {folder} cannot be read, first {bad.path.iloc[0]}: {bad.error.iloc[0]}")
+        raise InputError(
+            f"{len(bad)} test slices of {folder} cannot be read, first {bad.path.iloc[0]}: "
+            f"{bad.error.iloc[0]}"
+        )
     return checkpoint, slices
 
 
@@ -152,13 +171,12 @@ def load_test(folder):
 
 @torch.inference_mode()
 def probe(checkpoint, slices, device):
-    """What a model knows after the stem, each stage and the head's norm, from the mean x over the map: {place: (auroc,
-    spread)}.
+    """What a model knows after the stem, each stage and the head's norm, from the mean x over the
+    map: {place: (auroc, spread)}.
 
-    `auroc` is that of a scan-level read-out: a logistic regression on x, cross-validated over groups of labelled slices;
-    NaN if these are too few. `spread` is how far slices differ: the norm of the SD of x over slices, divided by the norm
-    of its mean.
-    """
+    `auroc` is that of a scan-level read-out: a logistic regression on x, cross-validated over
+    groups of labelled slices; NaN if these are too few. `spread` is how far slices differ: the norm
+    of the SD of x over slices, divided by the norm of its mean. """
     model = build_model(checkpoint).to(device).eval()
     features = {name: [] for name in places(model)}
     for name, module in places(model).items():
@@ -184,7 +202,8 @@ def keep_means(features):
 
 
 def read_out(x, slices):
-    """Scan-level AUROC of a cross-validated logistic regression on features x (N, C) of slices; NaN if they are too few."""
+    """Scan-level AUROC of a cross-validated logistic regression on features x (N, C) of slices; NaN
+    if they are too few."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
@@ -236,7 +255,9 @@ def format_stress(tables):
 
 def format_probe(known):
     """Lines of a table of `probe` for several runs, {name: dict}."""
-    rows = [["linear read-out", *(f"{name}: {what}" for name in known for what in ("AUROC", "spread"))]]
+    rows = [
+        ["linear read-out", *(f"{name}: {what}" for name in known for what in ("AUROC", "spread"))]
+    ]
     for place in dict.fromkeys(place for scores in known.values() for place in scores):
         row = [f"after {place}"]
         for scores in known.values():
@@ -282,7 +303,9 @@ def plot_probe(path, known, title):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for stress.csv and two pictures")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="new folder for stress.csv and two pictures"
+    )
     args = parser.parse_args(argv)
     out = new_folder(args.out)
     device = pick_device()
@@ -292,16 +315,25 @@ def main(argv=None):
         checkpoint, slices = load_test(folder)
         tables[folder] = stress(checkpoint, slices, device, amp)
         known[folder] = probe(checkpoint, slices, device)
-    print("share of scans whose decision changes, and scan-level AUROC, if slices are changed", "", sep="\n")
+    print(
+        "share of scans whose decision changes, and scan-level AUROC, if slices are changed",
+        "",
+        sep="\n",
+    )
     print("\n".join(format_stress(tables)), "", sep="\n")
     print(
-        "scan-level AUROC of a linear read-out of the mean over the map, cross-validated by group; and the spread: the SD "
+        "scan-level AUROC of a linear read-out of the mean over the map, cross-validated by "
+        "group; and the spread: the SD "
         "of that mean over slices, relative to its size", "", sep="\n",
     )  # fmt: skip
     print("\n".join(format_probe(known)))
-    write_csv(out / "stress.csv", pd.concat([table.assign(run=name) for name, table in tables.items()]))
+    write_csv(
+        out / "stress.csv", pd.concat([table.assign(run=name) for name, table in tables.items()])
+    )
     plot_stress(out / "stress.png", tables, "decisions that change if the slices are changed")
-    plot_probe(out / "probe.png", known, "what is known after each stage, and how far slices differ there")
+    plot_probe(
+        out / "probe.png", known, "what is known after each stage, and how far slices differ there"
+    )
     print(f"results in {out}")
 
 
