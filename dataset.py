@@ -39,8 +39,7 @@ class SliceSet:
     """Slices with their pixels.
 
     index: one row a slice, with the columns of `read_index`, and error (reason why the file could
-        not be
-        read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
+        not be read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
     images: uint8 (M, H, W). The pixels of a slice are images[row], whatever the order of the index.
     root: the folder AD_NC.
     bad: (path, reason) of the files that were left out.
@@ -81,7 +80,8 @@ def decode_set(root, *, use_cache=True, subject_pattern=None, progress="decoding
     """Index and decode the folder `root`, for training and for the audit; returns a SliceSet.
 
     Files that cannot be used are left out and listed in `bad`. InputError if no slice of train/ is
-    left. """
+    left.
+    """
     listing = list_set(root, subject_pattern)
     index, bad = usable(listing.index)
     train = index.path[index.split == "train"]
@@ -113,7 +113,8 @@ def load_set(
     SliceSet.
 
     Files that cannot be used are an InputError; with `skip_bad` they are left out and listed in
-    `bad`. """
+    `bad`.
+    """
     slices = decode_set(
         root, use_cache=use_cache, subject_pattern=subject_pattern, progress=progress
     )
@@ -160,7 +161,8 @@ def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
     """Decode the slices of a Listing, into memory, as the slices of a checkpoint's training were.
 
     `slice_size` is (H, W) and `bits` the depth of 16-bit files in training. Returns a SliceSet with
-    every row of the listing; a file that cannot be read has an error and no row. """
+    every row of the listing; a file that cannot be read has an error and no row.
+    """
     index = listing.index
     readable = index.error.isna()
     images, stats, errors = pixels.decode_files(
@@ -183,7 +185,8 @@ class Batches:
     With a generator the order is a random permutation drawn from it, without one that of the index.
     The last batch may be smaller. The set is put on a GPU once if it fits into half of the free
     memory; else one thread fetches and pins the next batch. With `world` processes, process `rank`
-    gets the rows rank, rank + world, ... of each batch. """
+    gets the rows rank, rank + world, ... of each batch.
+    """
 
     def __init__(self, slices, batch_size, *, generator=None, device=None, rank=0, world=1):
         self.images, self.rows = slices.images, slices.rows
@@ -231,9 +234,8 @@ class Batches:
             images = torch.from_numpy(self.images[rows])
             if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
                 images = images.pin_memory().to(self.device, non_blocking=True)
-        return images[:, None], self.labels[
-            numbers.to(self.labels.device)
-        ]  # (B, H, W) -> (B, 1, H, W)
+        labels = self.labels[numbers.to(self.labels.device)]
+        return images[:, None], labels  # (B, H, W) -> (B, 1, H, W)
 
 
 # ---------------------------------------------------------------- audit

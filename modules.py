@@ -7,7 +7,8 @@
 Modules carry the names of the paper's code: downsample_layers, stages, dwconv, norm, pwconv1, act,
 pwconv2, gamma, head. `load_weights` fills a model from a state dict of this project, the paper's
 code, torchvision or timm. The project is binary by design: every other file expects the two classes
-NC and AD. """
+NC and AD.
+"""
 
 import re
 
@@ -52,7 +53,8 @@ class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops a residual branch per sample.
 
     In training each sample is zeroed with probability `p` and the others are divided by 1 - p, so
-    that the expectation is kept. In evaluation it is the identity. """
+    that the expectation is kept. In evaluation it is the identity.
+    """
 
     def __init__(self, p=0.0):
         super().__init__()
@@ -105,7 +107,8 @@ class ConvNeXtBlock(nn.Module):
 
     Depthwise 7x7, norm, linear to 4C, GELU, linear to C, LayerScale, DropPath. `gamma` is
     LayerScale (Touvron et al. 2021, arXiv 2103.17239): a learned factor per channel. At its initial
-    value of 1e-6 every block starts as the identity. """
+    value of 1e-6 every block starts as the identity.
+    """
 
     def __init__(self, dim, drop_path=0.0, layer_scale=1e-6, norm="layer"):
         super().__init__()
@@ -130,7 +133,8 @@ def make_stem(kind, in_chans, dim, norm):
     """The stem, which divides the sides by 4.
 
     "patch" is the paper's: 4x4 with stride 4, norm. "conv": 3x3 with stride 2 and 3x3, each with
-    norm and ReLU, then 2x2 max pooling. """
+    norm and ReLU, then 2x2 max pooling.
+    """
     # Built in both cases: it draws random numbers, and a seed must keep its weights.
     patch = nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), make_norm(norm, dim))
     if kind == "patch":
@@ -173,7 +177,8 @@ class ConvNeXt(nn.Module):
         init_std: SD of the initial weights, or "fan_in" for 1 / sqrt(inputs of a neuron).
 
     Takes (N, in_chans, H, W), gives logits (N, num_classes). With four stages H and W are at least
-    32. """
+    32.
+    """
 
     def __init__(
         self, *, depths, dims, in_chans=1, num_classes=2, drop_path_rate=0.0,
@@ -311,7 +316,8 @@ def load_weights(model, state_dict):
         gives the same output. Tensors of another shape, such as a head for other classes, are left.
 
     Returns (loaded, left): names of the parameters that were filled, and names on either side
-    without a partner. Raises ValueError if no block of the model was filled. """
+    without a partner. Raises ValueError if no block of the model was filled.
+    """
     ours = model.state_dict()
     loaded, left = [], []
     for theirs, tensor in state_dict.items():

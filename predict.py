@@ -66,7 +66,8 @@ def predict_logits(
     index.
 
     The inference path of validation, the final test and predict.py. `progress` labels a progress
-    bar. InputError if an output is not finite, as when float16 overflows. """
+    bar. InputError if an output is not finite, as when float16 overflows.
+    """
     engine = make_engine(model, device=device, amp=amp)
     batches = Batches(slices, batch_size, device=device)
     logits = [torch.zeros(0, len(CLASSES), device=device)]
@@ -94,7 +95,8 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 
     Returns a table with metrics.PREDICTIONS, one row a row of the index; rows of files that could
     not be read are empty. p_AD, the softmax probability of AD, is not yet calibrated: see
-    `apply_calibration`. `exposure` replaces the record of the checkpoint's training. """
+    `apply_calibration`. `exposure` replaces the record of the checkpoint's training.
+    """
     slices = replace(slices, index=slices.index.reset_index(drop=True))
     readable = slices.where(slices.index.error.isna())
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)

@@ -9,7 +9,8 @@ A run folder holds best_model.pth, last.pth, config.json (every flag), split.csv
 training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on
 val, unless --keep is last; test is read once, at the end. last.pth is written after each epoch:
 `--resume` repeats the epoch that was lost, and ends with the bits that a run without the stop would
-have had. """
+have had.
+"""
 
 import contextlib
 import os
@@ -142,31 +143,21 @@ def make_parser():
     add_subject_pattern(data)
 
     add = parser.add_argument_group("split").add_argument
-    add(
-        "--split",
-        metavar="FILE",
-        help="take the split from this split.csv of a run, or made by hand",
-    )
+    add("--split", metavar="FILE", help="take the split from a split.csv, of a run or made by hand")
     add("--val-fraction", type=FRACTION, metavar="F", help="share of train/ for validation (0.1)")
     add("--split-by", choices=("subject", "slice"), help="slice LEAKS, to show the leak (subject)")
     add("--fold", type=int, metavar="K", help="hold out fold K, from 0, of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
     add("--pool-test", **switch, help="folds of train/ and test/ together, for few subjects")
     add("--drop-test-subjects", **switch, help="leave subjects of test/ out of train/")
-    add(
-        "--subjects", type=COUNT, metavar="N", help="train on N subjects, for learning curves (all)"
-    )
+    add("--subjects", type=COUNT, metavar="N", help="train on N subjects only (all)")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="V", help=f"{', '.join(VARIANTS)}; or cnn, a plain CNN (tiny)")
     add("--image-size", type=SIDE, metavar="PX", help="side of the square input in pixels (224)")
     add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
-    add(
-        "--model-args",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help=f"not as the paper: {', '.join(MODEL_ARGS)}",
-    )
+    options = ", ".join(MODEL_ARGS)
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help=f"not as in the paper: {options}")
     add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -178,23 +169,14 @@ def make_parser():
     add("--clip-grad", type=POSITIVE, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=AMOUNT, metavar="N", help="linear warm-up before the cosine (1)")
     whole = number(0, 1e6, int)
-    add(
-        "--patience",
-        type=whole,
-        metavar="N",
-        help="stop after N epochs without a better one; 0: never (20)",
-    )
+    add("--patience", type=whole, metavar="N", help="epochs without a better one; 0: never (20)")
     add("--keep", choices=("best", "last"), help="epoch to keep: best on val, or last (best)")
     add("--threshold", choices=("0.5", "youden"), help="p_AD of an AD; youden: fitted on val (0.5)")
     add("--ema", type=FRACTION, metavar="D", help="decay of the averaged weights; 0: none (0)")
 
     add = parser.add_argument_group("augmentation").add_argument
     kinds = ("full", "no-flip", "none")
-    add(
-        "--augment",
-        choices=kinds,
-        help="on AD_NC a flip swaps front and back; none: as in evaluation (full)",
-    )
+    add("--augment", choices=kinds, help="on AD_NC a flip swaps front and back (full)")
     add("--mixup", type=AMOUNT, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2; 0: off (0)")
     add("--cutmix", type=AMOUNT, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0; 0: off (0)")
 
@@ -259,7 +241,7 @@ def parse_args(argv=None):
         )
     if args.split:
         for name in ("folds", "drop_test_subjects", "subjects"):
-            if args.__dict__[name]:
+            if getattr(args, name):
                 parser.error(
                     f"--split names the split of every slice; leave out --{name.replace('_', '-')}"
                 )
@@ -428,7 +410,8 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or
     gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses,
     the number of correct predictions and of slices (all 0 if skipped), and 1 if the step was
-    skipped, else 0. """
+    skipped, else 0.
+    """
     state.optimizer.zero_grad(set_to_none=True)
     with autocast(state.device, state.amp):
         logits = state.forward(x.contiguous(memory_format=torch.channels_last))
@@ -481,8 +464,7 @@ def train_one_epoch(
         batch_size = min(size, n_slices - step * size)  # over all processes
         if batch_size < state.min_batch:
             continue
-        # Every process drops other paths of other images, but augments an image as one process
-        # would.
+        # Each process draws its own DropPath and MixUp, but augments an image as one process would.
         seed_everything(seed, epoch, step + 1, world.rank + 1)
         augmentation.manual_seed(seed_of(seed, epoch, step + 1))
 
@@ -659,10 +641,9 @@ def find_data(args):
     if os.path.isdir("AD_NC"):
         return "AD_NC"
     raise InputError(
-        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n  python "
-        "train.py --data AD_NC    trains on that folder: "
-        "{train,test}/{AD,NC}/<scan>_<slice>.jpeg\n  python train.py --demo          needs no "
-        "data: it draws a synthetic set first"
+        "no data: there is no ./AD_NC here, and neither --data nor --demo was given\n"
+        "  python train.py --data AD_NC    trains on {train,test}/{AD,NC}/<scan>_<slice>.jpeg\n"
+        "  python train.py --demo          needs no data: it draws a synthetic set first"
     )
 
 
@@ -832,7 +813,8 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
     of predict.py.
 
     What is learned here, from train and val alone, goes into best_model.pth: baselines and
-    calibration. """
+    calibration.
+    """
     path = out / "best_model.pth"
     checkpoint = load_checkpoint(path)
     checkpoint["baselines"] = fit_baselines(slices)
@@ -885,11 +867,9 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
 
 
 def describe_calibration(calibration, predictions):
-    unit = (
-        "subjects"
-        if predictions.subject.notna().all()
-        else "subjects (or scans of unknown subjects)"
-    )
+    unit = "subjects"
+    if predictions.subject.isna().any():
+        unit = "subjects (or scans of unknown subjects)"
     text = (
         f"calibrated on the {calibration['groups']} {unit} of validation: temperature "
         f"{calibration['temperature']:.3f}, threshold {calibration['threshold']:.3f}"
@@ -967,6 +947,7 @@ def train(args, world, device, amp):
             leaky = "-LEAKY" if args.split_by == "slice" else ""
             out = unused_name(f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model}{leaky}")
         new_folder(out)
+    out = Path(world.broadcast(str(out)))
     log = make_log(out / "training_log.txt") if world.is_main else lambda line="": None
     if last:
         restore(state, last, card, args, out, log)

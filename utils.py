@@ -3,7 +3,8 @@ curves.
 
 A checkpoint holds plain Python values and tensors, so that it loads with weights_only=True.
 best_model.pth is a model with everything that predict.py needs; last.pth is a run with everything
-that --resume needs. """
+that --resume needs.
+"""
 
 import contextlib
 import math
@@ -124,7 +125,8 @@ def lr_at(step, *, steps_per_epoch, epochs, warmup_epochs, lr):
 
     The warm-up ends after warmup_epochs * steps_per_epoch steps, the cosine (Loshchilov & Hutter
     2017, arXiv 1608.03983) after epochs * steps_per_epoch. A pure function, so a resumed run cannot
-    drift. """
+    drift.
+    """
     warmup = warmup_epochs * steps_per_epoch
     total = epochs * steps_per_epoch
     if step < warmup:
@@ -234,7 +236,8 @@ def validation_scores(index, logits):
 
     Returns (scores, remark). A dict of the slice-level loss (cross-entropy without label
     smoothing), accuracy and balanced accuracy and of the scan-level AUROC; and a sentence if every
-    slice gets the same prediction, else "". """
+    slice gets the same prediction, else "".
+    """
     is_ad = (index.label == "AD").to_numpy()
     p_ad = metrics.expit(logits)
     predicted_ad = p_ad >= metrics.THRESHOLD

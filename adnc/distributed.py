@@ -74,7 +74,8 @@ def join(device):
     torchrun.
 
     On CUDA each process gets the GPU of its number on this machine. InputError if there are too
-    few. """
+    few.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # SLURM may set the first alone
         return World(), device

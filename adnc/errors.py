@@ -9,7 +9,8 @@ def printable(text, keep="\n"):
     """Text for a terminal, a log or a figure: characters that do not print become escapes.
 
     Names of files may hold control characters, or bytes that are not UTF-8. Characters in `keep`
-    stay. """
+    stay.
+    """
     characters = []
     for character in str(text):
         if character.isprintable() or character in keep:

@@ -111,7 +111,8 @@ def read_table(path, columns):
     case.
 
     Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if
-    the file cannot be read or lacks one of the `columns`. """
+    the file cannot be read or lacks one of the `columns`.
+    """
     try:
         table = pd.read_csv(
             path,

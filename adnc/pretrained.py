@@ -18,7 +18,8 @@ def load_tensors(path):
     """The content of a file of torch.save or of a .safetensors file, on the CPU.
 
     InputError if it does not exist, is damaged, or can only be read by running code that it
-    contains. """
+    contains.
+    """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; expected a file of torch.save or .safetensors")
     try:
@@ -50,7 +51,8 @@ def find_state_dict(content):
     depth.
 
     Of equally large ones the first wins, so that "model" comes before "model_ema". InputError if
-    there is none. """
+    there is none.
+    """
     candidates = []
 
     def collect(value, depth):

@@ -33,7 +33,7 @@ def _run(folder, script, words, cwd, environment, file_size):
     sys.path[0] = str(ROOT)
     sys.argv = [script, *words]
     try:
-        if script.startswith("tools."):
+        if script.startswith(("tools.", "docs.")):
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(script, run_name="__main__")

@@ -4,7 +4,8 @@ FLAGS...
 test_resume.py runs it. Children are forked before anything is computed, so that a start costs no
 import. Half of the children are killed after a random time, half when a half-written file is seen
 after that time. Finished runs are in FOLDER/0, FOLDER/1, ...; a line for each kill says what it
-hit. """
+hit.
+"""
 
 import os
 import random

@@ -1,7 +1,6 @@
-"""Attributions: their arithmetic, the check that a method has to pass, and what predict.py writes."""
+"""Attribution maps: their arithmetic, the randomisation check, and the folder of explanations."""
 
 import filecmp
-import importlib.util
 import json
 import sys
 
@@ -9,26 +8,44 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, write_slice
+from conftest import write_slice
 from PIL import Image
-from test_checkpoint import content
 from torch import nn
 
-from adnc.explain import attribution as explain
 import predict
-from adnc.phantom.anatomy import render
-from utils import load_checkpoint, save_checkpoint
-from dataset import read_index
-from adnc.files import read_csv
-from modules import ConvNeXt, make_model
-from adnc.phantom.draw import plan_local
 from adnc.data.augment import eval_transform
+from adnc.data.index import list_inputs
+from adnc.errors import InputError
+from adnc.explain import attribution
+from adnc.phantom.anatomy import render
+from adnc.phantom.draw import plan_local
+from dataset import load_inputs, read_index
+from docs.experiments import attribution as experiment
+from modules import make_model
+from utils import load_checkpoint
 
 BLACK = -torch.ones(1, 1, 32, 32)
+# With the paper's initialisation an untrained block is close to the identity.
+LIVELY = {"layer_scale": 1.0, "init_std": "fan_in"}
 
 
 def noise(n, side=32):
     return torch.randn(n, 1, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def build(variant, **options):
+    """(a function that builds a model, one of its models in evaluation mode)."""
+
+    def fresh_model():
+        return make_model(variant=variant, in_chans=1, num_classes=2, **options)
+
+    torch.manual_seed(1)
+    return fresh_model, fresh_model().eval()
+
+
+@pytest.fixture(scope="module")
+def atto():
+    return build("atto", **LIVELY)
 
 
 def edges(model, x, baseline):
@@ -37,282 +54,338 @@ def edges(model, x, baseline):
     return dx.abs() + dy.abs()
 
 
-def drawn_from_weights(model, x, baseline):
-    """A method that is nothing but the weights: other weights, another map."""
+def noise_from_weights(model, x, baseline):
+    """A method that depends on nothing but the weights."""
     seed = int(1e6 * model.head.weight.abs().sum())
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def card(variant, **options):
-    """As much of a checkpoint as the check reads, of a model whose blocks are not the identity."""
-    torch.manual_seed(1)
-    facts = {"variant": variant, "in_chans": 1, "num_classes": 2, **options}
-    model = make_model(**facts)
-    return {"model": facts, "weights": model.state_dict()}, model.eval()
-
-
-@pytest.fixture(scope="module")
-def atto():
-    return card("atto", layer_scale=1.0, init_std="fan_in")
-
-
-def bright_square(sign=1.0):
-    """A network that sees only how bright a slice is, where it is bright, and calls that AD (or NC for sign -1); and a
-    dark slice with a square."""
-    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                          nn.Linear(1, 2))  # fmt: skip
+def brightness_model(sign=1.0):
+    """(model, slice, region): the logit of AD, or of NC for sign -1, is the mean brightness; the
+    slice is black with a white square inside the region."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(1, 2),
+    )
     with torch.no_grad():
         model[0].weight.fill_(1 / 9)
         model[0].bias.fill_(0.0)
         model[4].bias.fill_(0.0)
         model[4].weight.copy_(sign * torch.tensor([[-1.0], [1.0]]))
-    x, region = BLACK.clone(), np.zeros((1, 32, 32), bool)
-    x[..., 20:28, 4:12], region[0, 18:30, 2:14] = 1.0, True
+    x = BLACK.clone()
+    x[..., 20:28, 4:12] = 1.0
+    region = np.zeros((1, 32, 32), bool)
+    region[0, 18:30, 2:14] = True
     return model.eval(), x, region
 
 
 # ---------------------------------------------------------------- the methods
 
 
-@pytest.mark.parametrize("variant", ["atto", "cnn"])
-def test_integrated_gradients_sum_to_the_margin_over_the_baseline(variant, atto):
-    _, model = atto if variant == "atto" else card(variant)
+def test_the_flag_of_predict_offers_every_method():
+    assert predict.METHODS == ("auto", *attribution.METHODS)
+
+
+@pytest.mark.parametrize("variant, options", [("atto", LIVELY), ("cnn", {})])
+def test_integrated_gradients_sum_to_the_margin_over_the_baseline(variant, options):
+    _, model = build(variant, **options)
     x = noise(3)
-    maps = explain.attribute("integrated-gradients", model, x, BLACK)
+    maps = attribution.attribute("integrated-gradients", model, x, BLACK)
+    margin = attribution.margin(model)
     with torch.no_grad():
-        expected = (explain.margin(model)(x) - explain.margin(model)(BLACK)).numpy()
-    assert abs(expected).min() > 1e-3  # the sums are not those of nothing
-    np.testing.assert_allclose(maps.sum((1, 2)), expected, rtol=0.05, atol=0.02 * abs(expected).max())
+        expected = (margin(x) - margin(BLACK)).numpy()
+    assert abs(expected).min() > 1e-3
+    tolerance = 0.02 * abs(expected).max()
+    np.testing.assert_allclose(maps.sum((1, 2)), expected, rtol=0.05, atol=tolerance)
 
 
-@pytest.mark.parametrize("method", explain.METHODS)
-def test_what_a_network_looks_at_gets_the_attribution_with_the_sign_of_its_class(method):
-    for sign in (1.0, -1.0):
-        model, x, region = bright_square(sign)
-        maps = explain.attribute(method, model, x, BLACK)
-        assert maps.shape == (1, 32, 32) and maps.dtype == np.float32
-        assert explain.share_inside(sign * maps, region)[0] > 0.95
-        assert (sign * maps).sum() > 0 and not (-sign * maps).clip(min=0).sum() > 0.05 * abs(maps).sum()
+@pytest.mark.parametrize("method", attribution.METHODS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_only_feature_of_a_model_gets_the_attribution_with_the_sign_of_its_class(method, sign):
+    model, x, region = brightness_model(sign)
+    maps = attribution.attribute(method, model, x, BLACK)
+    assert maps.shape == (1, 32, 32)
+    assert maps.dtype == np.float32
+    towards_class = sign * maps
+    assert experiment.share_inside(towards_class, region)[0] > 0.95
+    assert towards_class.sum() > 0
+    assert -towards_class.clip(max=0).sum() <= 0.05 * abs(maps).sum()
 
 
-def test_grad_cam_looks_at_a_sixteenth_of_the_side_whatever_the_number_of_stages():
-    for variant, side in (("atto", 4), ("narrow", 4), ("cnn", 8)):
-        model, seen = card(variant)[1], []
-        explain.cam_layer(model).register_forward_hook(lambda layer, given, out: seen.append(out.shape))  # noqa: B023
-        model(noise(1, 64))
-        assert tuple(seen[0][2:]) == (side, side)
+@pytest.mark.parametrize("variant, side", [("atto", 4), ("narrow", 4), ("cnn", 8)])
+def test_the_layer_of_grad_cam_has_the_expected_resolution(variant, side):
+    _, model = build(variant)
+    shapes = []
+    layer = attribution.cam_layer(model)
+    layer.register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape))
+    model(noise(1, 64))
+    assert tuple(shapes[0][2:]) == (side, side)
 
 
-# ---------------------------------------------------------------- the check
+# ---------------------------------------------------------------- the randomisation check
 
 
 @pytest.mark.parametrize("variant", ["atto", "narrow", "cnn"])
 def test_weights_are_randomised_from_the_head_down_until_none_is_left(variant):
-    checkpoint, _ = card(variant)
-    models = list(explain.randomised(checkpoint))
-    assert [name for name, _ in models] == ["head"] + [
-        f"{'block' if variant == 'cnn' else 'stage'} {k}" for k in range(len(models) - 1, 0, -1)]
-    drawn = [name for name, weight in checkpoint["weights"].items() if weight.ndim > 1]
-    changed = [{name for name in drawn if not torch.equal(model.state_dict()[name], checkpoint["weights"][name])}
-               for _, model in models]
-    assert changed[0] and all(a < b for a, b in zip(changed, changed[1:])) and changed[-1] == set(drawn)
+    fresh_model, model = build(variant)
+    trained = model.state_dict()
+    names = [name for name, _ in attribution.model_parts(model)]
+    part = "block" if variant == "cnn" else "stage"
+    assert names == ["head", *(f"{part} {k}" for k in range(len(names) - 1, 0, -1))]
+
+    drawn = {name for name, weight in trained.items() if weight.ndim > 1}
+    before = set()
+    for n_parts in range(1, len(names) + 1):
+        weights = attribution.randomise(model, fresh_model, n_parts).state_dict()
+        changed = {name for name in drawn if not torch.equal(weights[name], trained[name])}
+        assert before < changed
+        before = changed
+    assert before == drawn
 
 
-def test_a_method_that_ignores_the_weights_is_unusable_and_one_that_depends_on_them_passes(atto, monkeypatch):
-    monkeypatch.setattr(explain, "STEPS", 8)
-    x = noise(2)
-    ignoring = explain.check(edges, atto[0], x, BLACK)
-    assert (ignoring[["signed", "absolute"]] == 1).all(axis=None) and not explain.is_usable(ignoring)
-    turned = explain.check(lambda model, *given: edges(model, *given) * model.head.bias.sum().add(1e-9).sign(),
-                           atto[0], x, BLACK)  # the same picture, or the same in the other colour
-    assert not explain.is_usable(turned)
-    silent = explain.check(lambda model, x, baseline: torch.zeros_like(x), atto[0], x, BLACK)
-    assert not explain.is_usable(silent)
-    for method in (drawn_from_weights, "integrated-gradients", "grad-cam"):
-        found = explain.check(method, atto[0], x, BLACK)
-        assert explain.is_usable(found) and found.absolute.tail(explain.DRAWS).is_unique, method
-    assert "UNUSABLE" in explain.describe("edges", ignoring, 2)
-    # The mean decides, and the spread is said.
-    one_of_three = found.assign(absolute=[0, 0, 0, 0, 0.4, 0.4, 0.6])
-    assert explain.is_usable(one_of_three) and "0.47 without signs (0.40 to 0.60 in 3 draws)" in explain.describe(
-        "m", one_of_three, 8)
-    assert not explain.is_usable(one_of_three.assign(absolute=[0, 0, 0, 0, 0.4, 0.5, 0.6]))
+def test_randomising_leaves_the_model_and_the_random_state_as_they_were(atto):
+    fresh_model, model = atto
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = torch.get_rng_state()
+    attribution.randomise(model, fresh_model, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_only_the_head_is_compared(atto):
-    """Where slice and baseline are black, maps are alike for every model: that is no agreement."""
+def edges_of_one_sign(model, x, baseline):
+    """The same picture for every model, or the same in the other colour."""
+    return edges(model, x, baseline) * model.head.bias.sum().add(1e-9).sign()
+
+
+def no_map(model, x, baseline):
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("method", [edges, edges_of_one_sign, no_map])
+def test_a_method_that_ignores_the_weights_is_unusable(atto, method):
+    fresh_model, model = atto
+    table = attribution.check(method, model, fresh_model, noise(2), BLACK)
+    assert (table[["signed", "absolute"]] == 1).all(axis=None)
+    assert not attribution.is_usable(table)
+    assert attribution.describe("edges", table, 2).startswith("UNUSABLE: edges")
+
+
+@pytest.mark.parametrize("method", [noise_from_weights, "integrated-gradients", "grad-cam"])
+def test_a_method_that_depends_on_the_weights_passes(atto, method, monkeypatch):
+    monkeypatch.setattr(attribution, "STEPS", 8)
+    fresh_model, model = atto
+    table = attribution.check(method, model, fresh_model, noise(2), BLACK)
+    stages = ["head", "stage 4", "stage 3", "stage 2", *["stage 1"] * attribution.N_DRAWS]
+    assert table.part.tolist() == stages
+    assert table.draw.tolist() == [0, 0, 0, 0, *range(attribution.N_DRAWS)]
+    assert attribution.is_usable(table)
+    assert table.absolute.tail(attribution.N_DRAWS).is_unique  # each draw has weights of its own
+
+
+def test_the_mean_over_the_draws_decides_and_their_range_is_reported():
+    table = pd.DataFrame({
+        "part": ["head", "stage 1", "stage 1", "stage 1"],
+        "draw": [0, 0, 1, 2],
+        "signed": 0.0,
+        "absolute": [1, 0.4, 0.4, 0.6],
+    })  # fmt: skip
+    assert attribution.is_usable(table)
+    sentence = attribution.describe("a method", table, 8)
+    assert "0.47 without signs (0.40 to 0.60 in 3 draws)" in sentence
+    assert not attribution.is_usable(table.assign(absolute=[0, 0.4, 0.5, 0.6]))
+
+
+def test_maps_are_compared_inside_the_head_only():
+    """Where slice and baseline are black, the maps of all models are alike."""
     x = BLACK.clone()
     x[..., 8:24, 8:24] = noise(1, 16).abs()
-    where = explain.inside_head(x, BLACK)
-    assert where[0, 8:24, 8:24].all() and where.sum() == 256
-    assert explain.inside_head(BLACK, BLACK).all()  # nothing to see: everything counts
+    mask = attribution.inside_head(x, BLACK)
+    assert mask[0, 8:24, 8:24].all()
+    assert mask.sum() == 16 * 16
+    assert attribution.inside_head(BLACK, BLACK).all()  # a black slice is compared everywhere
 
 
-# ---------------------------------------------------------------- what a map is worth
+# ---------------------------------------------------------------- the folder of explanations
 
 
-def test_random_maps_are_as_smooth_as_the_map_and_elsewhere():
-    maps = explain.attribute("occlusion", *bright_square()[:2], BLACK)
-    other = explain.scramble(maps, np.random.default_rng(0))
-    spectra = [abs(np.fft.rfft2(each - each.mean())) for each in (maps, other)]
-    np.testing.assert_allclose(*spectra, atol=1e-3 * spectra[0].max())
-    assert abs(np.corrcoef(maps.ravel(), other.ravel())[0, 1]) < 0.5
+def make_explainer(model_functions, method):
+    fresh_model, model = model_functions
+    checkpoint = {
+        "image_size": 32,
+        "mean": 0.5,
+        "std": 0.5,
+        "mean_slice": torch.full((40, 48), 60, dtype=torch.uint8),
+        "calibration": {"temperature": 2.0},
+    }
+    return attribution.Explainer(model, fresh_model, checkpoint, method, torch.device("cpu"))
 
 
-def test_deletion_takes_away_the_pixels_that_speak_most_for_ad():
-    model, x, region = bright_square()
-    found = np.zeros((1, 32, 32), np.float32)
-    found[0, 20:28, 4:12] = 1  # 64 of 1,024 pixels
-    everywhere = np.ones_like(region)
-    before = explain.margin(model)(x).item()
-    assert explain.deletion(model, x, BLACK, found, everywhere, 0.0625)[0] == pytest.approx(0, abs=1e-6)
-    assert explain.deletion(model, x, BLACK, -found, everywhere, 0.0625)[0] == pytest.approx(before, rel=1e-5)
-    assert explain.deletion(model, x, BLACK, found, ~region, 0.0625)[0] == pytest.approx(before, rel=1e-5)
+def load(folder):
+    return load_inputs(list_inputs([folder]), slice_size=(40, 48), progress=None)
 
 
-@pytest.mark.parametrize("size", [(48, 40), (40, 48), (61, 33)])
-def test_a_map_lies_over_the_place_of_the_slice_that_the_model_saw(size):
-    pixels = np.zeros((1, *size), np.uint8)
-    row, column = size[0] // 2 + 6, size[1] // 2 - 5
-    pixels[0, row - 1 : row + 2, column - 1 : column + 2] = 255
-    seen = eval_transform(torch.from_numpy(pixels)[:, None], 32, 0.0, 1.0)[0, 0].numpy()
-    placed = explain.to_slice(seen, size)
-    assert placed.shape == size
-    found = np.array([(placed * at).sum() / placed.sum() for at in np.indices(size)])
-    np.testing.assert_allclose(found, (row, column), atol=0.35)
-
-
-# ---------------------------------------------------------------- predict.py --explain
-
-
-def explained(run_folder, out, inputs, method="grad-cam", checkpoint=None):
-    words = [str(inputs), "--checkpoint", str(checkpoint or run_folder / "best_model.pth"), "--out", str(out),
-             "--explain", method]  # fmt: skip
-    predict.main(predict.parse_args(words))
-    folder = out / "explanations"
-    summary = json.loads((folder / "summary.json").read_text())
-    table = read_csv(folder / "explanations.csv").astype({"slice": "Int64", "place": int, **dict.fromkeys(
-        ("for_AD", "for_NC", "full_colour", "signed", "absolute"), float)})
-    return explain.Explained(folder, table, summary["sentence"], summary["usable"], summary["caution"])
-
-
-def test_the_methods_of_the_flag_are_those_of_explain():
-    assert predict.METHODS == ("auto", *explain.METHODS)
+@pytest.fixture(scope="module")
+def two_slices(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slices")
+    write_slice(folder / "7_1.png", True, 1)
+    write_slice(folder / "8_1.png", False, 2)
+    return load(folder)
 
 
 def test_a_checkpoint_holds_the_mean_of_its_training_slices(run_folder, ad_nc):
     split = pd.read_csv(run_folder / "split.csv")
-    train = np.stack([np.asarray(Image.open(ad_nc / path)) for path in split.path[split.split == "train"]])
+    train = []
+    for path in split.path[split.split == "train"]:
+        with Image.open(ad_nc / path) as image:
+            train.append(np.asarray(image, float))
     mean = load_checkpoint(run_folder / "best_model.pth")["mean_slice"]
     assert mean.dtype == torch.uint8
-    np.testing.assert_array_equal(mean.numpy(), train.astype(float).mean(0).round())
+    np.testing.assert_array_equal(mean.numpy(), np.mean(train, axis=0).round())
 
 
-def test_each_slice_gets_an_overlay_and_arrays_whatever_it_is_named(run_folder, tmp_path, pictures, capsys):
-    hostile = ["7_1", "7_2", "a b_1", "a?b_1", "=1+1_3", "_..", "new\nline_4", "x" * 200 + "_5", "<b>&_6", "\udcff_7"]
-    for seed, name in enumerate(hostile):
+def test_each_slice_gets_an_overlay_and_arrays_whatever_its_name(atto, tmp_path, pictures):
+    names = [
+        "7_1", "7_2", "a b_1", "a?b_1", "=1+1_3", "_..", "new\nline_4", "x" * 200 + "_5", "<b>&_6",
+        "\udcff_7",
+    ]  # fmt: skip
+    for seed, name in enumerate(names):
         write_slice(tmp_path / "in" / "slice.png", True, seed)
-        (tmp_path / "in" / "slice.png").rename(tmp_path / "in" / f"{name}.jpeg")
-    (tmp_path / "in" / "8_1.jpeg").write_bytes(b"no image")
-    found = explained(run_folder, tmp_path / "out", tmp_path / "in")
-    predictions = pd.read_csv(tmp_path / "out" / "predictions.csv", encoding_errors="surrogateescape")
-    assert len(predictions) == len(hostile) + 1 and len(found.table) == len(hostile)
-    folder = tmp_path / "out" / "explanations"
-    names = [path.name for path in folder.iterdir()]
-    assert not any(path.is_dir() for path in folder.iterdir()) and all(name.isascii() for name in names)
-    assert found.table.overlay.is_unique and set(found.table.overlay) | set(found.table.maps) < set(names)
-    for row in found.table.itertuples():
-        assert Image.open(folder / row.overlay).size == (48, 40)
-        arrays = np.load(folder / row.maps)
-        assert arrays["maps"][row.place].shape == (32, 32) and arrays["maps"].dtype == np.float32
-        assert arrays["maps"][row.place].clip(min=0).sum() == pytest.approx(row.for_AD, rel=1e-4)
+        (tmp_path / "in" / "slice.png").rename(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "8_1.png").write_bytes(b"no image")
+    slices = load(tmp_path / "in")
+    explained = make_explainer(atto, "grad-cam").write(slices, tmp_path / "out")
+
+    table = explained.table
+    assert sorted(table.path) == sorted(slices.index.path[slices.index.error.isna()])
+    assert len(table) == len(names)
+    files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(files) == len(list((tmp_path / "out").iterdir()))
+    assert all(name.isascii() for name in files)
+    assert table.overlay.is_unique
+    assert not table[["maps", "place"]].duplicated().any()
+    assert {*table.overlay, *table.maps, "legend.png", "checks.csv", "summary.json"} < files
+    assert sum(name.startswith("scan_") for name in files) == 1  # of scan 7, with two slices
+
+    for row in table.itertuples():
+        with Image.open(explained.overlays[row.path]) as image:
+            assert image.size == (48, 40)
+        arrays = np.load(tmp_path / "out" / row.maps)
+        values = arrays["maps"][row.place]
+        assert values.shape == (32, 32)
+        assert values.dtype == np.float32
+        assert values.clip(min=0).sum() == pytest.approx(row.for_AD, rel=1e-4)
         np.testing.assert_allclose(arrays["mean"], arrays["maps"].mean(0), rtol=1e-5, atol=1e-7)
-    assert len({(row.maps, row.place) for row in found.table.itertuples()}) == len(hostile)
-    assert {"legend.png", "checks.csv", "summary.json"} < set(names)
-    # That of scan 7, which has two slices.
-    assert sum(name.startswith("scan_") for name in names) == 1
-    out = capsys.readouterr()
-    assert found.sentence in out.out + out.err
-    checks = pd.read_csv(folder / "checks.csv")
-    assert checks.part.tolist() == ["head", "stage 4", "stage 3", "stage 2", *["stage 1"] * explain.DRAWS]
-    assert checks.draw.tolist() == [0, 0, 0, 0, *range(explain.DRAWS)]
-    assert (checks.method == "grad-cam").all()
+
+    written = pd.read_csv(tmp_path / "out" / "explanations.csv", encoding_errors="surrogateescape")
+    assert written.overlay.tolist() == table.overlay.tolist()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["method"] == "grad-cam"
+    assert summary["sentence"] == explained.sentence
 
 
-def test_a_method_that_fails_its_check_is_marked_on_every_picture(run_folder, ad_nc, tmp_path, pictures, monkeypatch,
-                                                                  capsys):
-    monkeypatch.setitem(explain.METHODS, "grad-cam", edges)
-    found = explained(run_folder, tmp_path / "bad", ad_nc / "test" / "AD" / "300_70.jpeg")
-    assert not found.usable and found.sentence.startswith("UNUSABLE: grad-cam")
-    assert json.loads((tmp_path / "bad" / "explanations" / "summary.json").read_text())["usable"] is False
-    assert f"warning: {found.sentence}" in capsys.readouterr().err
-    monkeypatch.setattr(explain, "LIMIT", 2.0)
-    fine = explained(run_folder, tmp_path / "good", ad_nc / "test" / "AD" / "300_70.jpeg")
-    marked, plain = (np.asarray(Image.open(each.folder / each.table.overlay[0])) for each in (found, fine))
-    assert fine.usable and (marked != plain).any() and (marked[20:] == plain[20:]).all()
+def test_a_method_that_fails_its_check_is_marked_on_every_picture(
+    atto, two_slices, tmp_path, pictures, monkeypatch
+):
+    monkeypatch.setitem(attribution.METHODS, "grad-cam", edges)
+    explainer = make_explainer(atto, "grad-cam")
+    failed = explainer.write(two_slices, tmp_path / "failed")
+    assert not failed.usable
+    assert failed.sentence.startswith("UNUSABLE: grad-cam")
+    assert json.loads((tmp_path / "failed" / "summary.json").read_text())["usable"] is False
+
+    monkeypatch.setattr(attribution, "LIMIT", 2.0)  # now the same maps pass
+    passed = explainer.write(two_slices, tmp_path / "passed")
+    assert passed.usable
+    for path in two_slices.index.path:
+        with Image.open(failed.overlays[path]) as image:
+            marked = np.asarray(image)
+        with Image.open(passed.overlays[path]) as image:
+            plain = np.asarray(image)
+        assert (marked != plain).any()
+        assert (marked[20:] == plain[20:]).all()  # the mark is at the top
 
 
-def test_auto_takes_the_first_method_that_passes_on_the_model(run_folder, ad_nc, tmp_path, monkeypatch):
-    monkeypatch.setitem(explain.METHODS, "integrated-gradients", edges)
-    monkeypatch.setitem(explain.METHODS, "occlusion", drawn_from_weights)
-    found = explained(run_folder, tmp_path, ad_nc / "test" / "AD" / "300_70.jpeg", "auto")
-    checks = pd.read_csv(found.folder / "checks.csv")
+def test_auto_takes_the_first_method_that_passes(atto, two_slices, tmp_path, monkeypatch):
+    monkeypatch.setitem(attribution.METHODS, "integrated-gradients", edges)
+    monkeypatch.setitem(attribution.METHODS, "occlusion", noise_from_weights)
+    explained = make_explainer(atto, "auto").write(two_slices, tmp_path / "out")
+    assert explained.usable
+    assert explained.sentence.startswith("occlusion passes")
+    assert explained.sentence.endswith("; integrated-gradients failed it")
+    checks = pd.read_csv(tmp_path / "out" / "checks.csv")
     assert checks.method.tolist() == ["integrated-gradients"] * 7 + ["occlusion"] * 7
-    assert found.usable and json.loads((found.folder / "summary.json").read_text())["method"] == "occlusion"
-    assert found.sentence.startswith("occlusion passes") and found.sentence.endswith("; integrated-gradients failed it")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["method"] == "occlusion"
 
 
-def test_the_plain_model_in_float32_is_explained(run_folder):
-    explainer = explain.Explainer(load_checkpoint(run_folder / "best_model.pth"), "auto", torch.device("cpu"))
-    assert isinstance(explainer.model, ConvNeXt) and not explainer.model.training
-    assert {weight.dtype for weight in explainer.model.parameters()} == {explainer.baseline.dtype} == {torch.float32}
-    assert explainer.baseline.shape == (1, 1, 32, 32)
+@pytest.mark.parametrize("size", [(48, 40), (40, 48), (61, 33)])
+def test_a_map_is_laid_over_the_part_of_the_slice_that_the_model_saw(size):
+    pixels = np.zeros((1, *size), np.uint8)
+    row, column = size[0] // 2 + 6, size[1] // 2 - 5
+    pixels[0, row - 1 : row + 2, column - 1 : column + 2] = 255
+    view = eval_transform(torch.from_numpy(pixels)[:, None], 32, 0.0, 1.0)[0, 0].numpy()
+    placed = attribution.to_slice(view, size)
+    assert placed.shape == size
+    centre = [(placed * at).sum() / placed.sum() for at in np.indices(size)]
+    np.testing.assert_allclose(centre, (row, column), atol=0.35)
 
 
-def test_what_an_explanation_lacks_is_said_before_anything_is_written(run_folder, ad_nc, tmp_path, monkeypatch):
-    old = content(run_folder)
-    old.pop("mean_slice")
-    save_checkpoint(tmp_path / "old.pth", **old)
-    with pytest.raises(ValueError, match="holds no mean of its training slices.*train it again"):
-        explained(run_folder, tmp_path / "out", ad_nc / "test", checkpoint=tmp_path / "old.pth")
-    predict.main(predict.parse_args([str(ad_nc / "test"), "--checkpoint", str(tmp_path / "old.pth"), "--out",
-                                     # Without --explain it predicts as ever.
-                                     str(tmp_path / "fine")]))
+def test_without_captum_the_explainer_is_refused(atto, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(ValueError, match="needs captum.*pip install 'captum>=0.9'"):
-        explained(run_folder, tmp_path / "out", ad_nc / "test")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="needs captum.*requirements-extra.txt"):
+        make_explainer(atto, "auto")
 
 
-# ---------------------------------------------------------------- the script behind docs/explain.md
+# ---------------------------------------------------------------- docs/experiments/attribution.py
 
 
-@pytest.fixture(scope="module")
-def attribution():
-    path = ROOT / "docs" / "attribution.py"
-    spec = importlib.util.spec_from_file_location("attribution", path)
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
+def test_random_maps_have_the_spectrum_of_a_map_in_other_places():
+    model, x, _ = brightness_model()
+    maps = attribution.attribute("occlusion", model, x, BLACK)
+    other = experiment.scramble(maps, np.random.default_rng(0))
+    spectrum, other_spectrum = (abs(np.fft.rfft2(m - m.mean())) for m in (maps, other))
+    np.testing.assert_allclose(spectrum, other_spectrum, atol=1e-3 * spectrum.max())
+    assert abs(np.corrcoef(maps.ravel(), other.ravel())[0, 1]) < 0.5
 
 
-def test_shuffled_labels_keep_subjects_whole_and_change_nothing_else(attribution, ad_nc, tmp_path):
-    before, after = read_index(ad_nc), read_index(attribution.shuffle_labels(ad_nc, tmp_path / "shuffled"))
+def test_deletion_replaces_the_highest_pixels_inside_the_mask():
+    model, x, region = brightness_model()
+    maps = np.zeros((1, 32, 32), np.float32)
+    maps[0, 20:28, 4:12] = 1  # the white square: 64 of 1,024 pixels
+    everywhere = np.ones_like(region)
+    before = attribution.margin(model)(x).item()
+
+    def margin_after(maps, mask):
+        return experiment.deletion(model, x, BLACK, maps, mask, share=0.0625)[0]
+
+    assert margin_after(maps, everywhere) == pytest.approx(0, abs=1e-6)
+    assert margin_after(-maps, everywhere) == pytest.approx(before, rel=1e-5)
+    assert margin_after(maps, ~region) == pytest.approx(before, rel=1e-5)
+
+
+def test_shuffled_labels_keep_subjects_whole_and_change_nothing_else(ad_nc, tmp_path):
+    before = read_index(ad_nc)
+    after = read_index(experiment.shuffle_labels(ad_nc, tmp_path / "shuffled"))
     assert (after.groupby("subject").label.nunique() == 1).all()
-    joined = before.merge(after, on=["scan", "slice", "subject", "split"], validate="one_to_one")
+    keys = ["scan", "slice", "subject", "split"]
+    joined = before.merge(after, on=keys, validate="one_to_one")
     assert len(joined) == len(before) == len(after)
     assert before.label.value_counts().equals(after.label.value_counts())
     assert 0.2 < (joined.label_x != joined.label_y).mean() < 0.8
     assert all(map(filecmp.cmp, joined.path_x, joined.path_y))
 
 
-def test_the_altered_region_is_where_atrophy_acts_and_not_the_noise(attribution):
+def test_the_altered_region_is_where_atrophy_acts_and_not_the_noise():
     scan = plan_local(10)[0]._replace(atrophy=0.0)
-    region = attribution.altered(scan)
-    assert region.shape == (6, 240, 256) and (0.0005 < region.mean((1, 2))).all() and (region.mean((1, 2)) < 0.02).all()
+    region = experiment.altered(scan)
+    assert region.shape == (6, 240, 256)
+    area = region.mean((1, 2))
+    assert area.min() > 0.0005
+    assert area.max() < 0.02
     rows, columns = np.nonzero(region.any(0))
-    # Temporal, below.
-    assert 100 < rows.min() and rows.max() < 190 and 80 < columns.min() and columns.max() < 200
-    assert (render(scan._replace(atrophy=1.0))[~region] == render(scan._replace(atrophy=1.1))[~region]).mean() > 0.99
+    assert 100 < rows.min() and rows.max() < 190  # the temporal lobe
+    assert 80 < columns.min() and columns.max() < 200
+    a, b = render(scan._replace(atrophy=1.0)), render(scan._replace(atrophy=1.1))
+    assert (a[~region] == b[~region]).mean() > 0.99

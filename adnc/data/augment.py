@@ -1,6 +1,6 @@
-"""Transforms of whole batches on any device: the view of the evaluation, and random augmentation.
+"""Transforms of whole batches on any device: resize and crop for evaluation, random augmentation.
 
-The augmentation (random resized crop, flip, rotation) is one affine map an image.
+The augmentation (random resized crop, flip, rotation) is one affine map per image.
 """
 
 import numpy as np
@@ -22,25 +22,29 @@ def eval_transform(images, image_size, mean=MEAN, std=STD):
 
 
 def train_transform(images, image_size, *, augment=True, flip=True, generator=None, share=None):
-    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random; without
-    `augment` as in the evaluation.
+    """uint8 (N, 1, H, W) -> float32 (N, 1, S, S), normalised and augmented at random.
 
-    The random numbers come from `generator`, a CPU generator whatever the device. With share = (n,
-    rank, world) the images are the rows rank, rank + world, ... of a batch of n, and each gets what
-    it would get in the whole batch. """
+    Without `augment` it is `eval_transform`. The random numbers come from `generator`, a CPU
+    generator whatever the device, or from PyTorch's own. With share = (n, rank, world) the images
+    are the rows rank, rank + world, ... of a batch of n, and each gets the map that it would get in
+    the whole batch.
+    """
     if not augment:
         return eval_transform(images, image_size)
-    n, rank, world = share or (len(images), 0, 1)
+    n, rank, world = len(images), 0, 1
+    if share is not None:
+        n, rank, world = share
     theta = sample_affine(n, *images.shape[2:], flip=flip, generator=generator)
     return warp(images, theta[rank::world], image_size)
 
 
 def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, generator=None):
-    """Random resized crop, horizontal flip and rotation as one affine map an image.
+    """Draw a random resized crop, horizontal flip and rotation as one affine map per image.
 
     The crop is drawn as torchvision's RandomResizedCrop draws it: area uniform in [min_area, 1],
-    aspect log-uniform in [3/4, 4/3], the first of ten that fits. Returns float32 (n, 2, 3), from
-    output to input, in the coordinates of grid_sample. """
+    aspect log-uniform in [3/4, 4/3], the first of ten that fits; the whole image if none does.
+    Returns float32 (n, 2, 3), from output to input, in the coordinates of grid_sample.
+    """
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -63,11 +67,12 @@ def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, ge
 
 
 def affine(x0, y0, w, h, size, mirror, angle):
-    """The map (n, 2, 3) of a crop at (x0, y0) of w x h pixels out of size (H, W), then mirror (-1
-    or 1), then a turn by `angle` radians, counter-clockwise; all but the size are tensors (n,).
+    """The map (n, 2, 3) of a crop, a mirror and a rotation, in this order.
 
-    It reads backwards, from output to input, as grid_sample needs it: turn in the square output,
-        mirror, then into the crop. """
+    The crop is at (x0, y0), w x h pixels out of size (H, W); mirror is -1 or 1; the angle is in
+    radians, counter-clockwise. All but the size are tensors (n,). As grid_sample needs it, the map
+    leads from output to input: rotation in the square output, mirror, then into the crop.
+    """
     height, width = size
     cos, sin = torch.cos(angle), torch.sin(angle)
     sx, sy = w / width, h / height
@@ -77,14 +82,14 @@ def affine(x0, y0, w, h, size, mirror, angle):
 
 
 def warp(images, theta, image_size, mean=MEAN, std=STD):
-    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised; what lies outside
-    is black.
+    """uint8 (N, 1, H, W) and maps (N, 2, 3) -> float32 (N, 1, S, S), normalised.
 
-    Bilinear. If the image is shrunk by 1.5 or more, k x k points are averaged for a pixel, against
-    aliasing. """
+    Bilinear; what is outside the image is black. If the image is shrunk by 1.5 or more, each pixel
+    is the average of k x k points, against aliasing.
+    """
     k = max(1, round(min(images.shape[2:]) / image_size))
     x = images.to(torch.float32) / 255
-    if x.is_cuda:  # from pinned memory, or each step would wait for all work before it
+    if x.is_cuda:  # a copy from pageable memory would wait for all work before it
         theta = theta.pin_memory()
     theta = theta.to(x.device, non_blocking=True)
     grid = F.affine_grid(theta, (len(x), 1, k * image_size, k * image_size), align_corners=False)
@@ -92,8 +97,10 @@ def warp(images, theta, image_size, mean=MEAN, std=STD):
 
 
 def as_trained(images, image_size=224):
-    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them,
-    for pictures. The same slices get the same draw."""
+    """uint8 (N, H, W) -> uint8 (N, S, S): slices as an epoch of the documented recipe shows them.
+
+    For pictures. The same slices get the same random numbers.
+    """
     generator = torch.Generator().manual_seed(int(images.sum()))
     x = train_transform(torch.from_numpy(images)[:, None], image_size, generator=generator)
     return ((x[:, 0] * STD + MEAN) * 255).round().clip(0, 255).to(torch.uint8).numpy()

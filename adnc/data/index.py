@@ -1,7 +1,8 @@
 """Index image folders: files, names of scans and slices, and the subjects of scans.
 
 The subject of a scan is known from meta_data_with_label.json or subjects.csv beside the images, or
-from the name of the scan if it has a known form. Nothing is decoded here. """
+from the name of the scan if it has a known form. Nothing is decoded here.
+"""
 
 import os
 import re
@@ -66,7 +67,8 @@ def read_subjects(*folders):
     from the path of each file to the subjects that it names. METADATA is the JSON of ADNI: the
     subject is the `ddd_S_dddd` in a file name of the entry, `label` is 0 for NC, 1 for MCI, 2 for
     AD. TABLE has the columns scan and subject. InputError if a file cannot be read, or if the two
-    contradict each other. """
+    contradict each other.
+    """
     subjects, labels, sources = {}, {}, {}
     for name, read in ((METADATA, read_metadata), (TABLE, read_subject_table)):
         path = find_beside(name, folders)
@@ -87,8 +89,10 @@ def read_subjects(*folders):
 
 
 def find_beside(name, folders):
-    """The path of the file `name` in one of the folders, beside it, or beside the target of a link;
-    else None."""
+    """The path of the file `name` in or beside one of the folders, or None.
+
+    Beside a link is beside the link itself, then beside its target.
+    """
     for folder in map(Path, folders):
         for place in (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent):
             if (place / name).is_file():
@@ -116,9 +120,8 @@ def read_metadata(path):
             )
         if matches:
             subjects[scan] = matches.pop()
-        label = (
-            str(entry.get("label", "")).strip().removesuffix(".0")
-        )  # a table with gaps makes 2.0 of 2
+        # A spreadsheet column with empty cells turns 2 into 2.0.
+        label = str(entry.get("label", "")).strip().removesuffix(".0")
         if label.lower() not in MISSING:
             labels[scan] = LABELS.get(label.upper(), f"label {label}")
     return subjects, labels
@@ -135,19 +138,18 @@ def read_subject_table(path):
 
 
 def check_match(scans, subjects, sources):
-    """InputError if the tables of subjects name no subject, or know none of the scans, with an id
-    of each."""
+    """InputError if the tables `sources` name no subject, or know none of the scans."""
     if not sources:
         return
     names = " and ".join(map(str, sources))
     if not subjects:
         raise InputError(
-            f"{names}: there is no subject of any scan; expected scan,subject in each row of "
-            f"{TABLE}, or in each entry of {METADATA} a file name with ADNI_ddd_S_dddd_"
+            f"{names}: no scan has a subject; expected scan,subject in each row of {TABLE}, or in "
+            f"each entry of {METADATA} a file name with ADNI_ddd_S_dddd_"
         )
     if len(scans) and not scans.isin(subjects.keys()).any():
         raise InputError(
-            f"{names}: of {len(subjects):,} scans none is in the folder; its ids are such as "
+            f"{names}: none of its {len(subjects):,} scans is in the folder: its ids are such as "
             f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file "
             "<scan>_<slice>.jpeg); write the ids as the files have them, or move the table away"
         )
@@ -157,7 +159,8 @@ def subjects_from_names(scans, pattern=None):
     """The subjects of scans whose names have a known form, a dict; and lines on what matched.
 
     With `pattern`, a regular expression, its first group (or its group `subject`) is the subject,
-    wherever it matches in a name; the forms of NAME_PATTERNS are then not tried. """
+    wherever it matches in a name; the forms of NAME_PATTERNS are then not tried.
+    """
     patterns = {"--subject-pattern": pattern} if pattern else NAME_PATTERNS
     subjects, lines = {}, []
     for form, regex in patterns.items():
@@ -179,12 +182,12 @@ def subjects_from_names(scans, pattern=None):
 
 
 def add_subjects_from_names(scans, subjects, pattern=None):
-    """`subjects`, a dict from scan to subject of a table, completed by the names of the other
-    scans: (dict, lines).
+    """Complete `subjects`, a dict from scan to subject, by the names of scans that it lacks.
 
-    If the table knows one scan of a subject and the name of another scan matches it, both get the
-    subject of the table, so that no person counts twice. InputError if the table has two subjects
-    for one of the names. """
+    Returns (dict, lines). If two scans have the same subject by their names, and the dict knows one
+    of them, both get the subject of the dict, so that no person counts as two. InputError if the
+    dict has two subjects for one of the names.
+    """
     scans = list(dict.fromkeys(scans))
     others = [scan for scan in scans if scan not in subjects]
     named, lines = subjects_from_names(others, pattern)
@@ -205,12 +208,10 @@ def add_subjects_from_names(scans, subjects, pattern=None):
                 "--subject-pattern is not used: the subjects of all scans are known from a table"
             )
 
-    in_table = defaultdict(
-        dict
-    )  # by the subject that a name gives: the table's subjects, each with a scan
-    for scan, name in subjects_from_names([scan for scan in scans if scan in subjects], pattern)[
-        0
-    ].items():
+    # For each subject by name: the subjects that the table has for it, each with a scan.
+    in_table = defaultdict(dict)
+    in_both, _ = subjects_from_names([scan for scan in scans if scan in subjects], pattern)
+    for scan, name in in_both.items():
         in_table[name].setdefault(subjects[scan], scan)
     for scan, name in named.items():
         if len(in_table[name]) > 1:
@@ -244,8 +245,10 @@ def list_folder(folder):
 
 
 def describe_unused(root, used):
-    """A line that counts, by extension, the files under `root` that are not among the paths `used`;
-    [] if there are none. Leftovers of archives and tools are not counted."""
+    """Count the files under `root` that are not among the paths `used`, by extension.
+
+    Returns a list of one line, or of none. Leftovers of archives and tools are not counted.
+    """
     used = {os.path.abspath(path) for path in used}
     counts = Counter()
     example = {}
@@ -267,24 +270,23 @@ def describe_unused(root, used):
 
 
 def tabulate(rows):
-    """A table of rows (path, label, split, error), with scan and slice from the name; the path and
-    <NA> if it has another form. Rows that contradict each other get an error."""
+    """A table of rows (path, label, split, error), with scan and slice from the file name.
+
+    A name of another form makes the path the scan, without a slice number. Rows that contradict
+    each other get an error.
+    """
     rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
     for row in rows:
         row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
+
+    # Within a unit the column must have one value.
     checks = (
-        ("label", ["scan"], "belongs to scan {scan}, which is in both classes (there as {other})"),
-        (
-            "split",
-            ["scan"],
-            "belongs to scan {scan}, which is in both train and test (there as {other})",
-        ),
+        ("label", ["scan"], "is of scan {scan}, which is in both classes (see {other})"),
+        ("split", ["scan"], "is of scan {scan}, which is in both train and test (see {other})"),
         ("path", ["scan", "slice"], "is the same slice of a scan as {other}"),
     )
     for column, unit, text in checks:
-        first_paths = defaultdict(
-            dict
-        )  # of each unit: the values of the column, with the first path of each
+        first_paths = defaultdict(dict)  # unit -> value of the column -> first path
         usable_rows = [row for row in rows if row["error"] is None]
         for row in usable_rows:
             if row[column] is not None:
@@ -300,10 +302,9 @@ def tabulate(rows):
 
 
 def complete(table, subjects, order):
-    """The table with subject and group, sorted. Groups of equal slices are merged once the pixels
-    are known."""
+    """The table with subject and group, sorted by the columns `order`."""
     table["subject"] = table.scan.map(subjects).astype("string")
-    table = assign_groups(table.assign(pixel_hash=""))
+    table = assign_groups(table.assign(pixel_hash=""))  # again when the pixels are known
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
 
@@ -313,26 +314,28 @@ def complete(table, subjects, order):
 def check_folders(root):
     """InputError if `root` lacks one of the folders of AD_NC."""
     expected = "expected AD_NC with train/AD, train/NC, test/AD and test/NC"
+    if not root.exists():
+        raise InputError(f"{root} does not exist; {expected}")
     if not root.is_dir():
-        raise InputError(
-            f"{root} {'is not a folder' if root.exists() else 'does not exist'}; {expected}"
-        )
+        raise InputError(f"{root} is not a folder; {expected}")
     missing = [f"{split}/{label}" for split in ("train", "test") for label in ("AD", "NC")]
     missing = [name for name in missing if not (root / name).is_dir()]
     if missing:
-        folders = sorted(
-            f"{path.relative_to(root)}/" for path in [*root.glob("*/"), *root.glob("*/*/")]
-        )
-        content = printable(", ".join(folders[:8])) or "no folders"
+        folders = [path for path in [*root.glob("*"), *root.glob("*/*")] if path.is_dir()]
+        names = sorted(str(path.relative_to(root)) for path in folders)
+        content = "no folders"
+        if names:
+            content = "the folders " + printable(", ".join(names[:8]), keep="")
         raise InputError(f"{root} has no {', '.join(missing)}, it holds {content}; {expected}")
 
 
 def list_set(root, pattern=None):
-    """The Listing of a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg, or of its
-    parent.
+    """The Listing of a folder AD_NC, or of its parent, with files <scan>_<slice>.jpeg in
+    {train,test}/{AD,NC}.
 
     `pattern` finds subjects in names (see `subjects_from_names`). InputError for a folder of
-    another form. """
+    another form.
+    """
     named = root = Path(root)
     if not (root / "train").is_dir() and (root / "AD_NC").is_dir():
         root = root / "AD_NC"
@@ -349,14 +352,8 @@ def list_set(root, pattern=None):
                     f"({', '.join(EXTENSIONS)}); expected files <scan>_<slice>.jpeg"
                 )
             for path in folders:
-                rows.append(
-                    (
-                        path,
-                        label,
-                        split,
-                        f"is a folder; expected files <scan>_<slice>.jpeg in {label}",
-                    )
-                )
+                error = f"is a folder; expected files <scan>_<slice>.jpeg in {label}"
+                rows.append((path, label, split, error))
             for path in images:
                 error = None
                 if parse_name(path) is None:
@@ -371,30 +368,32 @@ def list_set(root, pattern=None):
         table.loc[i, "error"] = (
             f"is in folder {table.label[i]}, but {METADATA} says {other_label[i]}"
         )
+    check_match(table.scan, subjects, sources)
     for path, known in sources.items():
-        if known or len(sources) == 1:
+        if known:  # one of two tables may name no subject
             check_match(table.scan, known, [path])
     subjects, notes = add_subjects_from_names(table.scan, subjects, pattern)
     if pattern and not table.scan.isin(subjects.keys()).any():
         raise InputError(
             f"{notes[0]}; expected a regular expression with a group, as in '(sub\\d+)_'"
         )
-    notes += describe_unused(root, table.path)
+    notes += describe_unused(root, [*table.path, *sources])
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
     return Listing(index, str(root), list(sources), notes)
 
 
 def usable(index):
-    """(index of the files that can be used, list of (path, reason) of the others), of the index of
-    a Listing."""
+    """Divide the index of a Listing: (index of the usable files, list of (path, reason) of the
+    others)."""
     good, bad = index[index.error.isna()], index[index.error.notna()]
     return good.reset_index(drop=True).astype({"slice": "int64"}), list(zip(bad.path, bad.error))
 
 
 def describe_bad(bad, advice="fix or remove them"):
-    """Lines on files that cannot be used, (path, reason) each: how many there are, and the first
+    """Lines on files that cannot be used, a list of (path, reason): their number and the first
     ten."""
-    lines = [f"{len(bad):,} file{'s' if len(bad) > 1 else ''} cannot be used; {advice}:"]
+    files = "file" if len(bad) == 1 else "files"
+    lines = [f"{len(bad):,} {files} cannot be used; {advice}:"]
     for path, reason in bad[:10]:
         lines.append(f"  {printable(path, keep='')} {printable(reason, keep='')}")
     if len(bad) > 10:
@@ -406,11 +405,13 @@ def read_index(root):
     """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
 
     Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens
-        from here), label ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split
-        ("train" or "test") and group (see `assign_groups`). Raises InputError for a folder of
-        another form, and if files cannot be used: names of another form, folders, slices that are
-        there twice, and scans that are in two classes, in train and test, or in another class than
-        the metadata say. """
+    from here), label ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split ("train"
+    or "test") and group (see `assign_groups`).
+
+    InputError for a folder of another form, and if files cannot be used: names of another form,
+    folders, slices that are there twice, and scans that are in two classes, in both train and test,
+    or in another class than the metadata say.
+    """
     index, bad = usable(list_set(root).index)
     if bad:
         raise InputError(describe_bad(bad))
@@ -423,30 +424,32 @@ def read_index(root):
 def list_inputs(inputs, pattern=None, failed=None):
     """The Listing of files and folders to predict; label is None if unknown, split "".
 
-    A folder counts as labelled if it holds AD/ and NC/. A file that is not named <scan>_<slice> is
-    a scan of its own, with its path for a name and no slice number. `failed` has the reasons why
+    The folders AD/ and NC/ in an input are its labels. A file that is not named <scan>_<slice> is a
+    scan of its own, with its path for a name and no slice number. `failed` has the reasons why
     volumes could not be cut, by path. A file that cannot be predicted has the reason in the column
-    error; InputError if there is no other. """
+    error; InputError if no file can be predicted.
+    """
     rows, notes = [], []
     for given in map(Path, inputs):
         rows += list_input(given)
     rows += [(path, None, reason) for path, reason in (failed or {}).items()]
 
+    # Each file counts once; a path with a label goes before one without.
     files, links = {}, []
-    for path, label, error in sorted(
-        rows, key=lambda row: row[1] is None
-    ):  # a labelled path counts first
+    for path, label, error in sorted(rows, key=lambda row: row[1] is None):
         real = os.path.realpath(path)
         if real in files and files[real][0] != path:
             links.append(path)
         files.setdefault(real, (path, label, "", error))
     table = tabulate(files.values())
     if table.error.notna().all():
-        others = f"; nor can {len(table) - 1} others be predicted" if len(table) > 1 else ""
-        raise InputError(f"{printable(table.path[0], keep='')} {table.error[0]}{others}")
+        message = f"{printable(table.path[0], keep='')} {table.error[0]}"
+        if len(table) > 1:
+            message += f"; nor can {len(table) - 1} others be predicted"
+        raise InputError(message)
     if links:
         notes.append(
-            f"{len(links)} inputs are links to others, first {links[0]}; each file counts once"
+            f"{len(set(links))} inputs are links to others, first {links[0]}; each file counts once"
         )
     folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
     if len({given.name for given in folders}) > 1 and all(label is None for _, label, _ in rows):
@@ -456,17 +459,16 @@ def list_inputs(inputs, pattern=None, failed=None):
         )
 
     subjects, labels, tables = subjects_of_inputs(inputs, table.scan, notes)
-    for given in inputs:
+    used = [*(path for path, _, _ in rows), *tables]
+    for given in dict.fromkeys(map(str, inputs)):
         if os.path.isdir(given):
-            notes += describe_unused(given, [*table.path, *tables])
+            notes += describe_unused(given, used)
     other_label = table.scan.map(labels)
-    wrong = table.scan[
-        other_label.notna() & table.label.notna() & (other_label != table.label)
-    ].nunique()
-    if wrong:
+    wrong = other_label.notna() & table.label.notna() & (other_label != table.label)
+    if wrong.any():
         notes.append(
-            f"{wrong} scans are in a folder of another class than the metadata say; the folder "
-            "counts"
+            f"{table.scan[wrong].nunique()} scans are in a folder of another class than the "
+            "metadata say; the folder counts"
         )
     subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
     return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], [*notes, *lines])
@@ -485,12 +487,10 @@ def list_input(given):
     images, folders, _ = list_folder(given)
     by_name = {os.path.basename(path): path for path in folders}
     labelled = {label: by_name[label] for label in ("AD", "NC") if label in by_name}
-    if (
-        not images and not labelled
-    ):  # without slices beside them, folders ad/ and nc/ are classes, too
-        labelled = {
-            name.upper(): path for name, path in by_name.items() if name.upper() in ("AD", "NC")
-        }
+    if not images and not labelled:  # ad/ and nc/ are labels too, unless slices are beside them
+        for name, path in by_name.items():
+            if name.upper() in CLASSES:
+                labelled[name.upper()] = path
     rows = []
     for label, folder in labelled.items():
         rows += [(path, label, None) for path in list_folder(folder)[0]]
@@ -501,29 +501,32 @@ def list_input(given):
 
     hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
     hints += [folder for folder in folders if list_folder(folder)[0]]
-    hint = f"; did you mean {hints[0]}?" if hints else ""
-    return [(
-        str(given), None,
+    error = (
         f"holds no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, nor do AD/ and "
-        f"NC/ in it{hint}",
-    )]  # fmt: skip
+        "NC/ in it"
+    )
+    if hints:
+        error += f"; did you mean {hints[0]}?"
+    return [(str(given), None, error)]
 
 
 def set_root(given):
-    """The folder that the metadata are in or beside: AD_NC for AD_NC/test/AD/x.jpeg, else the
-    folder itself."""
+    """The folder whose metadata belong to an input: AD_NC for AD_NC/test/AD/x.jpeg, else the folder
+    itself."""
     folder = Path(os.path.abspath(given))
     if not folder.is_dir():
         folder = folder.parent
-    while folder.name in ("train", "test", "AD", "NC"):
+    while folder.name.lower() in ("train", "test", "ad", "nc"):
         folder = folder.parent
     return folder
 
 
 def subjects_of_inputs(inputs, scans, notes):
-    """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs. A
-    table that cannot
-    be used costs the subjects, not the prediction: the reason is appended to `notes`."""
+    """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs.
+
+    If a table cannot be used, the subjects are unknown, and the reason is appended to `notes`; the
+    prediction continues.
+    """
     subjects, labels, tables = {}, {}, []
     for root in sorted({set_root(given) for given in inputs}):
         try:

@@ -3,9 +3,9 @@
 Slices are uint8 arrays (N, H, W) until a batch is made. A file is a JPEG, PNG, BMP, TIFF or WebP of
 one picture, 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour (RGB, palette, CMYK)
 becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), and what is transparent becomes black.
-Grey files of 16 bits
-become 8 bits by one rule for the whole set: the largest value in it takes b bits, and 0 to 2^b - 1
-becomes 0 to 255. Anything else is refused. """
+Grey files of 16 bits become 8 bits by one rule for the whole set: the largest value in it takes b
+bits, and 0 to 2^b - 1 becomes 0 to 255. Anything else is refused.
+"""
 
 import hashlib
 import io
@@ -34,15 +34,15 @@ FORMATS = {
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
-# What describes a slice: its size in the file, how much its channels differ, the share of
+# What describes a slice: its size in the file, the mean difference of its channels, the share of
 # near-black pixels, the quantiles 0.5, 0.9 and 0.99 of its grey levels, and the mean grey of its
 # border.
 STATS = ("height", "width", "colour", "near_black", "median", "bright", "brightest", "border")
+COLUMNS = (*STATS, "bits", "depth")
 
 
 class Unfit(InputError):
-    """A file that is no slice; the text continues a sentence that begins with the name of the
-    file."""
+    """A file that cannot be a slice. The text follows the name of the file in a sentence."""
 
 
 # ---------------------------------------------------------------- names of files
@@ -54,8 +54,10 @@ def is_junk(name):
 
 
 def parse_name(path):
-    """`<scan>_<slice>.jpeg` -> (scan, slice), the scan being everything before the last underscore;
-    None for another form."""
+    """(scan, slice) of a name `<scan>_<slice>.jpeg`, or None for a name of another form.
+
+    The scan is everything before the last underscore.
+    """
     match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id
     if not match:
         return None
@@ -66,13 +68,13 @@ def parse_name(path):
 
 
 def open_image(path):
-    """An image file, its pixels not yet decoded. Raises OSError or Unfit if it cannot be a
-    slice."""
-    if not os.path.isfile(path):  # a pipe would be waited for without end
+    """An image file whose pixels are not yet decoded. Raises Unfit or OSError if it is no slice."""
+    if not os.path.isfile(path):  # reading from a pipe would wait forever
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
     size = os.path.getsize(path)
     if size > LARGEST**2 * 16:
         raise Unfit(f"has {size:,} bytes, more than {LARGEST} x {LARGEST} pixels can need")
+
     # From memory: Pillow maps a TIFF that is to be turned by 90 degrees with the wrong row length.
     data = io.BytesIO(Path(path).read_bytes())
     try:
@@ -83,42 +85,53 @@ def open_image(path):
         ) from None
     except Image.DecompressionBombError:
         raise Unfit(f"claims too many pixels; expected {SMALLEST} to {LARGEST} a side") from None
+
     if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
         raise Unfit(
             f"is {image.width} x {image.height} pixels; expected {SMALLEST} to {LARGEST} a side"
         )
     if getattr(image, "n_frames", 1) > 1:
         raise Unfit(f"holds {image.n_frames} pictures; expected one")
+    # Pillow keeps the upper 8 of these 16 bits, which are black if the file uses fewer.
+    if image.mode[0] != "I" and any(re.search(";16[BLN]", str(tile)) for tile in image.tile):
+        raise Unfit("has colour or transparency in 16 bits; save it in grey, or in 8 bits")
     return image
 
 
 def upright(image):
-    """The image, turned as its EXIF says; as it is if the EXIF is damaged."""
+    """The image, turned as its EXIF says; as it is if the EXIF cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # Pillow raises nearly anything on damaged metadata
         return image
 
 
-def to_grey(image):
-    """(grey, colour) of a decoded image: mode "L", or "I" for more than 8 bits; and the mean
-    difference of its channels, 0 for a grey image."""
+def read_grey(path):
+    """(grey, colour): a file as an image of mode "L", or "I" if it has more than 8 bits; and the
+    mean difference of its channels, 0 for a grey image."""
+    image = open_image(path)
+    image.load()  # outside `upright`, which would hide that the pixels are damaged
+    image = upright(image)
     if image.mode == "L":
         return image, 0.0
     if image.mode == "F":
         raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
     if image.mode.startswith("I"):
         return image.convert("I"), 0.0
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     image = image.convert("RGB")
-    return image.convert("L"), float(np.ptp(np.asarray(image), axis=2).mean())
+    colour = float(np.ptp(np.asarray(image), axis=2).mean())
+    return image.convert("L"), colour
 
 
 def from_16_bits(values, bits):
-    """int (H, W) of a 16-bit file -> uint8: 0 to 2^bits - 1 becomes 0 to 255, rounded. Unfit
-    beyond."""
+    """int (H, W) of a 16-bit file -> uint8: 0 to 2^bits - 1 becomes 0 to 255, rounded.
+
+    Raises Unfit for values out of that range.
+    """
     white = 2**bits - 1
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
@@ -131,46 +144,51 @@ def from_16_bits(values, bits):
     return ((values * 255 + white // 2) // white).astype(np.uint8)
 
 
-def describe_pixels(pixels):
-    """The STATS of pixels uint8 (H, W) from near_black on."""
-    share = np.cumsum(np.bincount(pixels.ravel(), minlength=256)) / pixels.size
-    height, width = (max(1, side // 10) for side in pixels.shape)  # the outermost tenth
-    inside = pixels[height:-height, width:-width]
-    border = (float(pixels.sum()) - float(inside.sum())) / (pixels.size - inside.size)
-    return share[NEAR_BLACK - 1], *np.searchsorted(share, (0.5, 0.9, 0.99)), border
-
-
 def decode_with_stats(path, size=None, bits=16):
-    """(pixels of `decode`, tuple of STATS, bits, depth). `depth` is the number of bits that the
-    largest value of a 16-bit file takes, 0 for another file. With bits=None the pixels of a 16-bit
-    file are black."""
-    image = open_image(path)
-    image.load()
-    grey, colour = to_grey(upright(image))
-    depth = 0
+    """(pixels of `decode`, dict of COLUMNS).
+
+    `bits` is the number of bits that were used, 8 except for a 16-bit file; `depth` is the number
+    of bits that the largest value of a 16-bit file takes, 0 for any other file.
+    """
+    grey, colour = read_grey(path)
+    used, depth = 8, 0
     if grey.mode == "I":
         values = np.asarray(grey).astype(np.int64)
-        depth = max(8, int(values.max()).bit_length())
-        if bits is None:
-            from_16_bits(values, 16)  # refuses what has no 16 bits
-            return np.zeros(size, np.uint8), (0.0,) * len(STATS), 8, depth
         grey = Image.fromarray(from_16_bits(values, bits))
-    original = (grey.height, grey.width)
-    if size is not None and original != tuple(size):
+        used, depth = bits, max(8, int(values.max()).bit_length())
+
+    stats = {"height": grey.height, "width": grey.width, "colour": colour}
+    if size is not None and (grey.height, grey.width) != tuple(size):
         grey = ImageOps.fit(grey, (size[1], size[0]), Image.Resampling.BILINEAR)
+    stats |= describe_levels(grey)
+    return np.asarray(grey), stats | {"bits": used, "depth": depth}
+
+
+def describe_levels(grey):
+    """The STATS of an image of mode "L" from near_black on."""
     pixels = np.asarray(grey)
-    return pixels, (*original, colour, *describe_pixels(pixels)), bits if depth else 8, depth
+    share = np.cumsum(grey.histogram()) / pixels.size  # of pixels up to each grey level
+    median, bright, brightest = np.searchsorted(share, (0.5, 0.9, 0.99))
+    height, width = (max(1, side // 10) for side in pixels.shape)  # the border is a tenth wide
+    inside = pixels[height:-height, width:-width]
+    border = (float(pixels.sum()) - float(inside.sum())) / (pixels.size - inside.size)
+    return {
+        "near_black": share[NEAR_BLACK - 1], "median": median, "bright": bright,
+        "brightest": brightest, "border": border,
+    }  # fmt: skip
 
 
 def decode(path, size=None, bits=16):
-    """One slice as uint8 (H, W). With size = (H, W), an image of another size is scaled to cover it
-    and cropped about its centre. Of a 16-bit file, `bits` are used. Raises OSError or ValueError if
-    the file is no slice."""
+    """One slice as uint8 (H, W).
+
+    With size = (H, W), an image of another size is scaled to cover it and cropped about its centre.
+    Of a 16-bit file, `bits` are used. Raises Unfit, or what Pillow raises for a damaged file.
+    """
     return decode_with_stats(path, size, bits)[0]
 
 
 def header(path):
-    """(height, width) of an image file, or None if it is not one."""
+    """(height, width) of an upright image file, or None if it cannot be read."""
     try:
         return upright(open_image(path)).size[::-1]
     except Exception:  # decoding the file will say what is wrong with it
@@ -178,8 +196,10 @@ def header(path):
 
 
 def hash_pixels(pixels):
-    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a single grey, which identifies no
-    scan."""
+    """SHA-256 (12 hex digits) of a slice uint8 (H, W); "" for a slice of one grey level.
+
+    An empty slice looks like any other, so it does not identify a scan.
+    """
     if pixels.size == 0 or (pixels == pixels.flat[0]).all():
         return ""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:12]
@@ -216,37 +236,38 @@ def hash_slices(images, progress=None):
 
 
 def load_slices(paths, size, progress="decoding", images=None, bits=None):
-    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), a new array or the `images`
-    given.
+    """Decode files in parallel into uint8 (N, H, W) with size = (H, W), or into `images`.
 
     Of 16-bit files `bits` are used, or if None as many as the largest value in all of them takes.
 
     Returns (images, stats, errors): a DataFrame of N rows with STATS, bits and depth; and for each
-    file None, or the reason why it could not be read and images[i] is black. """
+    file None, or the reason why it cannot be read, in which case images[i] is black.
+    """
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
-    stats = np.zeros((len(paths), len(STATS) + 2))
+    rows = [dict.fromkeys(COLUMNS, 0)] * len(paths)
 
     def load(i, bits):
         try:
-            images[i], values, used, depth = decode_with_stats(paths[i], size, bits)
+            images[i], rows[i] = decode_with_stats(paths[i], size, bits)
         except Unfit as problem:
             return str(problem)
         except Exception as problem:  # Pillow raises nearly anything on a damaged file
             reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
             return f"cannot be read as an image: {reason}"
-        stats[i] = (*values, used, depth)
         return None
 
+    first = 16 if bits is None else bits
     with threads() as pool:
-        work = pool.map(lambda i: load(i, bits), range(len(paths)))
+        work = pool.map(lambda i: load(i, first), range(len(paths)))
         errors = list(progress_bar(work, progress, len(paths)))
-        deep = np.flatnonzero(stats[:, -1])
-        if bits is None and len(deep):  # now it is known how many bits they use together
-            used = int(stats[deep, -1].max())
+        # Now it is known how many bits the 16-bit files use together; decode them again if fewer.
+        deep = [i for i, row in enumerate(rows) if row["depth"] > 0]
+        used = max((rows[i]["depth"] for i in deep), default=16)
+        if bits is None and used < 16:
             for i, error in zip(deep, pool.map(lambda i: load(i, used), deep)):
                 errors[i] = error
-    return images, pd.DataFrame(stats.round(4), columns=[*STATS, "bits", "depth"]), errors
+    return images, pd.DataFrame(rows, columns=list(COLUMNS), dtype=float).round(4), errors
 
 
 # ---------------------------------------------------------------- cache
@@ -256,7 +277,7 @@ def cache_folder():
     """Where decoded slices and the set of --demo are kept: in XDG_CACHE_HOME, or ~/.cache."""
     try:
         parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as problem:
+    except RuntimeError as problem:  # the user has no home folder
         raise OSError(f"{problem}; name a folder with XDG_CACHE_HOME") from None
     return parent / "convnext-ad-nc"
 
@@ -268,19 +289,22 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
     """The slices of N files as uint8 (N, H, W), where (H, W) is what `find_size()` returns.
 
     With the folder `root` they are cached: one .npy file a folder, memory-mapped, so that a set
-    larger than memory trains as well; it is used as long as path, size and time of change of each
-    file stay the same. If the cache cannot be written, the slices are decoded into memory.
+    larger than memory trains as well; and a .json with their table. The cache is used as long as
+    path, size and times of change of each file stay the same. If it cannot be written, a line says
+    so and the slices are decoded into memory.
 
     Returns (images, table, errors): a DataFrame of N rows with STATS, bits, depth and pixel_hash;
-    and for each file None or the reason why it cannot be read. """
+    and for each file None, or the reason why it cannot be read.
+    """
     if root is not None:
         try:
             file = cache_folder() / f"slices-{fingerprint(os.path.abspath(root))}.npy"
             state = fingerprint(describe_files(paths), 32)
             cached = read_cache(file, state)
-            if cached is not None:
-                return *cached, [None] * len(paths)
-            return write_cache(file, state, paths, find_size(), progress)
+            if cached is None:
+                return write_cache(file, state, paths, find_size(), progress)
+            images, table = cached
+            return images, table, [None] * len(paths)
         except OSError as problem:
             print(
                 f"the cache cannot be written ({problem}); slices are decoded into memory",
@@ -291,35 +315,42 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
 
 
 def describe_files(paths):
-    """A line for each file with its name, size and times of change: what a cache was made of."""
+    """The files that a cache is made of, as text: a line each with path, size and times."""
     lines = [f"format {FORMAT}"]
     for path in paths:
         try:
             stat = os.stat(path)
         except OSError:  # decoding will say why
             lines.append(f"{path!r} is not there")
-        else:  # ctime as well: copies and archives may keep the other times
+        else:  # copies and archives may keep the time of the content, but not ctime
             lines.append(f"{path!r} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}")
     return "\n".join(lines)
 
 
+def stamp(file):
+    """Size and time of change of a .npy file, by which its .json knows that the two are a pair."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def read_cache(file, state):
-    """(images, table) of a cache file in that state, or None."""
+    """(images, table) of a cache that was made from files in that state, or None."""
     try:
         kept = json.loads(file.with_suffix(".json").read_text())
-        if kept["state"] != state:
+        if kept["state"] != state or kept["stamp"] != stamp(file):
             return None
-        table = pd.DataFrame(kept["table"])
-        images = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, KeyError, TypeError):  # not there, cut off, or of another version
+        return np.load(file, mmap_mode="r"), pd.DataFrame(kept["table"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, damaged, or of another version
         return None
-    return (images, table) if len(images) == len(table) else None
 
 
 def write_cache(file, state, paths, size, progress):
-    """Decode into a cache file; returns what `decode_files` does. Files that cannot be read keep
-    the cache from being used again, for they may be fixed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Decode into a cache; returns what `decode_files` does.
+
+    The cache is not kept if a file cannot be read: that may be repaired without a change of size
+    or time, as with permissions.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # slices of patients
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size))
@@ -331,11 +362,9 @@ def write_cache(file, state, paths, size, progress):
         images.flush()
         images = np.load(temporary, mmap_mode="r")
         if not any(errors):
+            kept = {"state": state, "stamp": stamp(temporary), "table": table.to_dict("list")}
             os.replace(temporary, file)
-            write_text(
-                file.with_suffix(".json"),
-                json.dumps({"state": state, "table": table.to_dict("list")}),
-            )
+            write_text(file.with_suffix(".json"), json.dumps(kept))
             print(f"the decoded slices are cached in {file}", flush=True)
     finally:
         temporary.unlink(missing_ok=True)
@@ -354,12 +383,12 @@ def mean_slice(images, rows):
 
 
 def stats_range(stats):
-    """The smallest and largest of each of STATS over the slices of a table, for a checkpoint."""
+    """The smallest and the largest value of each of STATS in a table: {name: [low, high]}."""
     return {name: [float(stats[name].min()), float(stats[name].max())] for name in STATS}
 
 
-# How far beyond the range of training a slice is still accepted: a share of that range, plus a
-# slack; and a factor for height and width.
+# How far out of the training range a slice is still accepted: by a share of the range plus a slack,
+# or for height and width by a factor.
 SHARE = 0.25
 SLACK = {"colour": 5, "near_black": 0.02, "median": 5, "bright": 10, "brightest": 16, "border": 5}
 SCALE = 1.5
@@ -376,10 +405,9 @@ WORDS = {
 
 
 def out_of_range(stats, training, reference="in training"):
-    """A text on what is out of the training range, for each row of a table with STATS; <NA> if
-    nothing is.
+    """What is out of the training range: a text for each row of a table with STATS, or <NA>.
 
-    `training` is the `stats_range` of the training slices.
+    `training` is the `stats_range` of the training slices; the texts call it `reference`.
     """
     texts = pd.Series("", index=stats.index, dtype="string")
     for name in STATS:
@@ -398,7 +426,7 @@ def out_of_range(stats, training, reference="in training"):
 
 
 def describe_bits(table):
-    """Lines on the 16-bit files in a table with path, bits, depth and perhaps label."""
+    """Lines on the 16-bit files in a table with path, label, bits and depth."""
     deep = table[table.depth > 0]
     if deep.empty:
         return
@@ -422,20 +450,16 @@ def describe_bits(table):
 
 
 MIN_ALIKE = 20  # slices needed to tell what is usual
-LIKENESS = (
-    "height",
-    "width",
-    "colour",
-    "near_black",
-    "median",
-    "border",
-)  # contrast differs between scans
+# The STATS that are alike in a set; contrast is not: it differs between scans.
+LIKENESS = ("height", "width", "colour", "near_black", "median", "border")
 
 
 def describe_outliers(table):
-    """A line on slices of a table with path and STATS that look unlike the others: outside Tukey's
-    fences (1977), 1.5 interquartile ranges beyond the quartiles, and the slack of
-    `out_of_range`."""
+    """A line on the slices of a table with path and STATS that look unlike the others.
+
+    They are outside Tukey's fences (1977), 1.5 interquartile ranges beyond the quartiles, and
+    outside the slack of `out_of_range` beyond these.
+    """
     if len(table) < MIN_ALIKE:
         return
     fences = dict.fromkeys(STATS, (-np.inf, np.inf))

@@ -1,5 +1,4 @@
-"""Groups of slices that belong together, the split by subject, and exposure: what training has
-seen.
+"""Groups of slices that belong together, the split by subject, exposure to training.
 
 Functions of the index, a DataFrame with a row a slice.
 """
@@ -21,7 +20,8 @@ def assign_groups(table):
 
     A group is the subject, or the scan if the subject is unknown; groups that share a slice pixel
     for pixel (column pixel_hash, "" if unknown) become one, named after the first. Split, folds,
-    intervals, calibration and prediction sets read this column. """
+    intervals, calibration and prediction sets read this column.
+    """
     groups = table.subject.fillna("scan " + table.scan).astype(str)
     if not table.pixel_hash[table.pixel_hash != ""].duplicated().any():
         return table.assign(group=groups)
@@ -42,8 +42,10 @@ def assign_groups(table):
 
 
 def drop_test_subjects(index):
-    """Leave groups that are also in "test" out of split "train". Returns (index, number of scans
-    left out). InputError if no subject is known."""
+    """Drop the groups from split "train" that are also in "test".
+
+    Returns (index, number of scans left out). InputError if no subject is known.
+    """
     if index.subject.isna().all():
         raise InputError(
             "which subjects are in both train and test is unknown without "
@@ -56,8 +58,11 @@ def drop_test_subjects(index):
 
 
 def take_subjects(index, n, seed=0):
-    """Keep n groups of split "train", of each class its share, in a seeded order: a smaller set is
-    part of a larger one, as learning curves need it. InputError if there are fewer."""
+    """Keep n groups of split "train", in the proportion of the classes, chosen by the seed.
+
+    A smaller n keeps a part of what a larger n keeps, as learning curves need it. InputError if
+    there are fewer than n groups.
+    """
     label = index[index.split == "train"].groupby("group").label.first()
     if n > len(label):
         raise InputError(f"--subjects is {n}, but train/ has {len(label)}; expected no more")
@@ -81,9 +86,9 @@ def split_index(index, val_fraction=0.1, by="subject", seed=0):
 
     by="subject" keeps a group whole (see `assign_groups`); by="slice" is the naive split that
     leaks, for showing the leak. In each class groups are taken in a seeded random order until the
-    number of slices is
-    nearest to the fraction: at least one, and at least one stays in train. A class with a single
-        group stays in train. """
+    number of slices is nearest to the fraction: at least one group, and at least one stays in
+    train. A class with a single group stays in train.
+    """
     if not 0 <= val_fraction < 1:
         raise InputError(
             f"the validation fraction is {val_fraction}; expected at least 0 and less than 1"
@@ -106,11 +111,12 @@ def split_index(index, val_fraction=0.1, by="subject", seed=0):
 
 
 def fold_index(index, fold, folds, by="subject", seed=0):
-    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train", by
-    StratifiedGroupKFold.
+    """Fold `fold` (0 to folds - 1) of a cross-validation over split "train".
 
-    The fold becomes split "test", and the rows of the official test set are dropped. Epochs are
-    still chosen on a "val" that `split_index` takes from the rest, never on the fold itself. """
+    scikit-learn's StratifiedGroupKFold makes the folds. The fold becomes split "test", and the rows
+    of the official test set are dropped. Epochs are still chosen on a "val" that `split_index`
+    takes from the rest, never on the fold itself.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     if folds < 2 or not 0 <= fold < folds:
@@ -136,7 +142,8 @@ def read_split(index, file, root):
 
     The file comes from an earlier run or was made by hand; its columns path and split are read.
     InputError if it does not name the slices of the index, each once, or if a group is in both
-    train and val, or a scan in both test and another split. """
+    train and val, or a scan in both test and another split.
+    """
     given = read_table(file, ("path", "split"))
     given["path"] = given.path.map(os.path.normpath, na_action="ignore")
     given["split"] = given.split.str.lower()
@@ -207,24 +214,19 @@ def shared_subjects(index):
 
 def split_hash(index):
     """A fingerprint of the split: 16 hex digits of the sorted lines split/label/group/file."""
-    places = (
-        index.split
-        + "/"
-        + index.label
-        + "/"
-        + index.group.astype(str)
-        + "/"
-        + index.path.map(os.path.basename)
-    )
-    return fingerprint("\n".join(sorted(places)), 16)
+    files = index.path.map(os.path.basename)
+    lines = index.split.str.cat([index.label, index.group.astype(str), files], sep="/")
+    return fingerprint("\n".join(sorted(lines)), 16)
 
 
 # ---------------------------------------------------------------- the split in words
 
 
 def describe_split(index, by, dropped=None):
-    """Lines on the sizes of the splits and on leaks. `dropped` is the number of scans that
-    `drop_test_subjects` left out, or None."""
+    """Lines on the sizes of the splits and on leaks.
+
+    `dropped` is the number of scans that `drop_test_subjects` left out, or None.
+    """
     parts = []
     for split, part in index.groupby("split", sort=False):
         n_scans, n_subjects = part.scan.nunique(), part.subject.nunique()
@@ -257,8 +259,7 @@ def describe_split(index, by, dropped=None):
 
 
 def describe_both_classes(index):
-    """A line on subjects with scans of both classes: AD_NC has none, so an id is likely to be
-    wrong."""
+    """A line on subjects with scans of both classes, if any; AD_NC has none."""
     n_classes = index.dropna(subset="subject").groupby("subject").label.nunique()
     both = n_classes.index[n_classes > 1]
     if len(both):
@@ -300,8 +301,10 @@ def describe_copies(index):
 
 def record_exposure(index):
     """What training has seen, for the checkpoint: fingerprints of subjects, scans and slices, and
-    whether a subject is unknown. Fingerprints spare the reader the names; they do not hide them
-    from somebody who tries all ids."""
+    whether a subject is unknown.
+
+    Fingerprints keep names out of the file. They are no encryption: a reader can try all ids.
+    """
     return {
         "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
         "scans": sorted(map(fingerprint, index.scan.unique())),
@@ -321,7 +324,8 @@ def find_exposure(table, recorded):
 
     `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan,
     or any slice of its group is among them; it is unknown if its own subject, or that of any
-    training scan, is not known. """
+    training scan, is not known.
+    """
     known = table.subject.notna()
     seen = known & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
     seen |= table.scan.map(fingerprint).isin(recorded["scans"])
@@ -332,8 +336,10 @@ def find_exposure(table, recorded):
 
 
 def describe_transfer(index, init):
-    """A line for each split with subjects that the weights of --init were trained on. `init` is
-    what train.load_init returns, or None."""
+    """A line for each split with subjects that the weights of --init were trained on.
+
+    `init` is a dict with the exposure of these weights (of `record_exposure`, or None), or None.
+    """
     if not init or not init["exposure"]:
         return
     for split in ("val", "test"):

@@ -1,14 +1,13 @@
-"""Attribution maps of the slices that a model predicts, and sanity checks of the method that makes
-them.
+"""Attribution maps of predicted slices, and a sanity check of the attribution method.
 
 An attribution map gives each pixel of the model's input a share in the logit z_AD - z_NC: positive
 towards AD, negative towards NC. Maps are float32 (S, S), computed with the plain model in float32.
 
-A map always looks like an explanation. So each method is checked on the model at hand before its
-maps are shown: the weights are randomised from the head down (Adebayo et al. 2018, arXiv
-1810.03292), and a method whose maps do not change shows the slice, not the model, and is marked
-UNUSABLE. docs/explain.md says what the methods are worth on the phantom, whose altered anatomy is
-known. """
+Any map looks like an explanation. So each method is checked on the model at hand before its maps
+are shown: the weights are randomised from the head down (Adebayo et al. 2018, arXiv 1810.03292). A
+method whose maps do not change then shows the slice, not the model, and is marked UNUSABLE.
+docs/explain.md measures the methods on the phantom, whose altered anatomy is known.
+"""
 
 import re
 from dataclasses import dataclass
@@ -30,14 +29,11 @@ from adnc.scoring import plots
 from adnc.scoring.metrics import expit
 
 STEPS = 32  # of integrated gradients
-WINDOW = (
-    7  # the occluded square has the side of the input divided by this, and moves by half of that
-)
-# A method is unusable if its maps correlate this much, or more, with those of random weights.
-LIMIT = 0.5
-N_CHECKED = 8  # slices that are used in the check
-N_DRAWS = 3  # of random weights for all parts; their mean decides
-SMOOTH = 64  # pictures (not arrays) are smoothed by a Gaussian whose SD is the side divided by this
+WINDOW = 7  # side of the input over side of the occluded square, which moves by half its side
+LIMIT = 0.5  # a method whose maps correlate this much with those of random weights is unusable
+N_CHECKED = 8  # slices used in the check
+N_DRAWS = 3  # draws of random weights for the whole model; their mean decides
+SMOOTH = 64  # side of a map over SD of the Gaussian that smooths pictures (arrays are not smoothed)
 MAX_AT_ONCE = 256  # images
 
 # ---------------------------------------------------------------- methods
@@ -70,15 +66,20 @@ def at_once(x):
 
 
 def integrated_gradients(model, x, baseline):
-    """Sundararajan et al. 2017, arXiv 1703.01365. A map sums to the margin of the slice minus that
-    of the baseline."""
+    """Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365).
+
+    A map sums to the margin of the slice minus the margin of the baseline.
+    """
     method = import_captum().IntegratedGradients(margin(model))
     return method.attribute(x, baseline, n_steps=STEPS, internal_batch_size=at_once(x))
 
 
 def occlusion(model, x, baseline):
-    """Zeiler & Fergus 2014, arXiv 1311.2901: how much the margin falls if a square is replaced by
-    the baseline; the mean over all squares that contain a pixel."""
+    """Occlusion (Zeiler & Fergus 2014, arXiv 1311.2901).
+
+    How much the margin falls if a square is replaced by the baseline: for each pixel the mean over
+    all squares that contain it.
+    """
     side = max(2, x.shape[-1] // WINDOW)
     method = import_captum().Occlusion(margin(model))
     with torch.no_grad():
@@ -92,8 +93,10 @@ def occlusion(model, x, baseline):
 
 
 def grad_cam(model, x, baseline):
-    """Selvaraju et al. 2017, arXiv 1610.02391, with its negative part, on `cam_layer`; the baseline
-    is not used."""
+    """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391) with its negative part.
+
+    The baseline is not used.
+    """
     small = import_captum().LayerGradCam(margin(model), cam_layer(model)).attribute(x)
     return torch.nn.functional.interpolate(
         small.detach(), x.shape[2:], mode="bilinear", align_corners=False
@@ -101,16 +104,17 @@ def grad_cam(model, x, baseline):
 
 
 def cam_layer(model):
-    """The layer of Grad-CAM: the output of the third stage, a sixteenth of the input's side (the
-    fourth stage has 2 x 2 at 64 px); of the plain CNN the last convolution's, after ReLU, before
-    pooling."""
+    """The layer of Grad-CAM.
+
+    ConvNeXt: the output of the third stage, whose side is a sixteenth of the input's; the fourth
+    has 2 x 2 at 64 px. Plain CNN: the last ReLU, before pooling.
+    """
     if is_convnext(model):
         return model.stages[2]
     return [layer for layer in model if isinstance(layer, torch.nn.ReLU)][-1]
 
 
-# The best first, see docs/explain.md: `--explain auto` takes the first that passes its check on the
-# model at hand.
+# The best first (docs/explain.md): `--explain auto` takes the first that passes its check.
 METHODS = {
     "integrated-gradients": integrated_gradients,
     "occlusion": occlusion,
@@ -119,13 +123,17 @@ METHODS = {
 
 
 def attribute(method, model, x, baseline, progress=None):
-    """Attribution maps float32 (N, S, S) of images (N, 1, S, S), by one of METHODS or a function
-    like them, of a model in evaluation mode; the baseline is (1, 1, S, S)."""
+    """Attribution maps float32 (N, S, S) of images (N, 1, S, S) with a baseline (1, 1, S, S).
+
+    `method` is a name in METHODS or a function like those; the model is in evaluation mode.
+    `progress` labels a progress bar.
+    """
     method = METHODS.get(method, method)
-    bar = tqdm(
-        x.split(1), progress, unit=" slices", leave=False, disable=None if progress else True
-    )
-    maps = [method(model, image, baseline)[0, 0].detach().float().cpu().numpy() for image in bar]
+    maps = []
+    hidden = None if progress else True  # None: hidden unless it is a terminal
+    for image in tqdm(x.split(1), progress, unit=" slices", leave=False, disable=hidden):
+        values = method(model, image, baseline)[0, 0]
+        maps.append(values.detach().float().cpu().numpy())
     if not maps:
         return np.zeros((0, *x.shape[2:]), np.float32)
     return np.stack(maps)
@@ -135,7 +143,7 @@ def attribute(method, model, x, baseline, progress=None):
 
 
 def model_parts(model):
-    """The parts of a model from the head down: (name, beginnings of the names of its weights)."""
+    """The parts of a model from the head down: (name, prefixes of the names of its weights)."""
     if is_convnext(model):
         parts = [("head", ("norm.", "head."))]
         for k in reversed(range(len(model.stages))):
@@ -150,29 +158,31 @@ def model_parts(model):
 
 
 def randomise(model, fresh_model, n_parts, draw=0):
-    """A copy of the model whose first `n_parts` parts, from the head down, have the weights of an
-    untrained one. `fresh_model()` builds the same architecture with random weights."""
+    """A copy of the model whose first `n_parts` parts have random weights.
+
+    Parts are counted from the head down. `fresh_model()` builds the same architecture untrained.
+    """
+    prefixes = []
+    for _, part_prefixes in model_parts(model)[:n_parts]:
+        prefixes.extend(part_prefixes)
+
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            1000 + draw
-        )  # not the seed of a run, which might have begun with these weights
-        random_weights = fresh_model().state_dict()
-    names = [
-        beginning for _, beginnings in model_parts(model)[:n_parts] for beginning in beginnings
-    ]
-    weights = dict(model.state_dict())
-    for name, tensor in random_weights.items():
-        if name.startswith(tuple(names)):
-            weights[name] = tensor
-    copy = fresh_model()
-    copy.load_state_dict(weights)
+        torch.manual_seed(1000 + draw)  # the model may have been trained from seeds 0, 1, ...
+        copy = fresh_model()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(tuple(prefixes)):
+            kept[name] = tensor
+    copy.load_state_dict(kept, strict=False)
     return copy.to(next(model.parameters()).device).eval()
 
 
 def rank_correlation(a, b, mask):
-    """Spearman's correlation of two maps (S, S) over the pixels of a mask: (of the maps, of their
-    absolute values). It is
-    0 if the second has no order, and 1 if the first has none: a constant map cannot change."""
+    """Spearman's correlation of two maps (S, S) over a mask: (of the maps, of their sizes).
+
+    It is 1 if the first map is constant, since such a map cannot change, and 0 if only the second
+    is.
+    """
     from scipy.stats import spearmanr
 
     a, b = a[mask], b[mask]
@@ -187,8 +197,10 @@ def rank_correlation(a, b, mask):
 
 
 def compare(maps, others, masks):
-    """(signed, absolute): the means over slices of the size of `rank_correlation`, and of that of
-    the absolute maps. A map with inverted signs shows the same picture."""
+    """(signed, absolute): means over slices of the two rank correlations.
+
+    Of the signed one the size counts, since a map with inverted signs shows the same picture.
+    """
     pairs = np.array([rank_correlation(*each) for each in zip(maps, others, masks)])
     return float(abs(pairs[:, 0]).mean()), float(pairs[:, 1].mean())
 
@@ -196,31 +208,30 @@ def compare(maps, others, masks):
 def check(method, model, fresh_model, x, baseline, progress=None):
     """The cascading randomisation of a model on images (N, 1, S, S).
 
-    Returns a table with a row a part: part (randomised with all parts before it), draw (of random
-        weights), signed and absolute (see `compare`); and for the last part, with which no trained
-        weight is left, a row for each of N_DRAWS. """
+    Returns a table with one row a part: part (randomised together with all parts before it), draw
+    (of random weights), signed and absolute (see `compare`). The last part, after which no trained
+    weight is left, has N_DRAWS rows.
+    """
     masks = inside_head(x, baseline)
     maps = attribute(method, model, x, baseline)
     names = [name for name, _ in model_parts(model)]
     steps = [(name, k + 1, 0) for k, name in enumerate(names)]
     steps += [(names[-1], len(names), draw) for draw in range(1, N_DRAWS)]
     rows = []
-    for name, n_parts, draw in tqdm(
-        steps, progress, unit=" steps", leave=False, disable=None if progress else True
-    ):
+    hidden = None if progress else True
+    for name, n_parts, draw in tqdm(steps, progress, unit=" steps", leave=False, disable=hidden):
         other = attribute(method, randomise(model, fresh_model, n_parts, draw), x, baseline)
         rows.append((name, draw, *compare(maps, other, masks)))
     return pd.DataFrame(rows, columns=["part", "draw", "signed", "absolute"])
 
 
 def without_weights(table):
-    """The rows of `check` without any trained weight, signed and absolute."""
+    """The columns signed and absolute of `check`, in the rows without any trained weight."""
     return table.loc[table.part == table.part.iloc[-1], ["signed", "absolute"]]
 
 
 def is_usable(table):
-    """Whether a method passes, from the table of `check`: both means over the draws are below
-    LIMIT."""
+    """Whether a method passes its `check`: both means over the draws are below LIMIT."""
     return bool((without_weights(table).mean() < LIMIT).all())
 
 
@@ -245,8 +256,10 @@ def describe(method, table, n_slices):
 
 
 def inside_head(x, baseline):
-    """Pixels bool (N, S, S) where the slice or the baseline, (N or 1, 1, S, S), is not near-black.
-    Outside all maps are alike."""
+    """Mask bool (N, S, S) of the pixels where the slice or the baseline is not near-black.
+
+    Elsewhere the maps of all models are alike. A slice without such a pixel has a full mask.
+    """
     black = (NEAR_BLACK / 255 - MEAN) / STD
     mask = ((x >= black) | (baseline >= black))[:, 0].cpu().numpy()
     return mask | ~mask.any((1, 2), keepdims=True)
@@ -257,14 +270,14 @@ def inside_head(x, baseline):
 
 @dataclass
 class Explained:
-    """The folder that `Explainer.write` filled.
+    """The content of the folder that `Explainer.write` filled.
 
-    table: a row a slice that could be read: path (as in predictions.csv), scan, slice, overlay (the
-        name of a PNG in the
-        folder), maps and place (the file of arrays, and which of them), for_AD and for_NC (the sums
-        of its positive and negative values), full_colour (the value that is drawn in full colour),
-        signed and absolute (rank correlation with the map of random weights).
-    sentence, usable: whether the method passed its check. caution: what a colour does not mean.
+    table: one row a slice that could be read: path (as in predictions.csv), scan, slice, overlay
+        (name of a PNG), maps and place (name of a .npz, position in its arrays), for_AD and for_NC
+        (sums of the positive and negative values), full_colour (the value drawn in full colour),
+        signed and absolute (rank correlations with the map of random weights).
+    sentence, usable: whether the method passed its check.
+    caution: what a colour does not mean.
     """
 
     folder: Path
@@ -280,15 +293,20 @@ class Explained:
 
 
 class Explainer:
-    """A method of attribution for the model of a checkpoint. `fresh_model()` builds the same
-    architecture with random weights. InputError if captum is missing, before anything is
-    predicted."""
+    """Explains slices with one method, or with "auto" the first of METHODS that passes its check.
+
+    `fresh_model()` builds the architecture of the model untrained. Of the checkpoint, the mean
+    training slice, the view of the model and the temperature are used. InputError if captum is
+    missing.
+    """
 
     def __init__(self, model, fresh_model, checkpoint, method, device):
         import_captum()
         self.candidates = list(METHODS) if method == "auto" else [method]
-        self.model, self.fresh_model = model.to(device).eval(), fresh_model
-        self.checkpoint, self.device = checkpoint, device
+        self.model = model.to(device).eval()
+        self.fresh_model = fresh_model
+        self.checkpoint = checkpoint
+        self.device = device
         self.baseline = self.view(checkpoint["mean_slice"].numpy()[None])
         temperature = checkpoint.get("calibration", {}).get("temperature", 1)
         with torch.inference_mode():
@@ -304,11 +322,11 @@ class Explainer:
         )
 
     def write(self, slices, out):
-        """Explain the slices of a SliceSet that could be read (one at least), into a new folder
-        `out`. Returns Explained.
+        """Explain the readable slices of a SliceSet, at least one, in a new folder `out`.
 
-        An overlay for each slice; for each scan its maps (.npz: maps float32 (n, S, S), mean (S,
-        S)) and a picture of their mean; legend.png, checks.csv, explanations.csv and summary.json.
+        Returns Explained. The folder gets an overlay for each slice, for each scan its maps (.npz:
+        maps float32 (n, S, S), mean (S, S)) and a picture of their mean, and legend.png,
+        checks.csv, explanations.csv and summary.json.
         """
         out = new_folder(out)
         index = slices.index.reset_index(drop=True)
@@ -319,28 +337,32 @@ class Explainer:
         random_model = randomise(self.model, self.fresh_model, len(model_parts(self.model)))
         mark = "" if usable else "UNUSABLE"
         tables = []
-        with tqdm(
-            total=len(index), desc="explaining", unit=" slices", leave=False, disable=None
-        ) as bar:
-            for _, part in index.groupby("scan", sort=False):
-                images = slices.images[part.row.to_numpy(np.int64)]
-                x = self.view(images)
-                maps = attribute(method, self.model, x, self.baseline)
-                others = attribute(method, random_model, x, self.baseline)
-                kept = [
-                    rank_correlation(*each)
-                    for each in zip(maps, others, inside_head(x, self.baseline))
-                ]
-                signed, absolute = np.array(kept).T
-                part = part.assign(signed=signed, absolute=absolute)
-                tables.append(write_scan(images, part, maps, out, method, mark))
-                bar.update(len(part))
+        bar = tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None)
+        for _, part in index.groupby("scan", sort=False):
+            images = slices.images[part.row.to_numpy(np.int64)]
+            x = self.view(images)
+            maps = attribute(method, self.model, x, self.baseline)
+            others = attribute(method, random_model, x, self.baseline)
+            masks = inside_head(x, self.baseline)
+            kept = [rank_correlation(*each) for each in zip(maps, others, masks)]
+            signed, absolute = np.array(kept).T
+            part = part.assign(signed=signed, absolute=absolute)
+            tables.append(write_scan(images, part, maps, out, method, mark))
+            bar.update(len(part))
+        bar.close()
 
-        table, caution = pd.concat(tables), self.caution(method)
+        table = pd.concat(tables)
+        caution = self.caution(method)
         plots.plot_legend(out / "legend.png", f"{sentence}. {caution}")
         write_csv(out / "explanations.csv", table)
-        summary = dict(method=method, usable=usable, sentence=sentence, caution=caution)
-        write_json(out / "summary.json", {**summary, "mean_slice_p_AD": self.baseline_p_ad})
+        summary = {
+            "method": method,
+            "usable": usable,
+            "sentence": sentence,
+            "caution": caution,
+            "mean_slice_p_AD": self.baseline_p_ad,
+        }
+        write_json(out / "summary.json", summary)
         return Explained(out, table, sentence, usable, caution)
 
     def caution(self, method):
@@ -349,36 +371,33 @@ class Explainer:
         if method != "grad-cam":
             relative = (
                 "It is relative to the mean training slice, which gets a p_AD of "
-                f"{self.baseline_p_ad:.2f} from this model, so that one colour may prevail in all "
+                f"{self.baseline_p_ad:.2f} from this model, so one colour may prevail in all "
                 "slices. "
             )
         return (
             "A colour shows where the model's output reacts, not where disease is, and not which "
-            "class the model sees: the same colour can be there in slices of either class. "
+            "class the model predicts: slices of both classes can have the same colour. "
             f"{relative}The prediction is p_AD."
         )
 
     def choose(self, images, out):
-        """Check the method, or with "auto" one after the other until one passes, on some slices
-        uint8 (n, H, W); the checks are written to checks.csv. Returns (method, whether it passes, a
-        sentence about it)."""
-        x, tables, failed = self.view(images), [], []
+        """Check the candidates on slices uint8 (n, H, W) until one passes; write checks.csv.
+
+        Returns (method, whether it passes, a sentence about it). If none passes, the method is the
+        last candidate.
+        """
+        x = self.view(images)
+        tables, failed = [], []
         for method in self.candidates:
-            checked = check(
-                method,
-                self.model,
-                self.fresh_model,
-                x,
-                self.baseline,
-                progress=f"checking {method}",
-            )
+            progress = f"checking {method}"
+            checked = check(method, self.model, self.fresh_model, x, self.baseline, progress)
             tables.append(checked.assign(method=method))
             if is_usable(checked):
                 break
             failed.append(method)
-        write_csv(
-            out / "checks.csv", pd.concat(tables)[["method", "part", "draw", "signed", "absolute"]]
-        )
+        columns = ["method", "part", "draw", "signed", "absolute"]
+        write_csv(out / "checks.csv", pd.concat(tables)[columns])
+
         sentence = describe(method, checked, len(x))
         others = [name for name in failed if name != method]
         if others:
@@ -387,16 +406,17 @@ class Explainer:
 
 
 def write_scan(images, part, maps, out, method, mark):
-    """Write the pictures and arrays of one scan, from its slices uint8 (n, H, W), their rows of the
-    index, with number, signed and absolute, and their maps (n, S, S). Returns its rows of
-    `Explained.table`."""
+    """Write the pictures and arrays of one scan; returns its rows of `Explained.table`.
+
+    images: its slices uint8 (n, H, W). part: their rows of the index, with number, signed and
+    absolute. maps: (n, S, S).
+    """
     smoothed = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
     full = float(np.quantile(abs(smoothed), 0.995))
     first = f"{part.number.iloc[0]:05d}_{safe_name(part.scan.iloc[0])}"
-    names = [
-        f"{number:05d}_{safe_name(Path(path).stem)}.png"
-        for number, path in zip(part.number, part.path)
-    ]
+    names = []
+    for number, path in zip(part.number, part.path):
+        names.append(f"{number:05d}_{safe_name(Path(path).stem)}.png")
     table = part[["path", "scan", "slice"]].assign(
         overlay=names,
         maps=f"{first}.npz",
@@ -409,32 +429,34 @@ def write_scan(images, part, maps, out, method, mark):
     )
 
     def save(temporary):
-        with open(temporary, "wb") as file:  # np.savez would add an ending to a name
+        with open(temporary, "wb") as file:  # np.savez would append .npz to a name
             np.savez_compressed(file, maps=maps, mean=maps.mean(0))
 
     write_atomically(out / f"{first}.npz", save)
     for name, pixels, values in zip(names, images, smoothed):
         plots.plot_overlay(out / name, pixels, to_slice(values, pixels.shape), full, mark)
     if len(part) > 1:
-        title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {mark} {method}".replace("  ", " ")
+        marked = f"{mark} {method}".strip()
+        title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {marked}"
         mean = to_slice(smoothed.mean(0), images.shape[1:])
         plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), mean, table, title)
     return table
 
 
 def safe_name(text):
-    """A part of a file's name: letters, digits, hyphens and underscores, 40 at most. The number
-    before it tells apart what becomes equal here."""
+    """A text reduced to at most 40 letters, digits, hyphens and underscores, for a file's name.
+
+    Different texts may become equal; the number before it in a name tells them apart.
+    """
     return re.sub(r"[^A-Za-z0-9-]+", "_", Path(printable(text)).name)[:40]
 
 
 def to_slice(values, size):
-    """A map (S, S) over the slice of `size` (H, W) whose centre the model saw: 0 outside of it."""
+    """A map (S, S) laid over its slice of `size` (H, W); 0 outside the model's centre crop."""
     side, (height, width) = len(values), size
     short = min(size)
-    seen = torch.zeros(1, 1, side * height // short, side * width // short)
-    top, left = (round((total - side) / 2) for total in seen.shape[2:])  # as in eval_transform
-    seen[..., top : top + side, left : left + side] = torch.from_numpy(values)
-    return torch.nn.functional.interpolate(seen, size, mode="bilinear", align_corners=False)[
-        0, 0
-    ].numpy()
+    resized = torch.zeros(1, 1, side * height // short, side * width // short)
+    top, left = (round((total - side) / 2) for total in resized.shape[2:])  # as eval_transform
+    resized[..., top : top + side, left : left + side] = torch.from_numpy(values)
+    full = torch.nn.functional.interpolate(resized, size, mode="bilinear", align_corners=False)
+    return full[0, 0].numpy()

@@ -1,11 +1,10 @@
-"""One HTML page of a prediction: each scan with its slices, how certain the model is, what not to
-conclude.
+"""HTML report of a prediction: scans, slices, verdicts, scores and their limits.
 
-The page is made from report.html.jinja beside this file, and is one file. Pictures are inlined, and
-the page's own policy forbids the browser any request; only if the pictures take more than INLINE
-bytes are they files in a folder beside it.
-Names and texts come from strangers: characters that do not print become escapes, and all are
-escaped for HTML. """
+The page is rendered from report.html.jinja beside this file. It is one file: pictures are inlined,
+and its content security policy forbids every request. Only if the pictures exceed INLINE bytes are
+they files in a folder beside the page. Names and texts are not trusted: characters that do not
+print become escapes, and everything is escaped for HTML.
+"""
 
 import base64
 import hashlib
@@ -29,18 +28,10 @@ from adnc.scoring.assess import cell, format_baselines, format_sets, read_run, s
 from adnc.scoring.calibration import conformal_quantile
 from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 
-INLINE = 6_500_000  # bytes of pictures; in base64 a third more, so that a page stays below 10 MB
+INLINE = 6_500_000  # bytes of pictures, a third more in base64: the page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
-WEBP = dict(
-    format="WEBP", quality=80, method=2
-)  # 4 kB and 2 ms a slice of the phantom; method 4 doubles the time
-RANKS = {
-    "no verdict": 0,
-    "not read": 1,
-    "AD|NC": 2,
-    "AD": 3,
-    "NC": 3,
-}  # verdicts, the least certain first
+WEBP = {"format": "WEBP", "quality": 80, "method": 2}  # 4 kB, 2 ms a slice; method 4 takes 4 ms
+RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # the least certain first
 CURVES = {
     "confusion_matrix": "Confusion matrices",
     "roc_curve": "ROC curve",
@@ -48,21 +39,21 @@ CURVES = {
     "risk_coverage": "Risk and coverage",
     "window_accuracy": "Accuracy per slice window",
 }
-WIDTH, HEIGHT, EDGE = 240, 36, 4  # of a strip of p_AD by slice, in its own units
+WIDTH, HEIGHT, EDGE = 240, 36, 4  # of the plot of p_AD by slice, in units of its SVG
 
 
 @dataclass
 class Report:
-    """What a page shows.
+    """The content of a page.
 
-    file, checkpoint, model_name: the checkpoint, its path, and what its model is called.
-    inputs, coverage: what was asked.
-    index, images: of the SliceSet; predictions: of `apply_calibration`, in the same order.
-    out, scores: the folder that `write_results` filled, and what it returned.
-    warnings, notes: lines.
-    overlays: path of a slice -> path of a picture of its shape. overlay_note: how they were made,
-        and whether the method
-        passed its check.
+    file, checkpoint, model_name: path of the checkpoint, the checkpoint, the name of its model.
+    inputs, coverage: the arguments of the command.
+    index, images: of a SliceSet.
+    predictions: the table of `apply_calibration`, in the order of the index.
+    out, scores: the folder that `write_results` filled, and the scores that it returned.
+    warnings, notes: lines of text.
+    overlays: path of a slice -> path of a picture of the same shape.
+    overlay_note: how the overlays were made, and whether the method passed its check.
     """
 
     file: str
@@ -85,11 +76,16 @@ class Report:
 
 
 def require_writable(path):
-    """InputError if a report cannot be written to `path`: another ending, no folder, or something
-    there already; or if jinja2 is missing."""
+    """InputError if no report can be written to `path`.
+
+    Its name must end in .html, neither the file nor its folder of pictures may exist, its parent
+    must exist, and jinja2 must be installed.
+    """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report is {path}; expected a name that ends in .html")
+    if not path.parent.is_dir():
+        raise InputError(f"--report is {path}, but there is no folder {path.parent}; make it first")
     require_new(path, "--report")
     require_new(picture_folder(path), "--report")
     import_jinja()
@@ -111,9 +107,12 @@ def picture_folder(path):
 
 
 def write_report(path, report):
-    """Write a Report to `path`, and if its pictures take more than INLINE bytes, these into the
-    folder `<name>_files` beside it. Returns a line about what was written."""
-    path, pictures = Path(path), encode_pictures(report)
+    """Write a Report to `path`, which must be new; returns a line about what was written.
+
+    If the pictures exceed INLINE bytes, they are written into the folder `<name>_files` beside it.
+    """
+    path = Path(path)
+    pictures = encode_pictures(report)
     folder = None
     if sum(len(data) for data in pictures.values()) > INLINE:
         folder = picture_folder(path)
@@ -125,28 +124,35 @@ def write_report(path, report):
         else:
             name = f"{kind}-{i}.webp"  # the names of slices may be anything
             (folder / name).write_bytes(data)
-            sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{name}"  # as seen from the page
+            # An address relative to the page.
+            sources[i, kind] = f"{quote(os.fsencode(folder.name))}/{name}"
     write_text(path, render(describe_page(report, sources, linked=folder is not None)))
 
-    beside = f", with {len(pictures):,} pictures in {folder}" if folder else ""
+    beside = ""
+    if folder:
+        beside = f", with {len(pictures):,} pictures in {folder}"
     return f"report in {path} ({path.stat().st_size / 1e6:.1f} MB{beside})"
 
 
 def render(content):
+    """The HTML of the template, given {name: value} of everything that it uses."""
     jinja2 = import_jinja()
 
     def finalize(value):
-        if isinstance(value, str) and not hasattr(
-            value, "__html__"
-        ):  # what has __html__ is the template's own
+        is_markup = hasattr(value, "__html__")  # output of the template's own macros
+        if isinstance(value, str) and not is_markup:
             return printable(value, keep="")
         return value
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=finalize,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    # The policy of the page lets this one script run, and no other that might come in a name.
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # The policy of the page allows this one script, and so no script that is hidden in a name.
     environment.filters["sha256"] = sha256_base64
     return environment.get_template("report.html.jinja").render(content)
 
@@ -159,8 +165,7 @@ def sha256_base64(text):
 
 
 def encode_pictures(report):
-    """{(row, kind): WebP} of each slice that could be read, kind "slice" or "overlay", in
-    parallel."""
+    """{(row, kind): WebP} of each readable slice; kind is "slice" or "overlay"."""
     work = []
     for i, (row, path) in enumerate(zip(report.index.row.to_numpy(float), report.predictions.path)):
         if np.isfinite(row):
@@ -170,7 +175,7 @@ def encode_pictures(report):
 
     def encode(item):
         _, kind, picture = item
-        if kind == "overlay":
+        if kind == "overlay":  # a path
             with Image.open(picture) as image:
                 picture = image.convert("RGB")
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -178,15 +183,9 @@ def encode_pictures(report):
         picture.save(file, **WEBP)
         return file.getvalue()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the interpreter's lock
-        bar = tqdm(
-            pool.map(encode, work),
-            "pictures",
-            len(work),
-            unit=" pictures",
-            leave=False,
-            disable=None,
-        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
+        encoded = pool.map(encode, work)
+        bar = tqdm(encoded, "pictures", len(work), unit=" pictures", leave=False, disable=None)
         return {(i, kind): data for (i, kind, _), data in zip(work, bar)}
 
 
@@ -195,9 +194,11 @@ def data_address(data, kind):
 
 
 def strip(rows, threshold):
-    """p_AD by slice position, as what an SVG of WIDTH x HEIGHT draws: the line, the points in and
-    out of the training range, and ticks for slices that could not be read. Without slice numbers in
-    the order of the rows."""
+    """The plot of p_AD by slice number, as SVG paths in a box of WIDTH x HEIGHT.
+
+    line: through all points. dots, rings: slices within and out of the training range. ticks:
+    slices that could not be read. Unless all slices have numbers, the x axis is their order.
+    """
     numbered = bool(rows.slice.notna().all())
     at = rows.slice.to_numpy(float) if numbered else np.arange(1.0, len(rows) + 1)
     inner = WIDTH - 2 * EDGE
@@ -231,6 +232,7 @@ def strip(rows, threshold):
 
 
 def strip_height(p):
+    """The y coordinate of p_AD in `strip`."""
     return EDGE + (1 - p) * (HEIGHT - 2 * EDGE)
 
 
@@ -241,27 +243,30 @@ def describe_page(report, sources, linked):
     """Everything that the template names."""
     scans = describe_scans(report, sources)
     predicted = report.predictions[report.predictions.p_AD.notna()]
-    own_paths = tuple(
-        f"{name} " for name in report.predictions.path
-    )  # warnings about one file appear at its scan
-    calibration, both = report.checkpoint.get("calibration"), None
+    # A warning about one file is not repeated here: the page shows it at its scan.
+    files = tuple(f"{path} " for path in report.predictions.path)
+
+    calibration = report.checkpoint.get("calibration")
+    both = None  # the interval of p_AD with the verdict AD|NC
     if calibration and report.coverage is not None:
         quantile = conformal_quantile(calibration, report.coverage)
         if 0.5 <= quantile < 1:
             both = (1 - quantile, quantile)  # see calibration.prediction_sets
+
     curves = {}
     if report.scores:
         for name, title in CURVES.items():
             path = report.out / f"{name}.png"
             if path.exists():
                 curves[title] = data_address(path.read_bytes(), "png")
+
     return {
         "report": report,
         "checkpoint": report.checkpoint,
         "model": list(describe_checkpoint(report)),
         "scans": scans,
         "own": [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")],
-        "warnings": [line for line in report.warnings if not line.startswith(own_paths)],
+        "warnings": [line for line in report.warnings if not line.startswith(files)],
         "calibration": calibration,
         "both": both,
         "threshold": float(predicted.threshold.iloc[0]),
@@ -282,34 +287,39 @@ def describe_page(report, sources, linked):
 
 
 def describe_scans(report, sources):
-    """A dict a scan, the least certain first: those without a verdict, then AD|NC, then by the
-    distance of p_AD from the threshold. A scan without a readable slice is among them."""
+    """A dict a scan, the least certain first.
+
+    Scans without a verdict or a readable slice come first, then AD|NC, then the others by the
+    distance of p_AD from the threshold.
+    """
     table = report.predictions.reset_index(drop=True)
-    rows_by_scan = {
-        row.scan: row for row in aggregate(table[table.p_AD.notna()], "scan").itertuples()
-    }
+    predicted = aggregate(table[table.p_AD.notna()], "scan")
+    prediction = {row.scan: row for row in predicted.itertuples()}
     scans = []
     for scan, rows in table.groupby("scan", sort=False):
         rows = rows.sort_values("slice", kind="stable")
-        scans.append(describe_scan(scan, rows, rows_by_scan.get(scan), sources))
+        scans.append(describe_scan(scan, rows, prediction.get(scan), sources))
     return sorted(scans, key=lambda scan: scan["certainty"])
 
 
 def describe_scan(scan, rows, row, sources):
-    """What the page shows of a scan: `rows` are its slices, `row` its prediction, or None if no
-    slice could be read."""
+    """A dict with everything that the page shows of a scan.
+
+    rows: its slices in the table of predictions. row: its own prediction, None if no slice could be
+    read.
+    """
     first = rows.iloc[0]
     labels, subjects = rows.label.dropna(), rows.subject.dropna()
     label = None if labels.empty else labels.iloc[0]
     decision = verdict(row) if row else "not read"
 
+    n_outside = rows.out_of_range.notna().sum()
+    n_unread = rows.error.notna().sum()
     flags = []
-    for count, text in (
-        (rows.out_of_range.notna().sum(), "out of the training range"),
-        (rows.error.notna().sum(), "not read"),
-    ):
-        if count:
-            flags.append(f"{count} {text}")
+    if n_outside:
+        flags.append(f"{n_outside} out of the training range")
+    if n_unread:
+        flags.append(f"{n_unread} not read")
     if row and row.exposure == "yes":
         flags.append("seen in training: memory, not a test")
 
@@ -323,6 +333,7 @@ def describe_scan(scan, rows, row, sources):
             "picture": sources.get((each.Index, "slice")),
             "overlay": sources.get((each.Index, "overlay")),
         })  # fmt: skip
+
     reasons = rows.error.fillna("out of the training range: " + rows.out_of_range).dropna()
     distance = abs(row.p_AD - first.threshold) if row else 0
     return {
@@ -343,9 +354,10 @@ def describe_scan(scan, rows, row, sources):
 
 
 def describe_checkpoint(report):
-    """(what, text) pairs about the checkpoint."""
-    checkpoint, flags = report.checkpoint, report.checkpoint["flags"]
-    seen, stated = checkpoint["exposure"], statements(checkpoint)
+    """(heading, text) pairs about the checkpoint."""
+    checkpoint = report.checkpoint
+    flags, seen = checkpoint["flags"], checkpoint["exposure"]
+    stated = statements(checkpoint)
     data = flags["data"] or "AD_NC"
     if flags["demo"]:
         data = "the synthetic phantom of --demo"
@@ -368,25 +380,31 @@ def describe_checkpoint(report):
 
 
 def own_scores(report, what, part):
-    """The scores of the checkpoint's own validation or test, from its run's folder, or why there
-    are none."""
+    """The scores in the folder `part` of the checkpoint's own run, or why there are none."""
     folder = Path(report.file).parent / part
-    calibration = report.checkpoint.get("calibration")
     try:
         table, scores = read_run(folder)
+        calibration = report.checkpoint.get("calibration")
         if not calibration or scores["calibration"]["temperature"] != calibration["temperature"]:
             raise InputError(f"{folder} was not written for this checkpoint")
+        return {"what": what, **describe_run(table, scores)}
     except InputError as problem:
-        return {"what": what, "tables": [], "missing": str(problem)}
-    except (KeyError, TypeError) as problem:
-        return {"what": what, "tables": [], "missing": f"{folder} cannot be read ({problem})"}
+        reason = str(problem)
+    except (KeyError, TypeError) as problem:  # an edited file, or one of another version
+        reason = f"{folder} cannot be read ({problem})"
+    return {"what": what, "tables": [], "missing": reason}
+
+
+def describe_run(table, scores):
+    """What the page shows of a run's predictions and scores."""
     scans = aggregate(table, "scan")
-    unseen = scores.get("unseen_subjects")
+    unseen = ""
+    if "unseen_subjects" in scores:
+        unseen = score_line(scores["unseen_subjects"])
     return {
-        "what": what,
         "tables": score_tables(scores),
         "line": score_line(scores),
-        "unseen": score_line(unseen) if unseen else "",
+        "unseen": unseen,
         "calibration": cell(scores["scan"], "calibration_error"),
         "leaks": scores["leaks"],
         "n": len(scans),
@@ -395,6 +413,7 @@ def own_scores(report, what, part):
 
 
 def score_line(scores):
+    """The scan-level accuracy and AUROC in one line."""
     scan = scores["scan"]
     return (
         f"scan-level accuracy {cell(scan, 'accuracy')}, AUROC {cell(scan, 'auroc')} (95 % "
@@ -403,8 +422,10 @@ def score_line(scores):
 
 
 def score_tables(scores):
-    """Scores, and beside them those of unseen subjects, as rows of text: a row a metric, a column a
-    unit."""
+    """Tables of scores as text, one row a metric, one column a unit.
+
+    A second table has the scores of unseen subjects, if they differ.
+    """
     parts = [scores]
     if "unseen_subjects" in scores:
         parts.append(scores["unseen_subjects"])

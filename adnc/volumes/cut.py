@@ -5,7 +5,8 @@ up. Every plane is
 shown in the neurological convention: left is on the left. An axial slice has the front at the top,
 a coronal one the crown, a sagittal one the crown, with the face to the left; slices are numbered
 from left to right, from back to front and from bottom to top. If only the file knows left from
-right, the file is believed. """
+right, the file is believed.
+"""
 
 import contextlib
 import os
@@ -135,7 +136,8 @@ def find_head(volume):
 
     The head is what is above a tenth of the way between the 2 % and 98 % quantiles (Smith 2002,
     BET), white its 99.5 % quantile, its extent 98 % of it along each axis. Unfit if all voxels are
-    alike. """
+    alike.
+    """
     step = max(1, int(np.ceil((volume.size / 2**21) ** (1 / 3))))
     sample = volume[::step, ::step, ::step]
     sample = sample[np.isfinite(sample)].astype(np.float64)
@@ -179,7 +181,8 @@ def cut(volume, affine, look, middle, black):
 
     Slices are on a grid of the world: `spacing` in the plane, `step` across it, from the corner of
         the volume, so that voxels of that size are taken as they are; others are interpolated
-        linearly. Outside of the volume is `black`. """
+        linearly. Outside of the volume is `black`.
+        """
     nib = read.import_nibabel()
     across, (down, down_way), (along, along_way) = PLANES[look.plane]
     grid = np.full(3, look.spacing)
@@ -278,7 +281,8 @@ def name_scans(volumes):
 
     A scan is named as its file; if two have one name, with the folders before it. Only letters,
     digits, dots, - and _ are kept, so that the name is safe on any system. Subject and session are
-    those of BIDS: sub-01_ses-2_T1w.nii.gz. """
+    those of BIDS: sub-01_ses-2_T1w.nii.gz.
+    """
 
     def safe(text):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".")[-120:] or "scan"
@@ -373,7 +377,8 @@ def extract(table, look, out, workers=None, progress="extracting"):
     Writes out/extraction.csv (a row a volume, COLUMNS, with an `error` if it was skipped),
     out/subjects.csv if subjects are known, and last out/extraction.json (the Look). If all volumes
     are in folders AD/ and NC/ (or in those of train/ and test/), so are the slices. Returns the
-    table of extraction.csv. A killed extraction leaves slices without extraction.json. """
+    table of extraction.csv. A killed extraction leaves slices without extraction.json.
+    """
     out = Path(out)
     keep_classes = in_classes(table).all()
     (out / "slices").mkdir()

@@ -20,7 +20,8 @@ class Look:
     spacing, step: mm from pixel to pixel, and from slice to slice (None: as spacing).
     strip: remove the skull.
     brightest: the grey level that the 99 % quantile of the slices gets; None: the head fills 0 to
-        255. """
+        255.
+        """
 
     plane: str = "axial"
     slices: tuple | None = None

@@ -1,7 +1,8 @@
 """Read volumes (NIfTI, MGZ, Analyze, or a DICOM folder) as arrays with a place in the world.
 
 nibabel is needed, dcm2niix for DICOM, deepbet for --strip (requirements-extra.txt); each is
-imported when it is used. A header is checked before a voxel is read. """
+imported when it is used. A header is checked before a voxel is read.
+"""
 
 import os
 import re

@@ -1,11 +1,12 @@
-"""What the attribution methods of `predict.py --explain` are worth on the phantom, whose altered
-anatomy is known.
+"""Compare the attribution methods of `predict.py --explain` on the phantom.
 
     python -m docs.experiments.attribution WORK > tables.md     # about 20 minutes on one core
 
-draws two phantoms into the folder WORK, one with the local and one with the global cue, and trains
-on each, once with its labels and once with labels shuffled over subjects; what is there already is
-not repeated. Prints the tables of docs/explain.md. """
+Where atrophy alters the phantom's anatomy is known. The script draws two phantoms into the folder
+WORK, one with the local and one with the global cue, and trains on each twice: with its labels, and
+with labels shuffled over subjects. What exists is not repeated. It prints the tables of
+docs/explain.md.
+"""
 
 import os
 from pathlib import Path
@@ -41,8 +42,10 @@ N_RANDOM = 3  # random maps for each map
 
 
 def shuffle_labels(data, out, seed=0):
-    """A copy (hard links) of a set AD_NC with the labels shuffled over the subjects; returns its
-    AD_NC."""
+    """Copy a set AD_NC into `out` by hard links, with labels shuffled over subjects.
+
+    Returns the path of the new AD_NC.
+    """
     index = read_index(data)
     subjects = index.drop_duplicates("subject").sort_values("subject")
     shuffled = np.random.default_rng(seed).permutation(subjects.label)
@@ -52,7 +55,7 @@ def shuffle_labels(data, out, seed=0):
             (out / "AD_NC" / split / name).mkdir(parents=True)
     for path, split, name in zip(index.path, index.split, label):
         os.link(path, out / "AD_NC" / split / name / Path(path).name)
-    # Not the metadata of the phantom, which know the labels.
+    # The phantom's own metadata are not copied, since they hold the true labels.
     write_csv(out / "subjects.csv", index.drop_duplicates("scan")[["scan", "subject"]])
     return out / "AD_NC"
 
@@ -74,9 +77,12 @@ def prepare(work, cue):
 
 
 def altered(scan, seed=0):
-    """Where atrophy acts on the slices of a scan: bool (n, 240, 256). The same scan, noise
-    included, is drawn with the mean atrophy of AD and with that of NC."""
-    ad, nc = (render(scan._replace(atrophy=sign * EFFECT), seed).astype(int) for sign in (1, -1))
+    """The pixels of a scan's slices that atrophy changes: bool (n, 240, 256).
+
+    The same scan, noise included, is drawn with the mean atrophy of AD and with that of NC.
+    """
+    ad = render(scan._replace(atrophy=EFFECT), seed).astype(int)
+    nc = render(scan._replace(atrophy=-EFFECT), seed).astype(int)
     return abs(ad - nc) > MIN_CHANGE
 
 
@@ -93,8 +99,10 @@ def altered_regions(index, cue):
 
 
 def choose_slices(index, n_scans, n_slices):
-    """Which rows of the test index are explained: of each class half of the scans, of each scan
-    some slices."""
+    """Which rows of the test index are explained, bool (N,).
+
+    Half of the scans are AD; of each scan, `n_slices` evenly spaced slices are taken.
+    """
     scans = index.drop_duplicates("scan").groupby("label").scan.head(n_scans // 2)
     place = index.sort_values("slice").groupby("scan").cumcount().reindex(index.index)
     step = (index.groupby("scan").scan.transform("size") / n_slices).clip(lower=1)
@@ -105,15 +113,17 @@ def choose_slices(index, n_scans, n_slices):
 
 
 def share_inside(maps, region):
-    """The share of the positive attribution of each of the maps (N, S, S) in its region bool (N, S,
-    S); NaN for a map without any."""
+    """The share of the positive attribution of maps (N, S, S) in regions bool (N, S, S).
+
+    Returns (N,), NaN for a map without positive values.
+    """
     positive = maps.clip(min=0)
     with np.errstate(invalid="ignore"):
         return (positive * region).sum((1, 2)) / positive.sum((1, 2))
 
 
 def scramble(maps, rng):
-    """Random maps (N, S, S) with the power spectrum of the given ones, and so their smoothness."""
+    """Random maps (N, S, S) with the power spectrum, and so the smoothness, of the given ones."""
     phase = np.angle(np.fft.rfft2(rng.standard_normal(maps.shape)))
     size = np.abs(np.fft.rfft2(maps - maps.mean((1, 2), keepdims=True)))
     return np.fft.irfft2(size * np.exp(1j * phase), maps.shape[1:])
@@ -121,8 +131,11 @@ def scramble(maps, rng):
 
 @torch.inference_mode()
 def deletion(model, x, baseline, maps, mask, share=0.05):
-    """The margins (N,) of images (N, 1, S, S) after a share of all pixels, those with the highest
-    values inside a mask, is replaced by the baseline (Samek et al. 2017, arXiv 1509.06321)."""
+    """The margins (N,) of images (N, 1, S, S) after deletion (Samek et al. 2017, arXiv 1509.06321).
+
+    The pixels with the highest values inside the mask, a share of all pixels, are replaced by the
+    baseline.
+    """
     ranked = np.where(mask, maps, -np.inf).reshape(len(maps), -1)
     n = int(share * ranked.shape[1])
     deleted = np.zeros(ranked.shape, bool)
@@ -132,14 +145,16 @@ def deletion(model, x, baseline, maps, mask, share=0.05):
 
 
 def edges(model, x, baseline):
-    """Not an attribution: the strength of edges, which no weight can change."""
+    """Not an attribution: the strength of edges, which does not depend on the weights."""
     dy, dx = torch.gradient(x, dim=(2, 3))
     return (dx**2 + dy**2).sqrt()
 
 
 def distance(model, x, baseline):
-    """Not an attribution: the distance of each pixel from the mean training slice. It shows what
-    deletion gains by that."""
+    """Not an attribution: the distance of each pixel from the mean training slice.
+
+    Deletion alone rewards this distance.
+    """
     return (x - baseline).abs()
 
 
@@ -147,8 +162,7 @@ CONTROLS = {"edges (no attribution)": edges, "distance to mean (no attribution)"
 
 
 def interval(values, scans, digits=3):
-    """`mean [low, high]` of values of slices, by a bootstrap over scans; and whether the interval
-    is above 0."""
+    """`mean [low, high]` of slice values by a bootstrap over scans, and whether low is above 0."""
     means = pd.Series(values).groupby(scans).mean().dropna().to_numpy()
     resampled = np.random.default_rng(0).choice(means, (2000, len(means))).mean(1)
     low, high = np.quantile(resampled, (0.025, 0.975))
@@ -160,18 +174,16 @@ class Experiment:
 
     def __init__(self, checkpoint, shuffled, slices, regions):
         self.checkpoint, self.slices = checkpoint, slices
-        self.model, self.shuffled = build_model(checkpoint).eval(), build_model(shuffled).eval()
+        self.model = build_model(checkpoint).eval()
+        self.shuffled = build_model(shuffled).eval()
         device = torch.device("cpu")
         self.explainer = attribution.Explainer(
             self.model, self.fresh_model, checkpoint, "auto", device
         )
-        self.x, self.baseline = (
-            self.explainer.view(slices.images[slices.rows]),
-            self.explainer.baseline,
-        )
-        self.region = (
-            self.explainer.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0
-        )  # half a pixel or more
+        self.baseline = self.explainer.baseline
+        self.x = self.explainer.view(slices.images[slices.rows])
+        # > 0 is half a pixel or more, since the view is centred on 0.
+        self.region = self.explainer.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0
         self.mask = attribution.inside_head(self.x, self.baseline)
         self.scans, self.is_ad = slices.index.scan.to_numpy(str), slices.is_ad
 
@@ -179,7 +191,7 @@ class Experiment:
         return make_model(**self.checkpoint["model"])
 
     def check(self, name, method, maps):
-        """A row of the table of checks, and the parts of the model."""
+        """A row of the table of checks, and the names of the parts of the model."""
         others = attribution.attribute(method, self.shuffled, self.x, self.baseline, progress=name)
         on_shuffled = attribution.compare(maps, others, self.mask)
         some = np.unique(np.linspace(0, len(self.x) - 1, attribution.N_CHECKED).round().astype(int))
@@ -193,7 +205,7 @@ class Experiment:
         return row, list(cascade.index)
 
     def localise(self, name, maps):
-        """A row of the table of the altered region and of deletion, each against random maps."""
+        """A row of the table of localisation and deletion, each compared with random maps."""
         rng = np.random.default_rng(0)
         random_maps = [scramble(maps, rng) for _ in range(N_RANDOM)]
         share = share_inside(maps, self.region)
@@ -227,7 +239,7 @@ class Experiment:
             interval(real[self.is_ad], ad_scans)[0],
             interval(chance[self.is_ad], ad_scans)[0],
             drops,
-            " and ".join(better) or "NO BETTER THAN CHANCE",
+            " and ".join(better) if better else "NO BETTER THAN CHANCE",
         ]
 
     def classify(self, name, maps):
@@ -246,26 +258,26 @@ class Experiment:
 
 
 def plot_maps(path, experiment, regions):
-    """A picture: slices of an AD and of an NC scan in columns; with the altered region, and with
-    each method's map."""
+    """Draw two slices of an AD and two of an NC scan in columns.
+
+    The first row shows the altered region, the others the map of each method.
+    """
     from matplotlib.figure import Figure
 
     index = experiment.slices.index.assign(at=range(len(experiment.slices)))
-    shown = [
-        at for label in reversed(CLASSES) for at in index[index.label == label]["at"].iloc[[7, 9]]
-    ]
+    shown = []
+    for label in reversed(CLASSES):
+        shown.extend(index[index.label == label]["at"].iloc[[7, 9]])
     pixels = experiment.slices.images[experiment.slices.rows[shown]]
     x = experiment.explainer.view(pixels)
     figure = Figure(figsize=(7.2, 7.2), layout="constrained")
-    axes = figure.subplots(4, 4)
-    for row, (name, method) in zip(
-        axes, [("altered by atrophy", None), *attribution.METHODS.items()]
-    ):
+    contents = [("altered by atrophy", None), *attribution.METHODS.items()]
+    axes = figure.subplots(len(contents), len(shown))
+    for row, (name, method) in zip(axes, contents):
         if method:
             maps = attribution.attribute(method, experiment.model, x, experiment.baseline)
-            maps = gaussian_filter(
-                maps, (0, maps.shape[1] / attribution.SMOOTH, maps.shape[1] / attribution.SMOOTH)
-            )
+            width = maps.shape[1] / attribution.SMOOTH
+            maps = gaussian_filter(maps, (0, width, width))
             values = [attribution.to_slice(one, pixels.shape[1:]) for one in maps]
         else:
             values = [regions[at].astype(float) for at in shown]
@@ -280,7 +292,7 @@ def plot_maps(path, experiment, regions):
 
 
 def run(work, cue, n_scans, n_slices):
-    """Print the tables of a phantom, and draw its picture."""
+    """Print the tables of one phantom, and draw its picture."""
     data, checkpoint, shuffled = prepare(work, cue)
     slices = load_inputs(list_inputs([data / "test"]), slice_size=checkpoint["slice_size"])
     slices = slices.where(choose_slices(slices.index, n_scans, n_slices))
@@ -304,24 +316,14 @@ def run(work, cue, n_scans, n_slices):
     header = ["method", *steps, "shuffled labels", "usable"]
     print("\n".join(format_table([header, *checks])), "", sep="\n")
     header = [
-        "method",
-        "positive inside",
-        "area",
-        "random map inside",
-        "more than both",
-        "drop of p_AD",
-        "random map",
-        "more",
-        "better than chance",
-    ]
+        "method", "positive inside", "area", "random map inside", "more than both",
+        "drop of p_AD", "random map", "more", "better than chance",
+    ]  # fmt: skip
     print("\n".join(format_table([header, *places])), "", sep="\n")
     header = [
-        "method",
-        "AD slices positive inside",
-        "NC slices",
-        "AUROC of the sum inside",
+        "method", "AD slices positive inside", "NC slices", "AUROC of the sum inside",
         "of the whole sum",
-    ]
+    ]  # fmt: skip
     print("\n".join(format_table([header, *classes])), flush=True)
 
 

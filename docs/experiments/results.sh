@@ -178,21 +178,19 @@ The small recipe on 200 subjects with LayerNorm everywhere, with BatchNorm on th
 TEXT
     commands 'layer|layer-head-batch|small-n200-s0'
     tables python -m docs.experiments.tables "$runs"/{layer,layer-head-batch,small-n200-s0}
-    rm -rf "$runs/probe"
-    tables python -m docs.experiments.stress "$runs"/{layer,layer-head-batch,small-n200-s0} --out "$runs/probe" |
-        sed -n '/^```bash/,/^```$/p; /linear read-out of/,$p'
+    rm -f figures/probe.png
+    tables python -m docs.experiments.probe figures/probe.png "$runs"/{layer,layer-head-batch,small-n200-s0}
     printf '\n![Read-out after each stage](../figures/probe.png)\n'
-    cp "$runs/probe/probe.png" figures/probe.png
 }
 
 fragile() {
     cat <<'TEXT'
-The runs of seed 0 on 400 subjects: share of scans whose decision changes with a small change of the slices. On
-unchanged slices `paper` has a lower AUROC than the others, so that more of its decisions may be close.
+The runs of seed 0 on 400 subjects: share of scans whose prediction changes with a small change of the slices. On
+unchanged slices `paper` has a lower AUROC than the others, so more of its predictions may be close to the threshold.
 TEXT
     rm -rf "$runs/stress"
     tables python -m docs.experiments.stress "$runs"/{paper,small,cnn}-n400-s0 --out "$runs/stress"
-    printf '\n![Decisions that change](../figures/stress.png)\n'
+    printf '\n![Predictions that change](../figures/stress.png)\n'
     cp "$runs/stress/stress.png" figures/stress.png
 }
 

@@ -1,8 +1,10 @@
-"""Two tables of docs/results.md: several runs in one table, and scores by the severity of the
-disease.
+"""Two tables of docs/results.md: several runs side by side, and scores by severity of the disease.
 
-    python -m docs.experiments.tables runs/a runs/b                            # a row a run
+    python -m docs.experiments.tables runs/a runs/b                            # rows for each run
     python -m docs.experiments.tables runs/fold* --by OASIS/subjects.csv cdr   # by severity
+
+The first has rows for the validation and the test of each run. The second has one row per value of
+a column of the CSV file, which also has the column scan.
 """
 
 from pathlib import Path
@@ -12,60 +14,72 @@ from adnc.errors import InputError
 from adnc.files import read_table
 from adnc.scoring import metrics
 from adnc.scoring.assess import COMPARED, cell, format_table, read_run
-from adnc.scoring.metrics import METRICS, UNITS, mean_scores
+from adnc.scoring.metrics import METRICS, UNITS
 from tools.evaluate import align, pool_seeds
 
 
 def format_runs(folders):
-    """Lines of a table of the scores that runs have written: a row for each run, part and unit."""
+    """Lines of a table of scores that runs wrote: one row for each run, part and unit."""
     rows = [["run", "part", "unit", "n", *(METRICS[name] for name in COMPARED)]]
     for folder in folders:
+        run = Path(folder).name
         for part in ("val", "test"):
             _, scores = read_run(folder, part)
             title = f"{part}, LEAKY" if scores["leaks"] else part
-            parts = {title: scores}
+            rows += unit_rows(run, title, scores)
             if "unseen_subjects" in scores:
-                parts["only unseen subjects"] = scores["unseen_subjects"]
-            for title, scores in parts.items():
-                for unit in UNITS:
-                    if scores[unit] is not None:
-                        cells = [cell(scores[unit], metric) for metric in COMPARED]
-                        rows.append(
-                            [Path(folder).name, title, unit, f"{scores[unit]['n']:,}", *cells]
-                        )
+                rows += unit_rows(run, "only unseen subjects", scores["unseen_subjects"])
     return format_table(rows)
 
 
+def unit_rows(run, title, scores):
+    rows = []
+    for unit in UNITS:
+        if scores[unit] is not None:
+            cells = [cell(scores[unit], metric) for metric in COMPARED]
+            rows.append([run, title, unit, f"{scores[unit]['n']:,}", *cells])
+    return rows
+
+
 def format_by(folders, file, column):
-    """Lines of a table: AD with each value of a column of a CSV file (which has the column scan)
-    against all NC, mean over seeds."""
-    known = read_table(file, ("scan", column.lower()))
-    values = dict(zip(known.scan, known[column.lower()]))
+    """Lines of a table with one row per value of a column: AD scans of this value against all NC
+    scans, mean over seeds.
+
+    `file` is a CSV file with the columns scan and `column`, which must hold every AD scan.
+    """
+    column = column.lower()
+    table = read_table(file, ("scan", column))
+    values = dict(zip(table.scan, table[column]))
     tables = align([one.table for one in pool_seeds(folders, "test")])
-    value = tables[0].scan.map(values)
     is_ad = tables[0].label == "AD"
-    if value[is_ad].isna().any():
-        raise InputError(
-            f"{file} has no {column} of {tables[0].scan[is_ad & value.isna()].nunique()} AD scans"
-        )
+    value = tables[0].scan.map(values)
+    missing = tables[0].scan[is_ad & value.isna()]
+    if len(missing):
+        raise InputError(f"{file} has no {column} of {missing.nunique()} AD scans")
+
     rows = [[f"AD with this {column}, against all NC", "subjects", "AUROC", "sensitivity"]]
     for level in sorted(value[is_ad].unique()):
-        scores = metrics.summarise(
-            mean_scores([table[~is_ad | (value == level)] for table in tables])
-        )
+        shown = ~is_ad | (value == level)
+        scores = metrics.summarise(metrics.mean_scores([table[shown] for table in tables]))
         part = scores["subject"] or scores["scan"]
         rows.append([level, f"{part['n']}", cell(part, "auroc"), cell(part, "sensitivity")])
     return format_table(rows)
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--by", nargs=2, metavar=("CSV", "COLUMN"), help="AD of each value of a column"
-    )
-    args = parser.parse_args(argv)
-    lines = format_by(args.runs, *args.by) if args.by else format_runs(args.runs)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+    add("--by", nargs=2, metavar=("CSV", "COLUMN"), help="AD of each value of a column")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.by:
+        lines = format_by(args.runs, *args.by)
+    else:
+        lines = format_runs(args.runs)
     print("\n".join(lines))
 
 

@@ -1,0 +1,239 @@
+"""Scores of a set of predictions: titles, verdicts, files, and what is read back."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_predictions import complete, random_predictions, without_subjects, write_run
+from PIL import Image
+
+from adnc.errors import InputError
+from adnc.scoring import assess, metrics
+from adnc.scoring.assess import read_run, score, write_results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run", random_predictions())
+
+
+@pytest.fixture
+def results(finished, tmp_path):
+    """A folder of results on 30 subjects, which a test may change."""
+    return shutil.copytree(finished / "test", tmp_path / "results")
+
+
+# ---------------------------------------------------------------- scores and titles
+
+
+def test_a_split_by_slice_and_an_unknown_init_are_stated():
+    checkpoint = {"split_by": "subject", "init": None}
+    assert assess.statements(checkpoint) == {"leaks": [], "notes": []}
+    init = {"file": "other.pth", "exposure": None}
+    stated = assess.statements({"split_by": "slice", "init": init})
+    assert stated["leaks"] == ["of a run split by slice"]
+    note = "starts from other.pth, which does not record its training subjects"
+    assert stated["notes"] == [note]
+
+
+def test_the_title_names_leaks_unknown_exposure_and_slices_out_of_range():
+    table = random_predictions()
+    seen, unknown = table.subject.isin(["p0", "p1"]), table.subject == "p2"
+    table["exposure"] = np.select([seen, unknown], ["yes", "unknown"], "no")
+    table["out_of_range"] = np.where(table.index < 3, "too dark", None)
+    scores = score(complete(table), "test", leaks=["of a run split by slice"], coverage=0.9)
+
+    n_scans = table.scan.nunique()
+    n_seen, n_unknown = table.scan[seen].nunique(), table.scan[unknown].nunique()
+    assert scores["title"] == "; ".join(
+        [
+            f"test; LEAKY: of a run split by slice, {n_seen} of {n_scans} scans are of subjects "
+            "seen in training",
+            f"for {n_unknown} scans it is unknown whether training saw the subject",
+            f"3 of {len(table)} slices are out of the training range",
+        ]
+    )
+    assert scores["run_leaks"] == ["of a run split by slice"] and scores["run_notes"] == []
+
+
+def test_subjects_not_seen_in_training_are_also_scored_apart():
+    table = random_predictions()
+    table["exposure"] = np.where(table.subject < "p2", "yes", "no")
+    scores = score(complete(table), "test", coverage=0.9)
+    unseen = score(complete(table[table.exposure == "no"]), "test", coverage=0.9)
+    assert "unseen_subjects" not in unseen
+    for name in (*metrics.UNITS, "baselines", "minus_baseline", "prediction_sets"):
+        assert scores["unseen_subjects"][name] == unseen[name]
+    text = "\n".join(assess.format_assessment(scores))
+    assert "LEAKY" in text and "only subjects not seen in training" in text
+
+
+def test_the_model_beats_a_baseline_if_the_whole_interval_of_the_difference_is_above_zero():
+    scores = score(complete(random_predictions(60)), "test", coverage=0.9)
+    *_, sentence = assess.format_baselines(scores)
+    beaten, not_beaten = sentence.split("the model is NOT shown to beat: ")
+    for name, label in metrics.BASELINES.items():
+        low, _ = scores["minus_baseline"][name]["scan"]["accuracy"]["ci95"]
+        assert (label in beaten) == (low > 0) and (label in not_beaten) == (low <= 0)
+    assert "majority class" in beaten
+
+
+def test_too_few_subjects_get_no_verdict():
+    scores = score(complete(random_predictions(9)), "test", coverage=0.9)
+    *_, sentence = assess.format_baselines(scores)
+    assert sentence == "9 subjects are too few for a verdict; 10 are needed."
+
+
+def test_without_subjects_the_scores_say_so():
+    table = without_subjects(random_predictions())
+    lines = assess.format_assessment(score(complete(table), "test", coverage=0.9))
+    assert "subject-level: subjects unknown" in lines
+
+
+def test_cells_show_the_interval_or_that_a_score_is_undefined():
+    part = {"auroc": 0.75, "f1": None, "ci95": {"auroc": [0.5, 1], "f1": None}}
+    assert assess.cell(part, "auroc") == "0.750 [0.500, 1.000]"
+    assert assess.cell(part, "f1") == assess.cell(None, "f1") == "undefined"
+    assert assess.cell({"auroc": 0.75, "ci95": {"auroc": None}}, "auroc") == "0.750"
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_results_are_tables_scores_and_pictures(run_folder):
+    folder = run_folder / "test"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "predictions.csv", "scans.csv", "subjects.csv", "metrics.json", "confusion_matrix.png",
+        "roc_curve.png", "calibration.png", "risk_coverage.png", "window_accuracy.png",
+    }  # fmt: skip
+    for path in folder.glob("*.png"):
+        assert np.asarray(Image.open(path).convert("L")).std() > 5
+
+
+def test_tables_always_have_the_same_columns(results):
+    for name, columns in (
+        ("predictions", metrics.PREDICTIONS),
+        ("scans", metrics.AGGREGATED),
+        ("subjects", metrics.AGGREGATED[1:]),
+    ):
+        assert list(pd.read_csv(results / f"{name}.csv").columns) == list(columns)
+
+
+def test_predictions_without_every_label_get_tables_and_no_scores(tmp_path):
+    table = complete(random_predictions())
+    table.loc[3, "label"] = pd.NA
+    assert write_results(table, tmp_path / "out", title="test") is None
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"predictions.csv", "scans.csv", "subjects.csv"}
+
+
+def test_scores_computed_from_the_files_equal_those_in_metrics_json(results, tmp_path):
+    predictions, scores = read_run(results)
+    write_results(predictions, tmp_path / "again", title="test", coverage=0.9)
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == scores
+    for name in ("predictions", "scans", "subjects"):
+        again = (tmp_path / "again" / f"{name}.csv").read_text()
+        assert again == (results / f"{name}.csv").read_text()
+
+
+def test_metrics_json_records_the_calibration_without_its_scores(tmp_path):
+    calibration = {
+        "temperature": 1.5, "threshold": 0.4, "threshold_rule": "youden", "groups": 9,
+        "scores": [0.1], "weights": [1.0],
+    }  # fmt: skip
+    table = complete(random_predictions())
+    scores = write_results(table, tmp_path / "out", title="test", calibration=calibration)
+    recorded = ("temperature", "threshold", "threshold_rule", "groups")
+    assert scores["calibration"] == {name: calibration[name] for name in recorded}
+
+
+def test_metrics_json_of_an_interrupted_run_does_not_stay_beside_new_tables(results):
+    table = complete(random_predictions())
+    table.loc[0, "label"] = pd.NA
+    write_results(table, results, title="test")
+    assert not (results / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- reading results
+
+
+def test_files_that_could_not_be_read_take_no_part_in_scores(tmp_path):
+    table = complete(random_predictions())
+    unread = table.index < 5
+    table.loc[unread, ["logit", "p_AD"]] = math.nan
+    table.loc[unread, ["prediction", "prediction_set"]] = pd.NA
+    table.loc[unread, "error"] = "cannot be decoded"
+    write_results(table, tmp_path, title="test", coverage=0.9)
+    predictions, scores = read_run(tmp_path)
+    assert len(predictions) == scores["slice"]["n"] == len(table) - 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"what": "test"}'])
+def test_a_damaged_metrics_json_is_refused(results, content):
+    (results / "metrics.json").write_text(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_run(results)
+
+
+@pytest.mark.parametrize("content", ["", "scan,slice\n1,2\n", "scan,slice\n1,2,3,4\n"])
+def test_a_damaged_predictions_csv_is_refused(results, content):
+    (results / "predictions.csv").write_text(content)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_run(results)
+
+
+SCAN = "0s0"  # of class NC, subject and group p0
+
+# (rows to edit, column, new value, error)
+EDITS = [
+    (slice(None), "label", "AD", "labels are not those of metrics.json"),
+    (SCAN, "label", "AD", "labels are not those of metrics.json"),
+    (SCAN, "label", "CN", "a group and a label AD or NC in each row"),
+    (SCAN, "label", None, "a group and a label AD or NC in each row"),
+    (SCAN, "group", None, "a group and a label AD or NC in each row"),
+    (0, "label", "AD", f"not so for scan {SCAN}"),
+    (0, "group", "p9", f"not so for scan {SCAN}"),
+    (0, "subject", None, f"not so for scan {SCAN}"),
+    (0, "exposure", "yes", f"not so for scan {SCAN}"),
+    (0, "threshold", "0.4", f"not so for scan {SCAN}"),
+    (0, "p_AD", "1.5", "expected a p_AD from 0 to 1"),
+    (0, "p_AD", "high", "could not convert"),
+    (0, "p_AD", None, "are not of the same slices"),
+    (0, "logit", "inf", "logits are not finite"),
+    (slice(None), "threshold", "0.9", "do not follow from p_AD and threshold"),
+]
+
+
+@pytest.mark.parametrize("rows, column, value, error", EDITS)
+def test_edited_predictions_are_refused(results, rows, column, value, error):
+    path = results / "predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    if rows == SCAN:
+        rows = table.scan == SCAN
+    table.loc[rows, column] = value
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match=error):
+        read_run(results)
+
+
+def test_predictions_without_some_rows_or_a_column_are_refused(results):
+    path = results / "predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.iloc[5:].to_csv(path, index=False)
+    with pytest.raises(InputError, match="are not of the same slices"):
+        read_run(results)
+    table.drop(columns="threshold").to_csv(path, index=False)
+    with pytest.raises(InputError, match="there is no threshold"):
+        read_run(results)
+
+
+def test_a_folder_without_results_is_refused(results):
+    (results / "predictions.csv").unlink()
+    with pytest.raises(InputError, match="holds no predictions.csv; expected a finished run"):
+        read_run(results)
+    with pytest.raises(InputError, match="nowhere holds no metrics.json"):
+        read_run("nowhere")

@@ -1,0 +1,230 @@
+"""Scripts of docs/experiments: stress test, linear probe, learning curves, tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fake_predictions import random_predictions, write_run
+from PIL import Image
+
+from adnc.errors import InputError
+from adnc.files import write_csv
+from docs.experiments import learning_curve, probe, stress, tables
+from modules import convnext, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def test_set(run_folder):
+    """(checkpoint, slices) of a run of six test scans with five slices each, all predicted right."""
+    return stress.load_test(run_folder)
+
+
+# ---------------------------------------------------------------- changes of slices
+
+
+@pytest.fixture
+def pixels():
+    """A bright textured square on black, uint8 (40, 48)."""
+    picture = np.zeros((40, 48), np.uint8)
+    picture[10:30, 14:34] = np.random.default_rng(0).integers(80, 180, (20, 20))
+    return picture
+
+
+def test_shift_moves_and_fills_with_black(pixels):
+    moved = stress.shift(pixels, 4)
+    assert np.array_equal(moved[4:, 4:], pixels[:-4, :-4])
+    assert not moved[:4].any() and not moved[:, :4].any()
+
+
+def test_rotation_keeps_the_shape_and_0_degrees_change_nothing(pixels):
+    assert np.array_equal(stress.rotate(pixels, 0), pixels)
+    rotated = stress.rotate(pixels, 15)
+    assert rotated.shape == pixels.shape and (rotated != pixels).mean() > 0.1
+
+
+def test_gamma_contrast_and_bias_field_scale_grey_levels(pixels):
+    assert (stress.gamma(pixels, 1.4) <= pixels).all()
+    assert (stress.gamma(pixels, 0.7) >= pixels).all()
+    assert stress.contrast(pixels, 0.5).max() == pytest.approx(pixels.max() / 2, abs=1)
+    biased = stress.bias_field(pixels, 0.4)
+    assert biased[:, 14].sum() < pixels[:, 14].sum()
+    assert biased[:, 33].sum() > pixels[:, 33].sum()
+
+
+def test_noise_is_repeatable_and_stays_inside_the_brain(pixels):
+    noisy = stress.noise(pixels, 10)
+    assert np.array_equal(noisy, stress.noise(pixels, 10)) and not noisy[pixels == 0].any()
+    inside = pixels > 0
+    assert np.std(noisy[inside].astype(float) - pixels[inside]) == pytest.approx(10, rel=0.15)
+
+
+def test_blur_and_jpeg_lose_detail(pixels):
+    assert stress.blur(pixels, 2).std() < pixels.std()
+    errors = [np.abs(stress.jpeg(pixels, q).astype(float) - pixels).mean() for q in (10, 95)]
+    assert errors[0] > 2 * errors[1] > 0
+
+
+# ---------------------------------------------------------------- stress test
+
+
+def test_the_stress_table_has_a_row_for_each_change_and_level(test_set):
+    table = stress.stress(*test_set, device=CPU, amp=None)
+    n_levels = sum(len(levels) for _, levels, _ in stress.CHANGES.values())
+    assert len(table) == 1 + n_levels + len(stress.KEPT)
+    first = table.iloc[0]
+    assert (first.change, first.changed, first.n) == ("none", 0, 6)
+    assert first.accuracy == 1 and first.auroc == 1
+    for row in table.itertuples():
+        low, high = row.changed_ci95
+        assert 0 <= low <= row.changed <= high <= 1
+
+    # Brightness alone tells the classes of this set apart.
+    changed = table.set_index(["change", "level"]).changed
+    assert changed["contrast", "0.7 times"] > 0 or changed["gamma", "1.4"] > 0
+    assert changed["rotation", "2 degrees"] == changed["slices left", "0.5 of them"] == 0
+
+
+def test_leaving_slices_out_leaves_at_least_one_for_each_scan(test_set, monkeypatch):
+    parts, predict_slices = [], stress.predict_slices
+
+    def record(checkpoint, part, **options):
+        parts.append(part)
+        return predict_slices(checkpoint, part, **options)
+
+    monkeypatch.setattr(stress, "CHANGES", {})
+    monkeypatch.setattr(stress, "predict_slices", record)
+    stress.stress(*test_set, device=CPU, amp=None)
+    half, tenth = (part.index.groupby("scan").size() for part in parts[-2:])
+    assert set(half) <= {2, 3} and set(tenth) == {1}  # of five
+    assert len(half) == len(tenth) == 6
+
+
+def test_the_stress_test_writes_a_table_and_a_picture(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stress, "CHANGES", {"shift": (stress.shift, (1, 8), "px")})
+    out = tmp_path / "out"
+    stress.main([str(run_folder), "--out", str(out)])
+    text = capsys.readouterr().out
+    assert "| shift 8 px" in text and ": changed" in text
+    assert set(pd.read_csv(out / "stress.csv").run) == {str(run_folder)}
+    assert np.asarray(Image.open(out / "stress.png").convert("L")).std() > 5
+
+
+def test_a_run_whose_test_slices_are_gone_is_refused(run_folder, monkeypatch):
+    predictions, scores = stress.read_run(run_folder)
+    path = predictions.path[0].replace(".jpeg", "-gone.jpeg")
+    moved = predictions.assign(path=[path, *predictions.path[1:]])
+    monkeypatch.setattr(stress, "read_run", lambda folder: (moved, scores))
+    with pytest.raises(InputError, match="gone"):
+        stress.load_test(run_folder)
+
+
+# ---------------------------------------------------------------- linear probe
+
+
+def test_a_linear_read_out_finds_brightness_from_the_stem_on(test_set):
+    scores = probe.probe(*test_set, device=CPU)
+    assert list(scores) == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "head norm"]
+    assert scores["stage 4"][0] == 1
+    assert all(0 <= auroc <= 1 and spread > 0 for auroc, spread in scores.values())
+
+
+def test_features_are_read_after_each_stage_of_a_convnext_and_each_pooling_of_a_cnn():
+    assert len(probe.places(convnext("atto"))) == 6
+    assert list(probe.places(make_model("cnn"))) == [f"stage {i}" for i in (1, 2, 3, 4)]
+
+
+def test_a_read_out_of_a_class_with_one_subject_is_undefined(test_set):
+    checkpoint, slices = test_set
+    few = slices.where(~slices.index.scan.isin(["400", "401"]))
+    scores = probe.probe(checkpoint, few, device=CPU)
+    assert all(np.isnan(auroc) and spread > 0 for auroc, spread in scores.values())
+    assert "undefined" in "\n".join(probe.format_probe({"run": scores}))
+
+
+def test_the_probe_prints_a_table_and_draws_a_picture(run_folder, tmp_path, capsys):
+    png = tmp_path / "probe.png"
+    probe.main([str(png), str(run_folder)])
+    assert "| after stage 3 " in capsys.readouterr().out
+    assert np.asarray(Image.open(png).convert("L")).std() > 5
+
+
+# ---------------------------------------------------------------- learning curves and tables
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Runs of two seeds on 6 and on 12 subjects, with the same test set."""
+    root, test = tmp_path_factory.mktemp("sizes"), random_predictions(slices=2)
+    runs = []
+    for n in (12, 6):
+        for seed in (0, 1):
+            noise = np.random.default_rng(seed).normal(0, 12 / n, len(test))
+            predicted = test.assign(logit=test.logit + noise)
+            run = write_run(root / f"n{n}-s{seed}", predicted, seed=seed, subjects=n, model="atto")
+            train = pd.DataFrame({"group": [f"t{i}" for i in range(n)], "split": "train"})
+            held_out = pd.DataFrame({"group": test.group, "split": "test"})
+            write_csv(run / "split.csv", pd.concat([train, held_out]))
+            runs.append(run)
+    return runs
+
+
+def test_a_learning_curve_has_a_row_for_each_size_with_the_baseline_beside_it(
+    sizes, tmp_path, capsys
+):
+    png = tmp_path / "curve.png"
+    learning_curve.main([str(png), *map(str, sizes)])
+    text = capsys.readouterr().out
+    header, _, six, twelve = [line for line in text.splitlines() if line.startswith("|")]
+    names = [name.strip() for name in header.split("|")[1:-1]]
+    assert names == ["training subjects", "ConvNeXt atto", "logistic regression on a blur"]
+    assert six.startswith("| 6 ") and twelve.startswith("| 12 ")
+    assert six.count("[") == twelve.count("[") == 2
+    assert "LEAKY" not in text
+    assert np.asarray(Image.open(png).convert("L")).std() > 5
+
+
+def test_a_learning_curve_averages_over_seeds_and_names_leaks(sizes, tmp_path):
+    test = random_predictions(slices=2)
+    leaky = write_run(tmp_path / "leaky", test, seed=2, subjects=6, model="atto", leaks=["a leak"])
+    (leaky / "split.csv").write_text((sizes[2] / "split.csv").read_text())
+    curves, leaks = learning_curve.learning_curve([*sizes, leaky])
+    assert leaks == ["LEAKY: a leak"]
+    aurocs = []
+    for run in (*sizes[2:], leaky):
+        _, scores = stress.read_run(run)
+        aurocs.append(scores["subject"]["auroc"])
+    assert curves["ConvNeXt atto"][6]["auroc"] == pytest.approx(np.mean(aurocs))
+
+
+def test_a_table_of_runs_has_the_scores_that_each_run_wrote(run_folder):
+    lines = tables.format_runs([run_folder])
+    assert len(lines) == 2 + 2 * 3  # the header; val and test, three units each
+    assert lines[5].split("|")[1:6] == [
+        " run ",
+        " test ",
+        " slice   ",
+        " 30 ",
+        " 1.000 [1.000, 1.000] ",
+    ]
+
+
+def test_each_severity_is_scored_against_all_controls(sizes, tmp_path):
+    test = random_predictions(slices=2)
+    scans = test.drop_duplicates("scan")[["scan", "subject", "label"]]
+    is_ad = scans.label == "AD"
+    mild = is_ad & scans.subject.isin(["p1", "p3", "p5"])
+    scans["CDR"] = np.select([mild, is_ad], ["0.5", "1"], "0")
+    file = tmp_path / "subjects.csv"
+    scans.to_csv(file, index=False)
+
+    n_ad, n_nc = scans.subject[is_ad].nunique(), scans.subject[~is_ad].nunique()
+    rows = [line.split("|") for line in tables.format_by(sizes[:2], file, "CDR")[2:]]
+    cells = [(row[1].strip(), int(row[2])) for row in rows]
+    assert cells == [("0.5", 3 + n_nc), ("1", n_ad - 3 + n_nc)]
+
+    scans[~mild].to_csv(file, index=False)
+    n_missing = mild.sum()
+    with pytest.raises(InputError, match=f"has no cdr of {n_missing} AD scans"):
+        tables.format_by(sizes[:2], file, "cdr")
