@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit
 from tqdm import tqdm
 
 from adnc import CLASSES
@@ -115,7 +116,7 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
     index = readable.index
     predicted = index[[]].assign(
         logit=logits,
-        p_AD=metrics.expit(logits),
+        p_AD=expit(logits),
         out_of_range=out_of_range(index, checkpoint["slice_stats"]),
         exposure=find_exposure(index, checkpoint["exposure"] if exposure is None else exposure),
     )

@@ -13,6 +13,7 @@ import random
 
 import numpy as np
 import torch
+from scipy.special import expit
 from tqdm import tqdm
 
 from adnc import CLASSES
@@ -239,7 +240,7 @@ def validation_scores(index, logits):
     slice gets the same prediction, else "".
     """
     is_ad = (index.label == "AD").to_numpy()
-    p_ad = metrics.expit(logits)
+    p_ad = expit(logits)
     predicted_ad = p_ad >= metrics.THRESHOLD
     p_label = np.where(is_ad, p_ad, 1 - p_ad)
 

@@ -16,10 +16,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "torch.distributed", "torchvision.transforms.v2", "pandas", "matplotlib.figure", "scipy.optimize",
-    "sklearn.linear_model", "sklearn.model_selection",
-])  # fmt: skip
+FORKS.set_forkserver_preload(
+    [
+        "torch.distributed",
+        "torchvision.transforms.v2",
+        "pandas",
+        "matplotlib.figure",
+        "scipy.optimize",
+        "sklearn.linear_model",
+        "sklearn.model_selection",
+    ]
+)
 
 
 def _run(folder, script, words, cwd, environment, file_size):

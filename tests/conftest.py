@@ -102,10 +102,9 @@ def adult():
 
 # ---------------------------------------------------------------- runs
 
-SMALL = [
-    "--model", "atto", "--image-size", "32", "--batch-size", "16", "--lr", "2e-3", "--drop-path", "0",
-    "--val-fraction", "0.25",
-]  # fmt: skip
+SMALL = (
+    "--model atto --image-size 32 --batch-size 16 --lr 2e-3 --drop-path 0 --val-fraction 0.25"
+).split()
 
 
 def train_small(data, out, *flags):

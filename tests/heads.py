@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from adnc.volumes import cut as volumes
-from adnc.volumes.cut import Look
+from adnc.volumes.look import Look
 
-nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-volumes.txt)")
+nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-extra.txt)")
 CENTRE = -2.0, 4.0, 6.0  # mm
 
 
@@ -18,14 +18,10 @@ def brightness(x, y, z):
     darkest at its top."""
     x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
     value = 100.0 * ((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1)
-    for grey, radius, place in (
-        (250, 17, (-38, 0, 0)),
-        (210, 13, (0, 55, 0)),
-        (170, 13, (0, 0, 34)),
-    ):
-        value = np.where(
-            (x - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < radius**2, grey, value
-        )
+    balls = ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34)))
+    for grey, radius, (left, front, up) in balls:
+        inside = (x - left) ** 2 + (y - front) ** 2 + (z - up) ** 2 < radius**2
+        value = np.where(inside, grey, value)
     return value
 
 
@@ -40,23 +36,20 @@ def head(affine=None, shape=None, dtype=np.float32):
     """An image of nibabel: the head, sampled where the affine says."""
     if affine is None:
         affine, shape = place()
-    grid = (
-        np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) @ affine[:3, :3].T
-        + affine[:3, 3]
-    )
-    return nib.Nifti1Image(brightness(*np.moveaxis(grid, -1, 0)).astype(dtype), affine)
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(voxels @ affine[:3, :3].T + affine[:3, 3], -1, 0)
+    return nib.Nifti1Image(brightness(x, y, z).astype(dtype), affine)
 
 
 def stored(image, axes):
     """The same image with its voxels stored along other axes."""
-    to = nib.orientations.ornt_transform(
-        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes)
-    )
-    return image.as_reoriented(to)
+    here = nib.io_orientation(image.affine)
+    there = nib.orientations.axcodes2ornt(axes)
+    return image.as_reoriented(nib.orientations.ornt_transform(here, there))
 
 
 def cut(path, image=None, **look):
-    """(slices, numbers, facts) of a file, or of an image that is written there first."""
+    """(slices, numbers, record) of a file, or of an image that is written there first."""
     if image is not None:
         nib.save(image, path)
     return volumes.extract_volume(str(path), Look(**{"spacing": 6.0, "count": 12} | look))
@@ -73,11 +66,13 @@ AFFINE = head().affine
 
 
 def element(group, number, kind, value):
+    """The bytes of a DICOM element."""
     value = value.encode() if isinstance(value, str) else value
     value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
-    size = (
-        struct.pack("<HI", 0, len(value)) if kind in ("OB", "OW") else struct.pack("<H", len(value))
-    )
+    if kind in ("OB", "OW"):
+        size = struct.pack("<HI", 0, len(value))
+    else:
+        size = struct.pack("<H", len(value))
     return struct.pack("<HH", group, number) + kind.encode() + size + value
 
 
@@ -93,19 +88,33 @@ def write_dicom(folder, series=1):
         uid, kind = f"1.2.3.{series}.{number + 1}", "1.2.840.10008.5.1.4.1.1.4"
         meta = (element(2, 1, "OB", b"\0\1") + element(2, 2, "UI", kind) + element(2, 3, "UI", uid)
                 + element(2, 0x10, "UI", "1.2.840.10008.1.2.1"))  # fmt: skip
-        body = [(8, 0x16, "UI", kind), (8, 0x18, "UI", uid), (8, 0x60, "CS", "MR"), (8, 0x70, "LO", "SIEMENS"),
-                (0x18, 0x50, "DS", "6"), (0x20, 0xD, "UI", "1.2.3"), (0x20, 0xE, "UI", f"1.2.3.{series}"),
-                (0x20, 0x11, "IS", str(series)), (0x20, 0x13, "IS", str(number + 1)), (0x20, 0x32, "DS", where),
-                (0x20, 0x37, "DS", "1\\0\\0\\0\\1\\0"), (0x28, 2, "US", struct.pack("<H", 1)),
-                (0x28, 4, "CS", "MONOCHROME2"), (0x28, 0x10, "US", struct.pack("<H", rows.shape[0])),
-                (0x28, 0x11, "US", struct.pack("<H", rows.shape[1])), (0x28, 0x30, "DS", "6\\6"),
-                (0x28, 0x100, "US", struct.pack("<H", 16)), (0x28, 0x101, "US", struct.pack("<H", 16)),
-                (0x28, 0x102, "US", struct.pack("<H", 15)), (0x28, 0x103, "US", struct.pack("<H", 0)),
-                (0x7FE0, 0x10, "OW", rows.tobytes())]  # fmt: skip
-        data = (
-            element(2, 0, "UL", struct.pack("<I", len(meta)))
-            + meta
-            + b"".join(element(*row) for row in body)
-        )
+        n_rows, n_columns = rows.shape
+        short = struct.Struct("<H").pack
+        body = [
+            (8, 0x16, "UI", kind),
+            (8, 0x18, "UI", uid),
+            (8, 0x60, "CS", "MR"),
+            (8, 0x70, "LO", "SIEMENS"),
+            (0x18, 0x50, "DS", "6"),
+            (0x20, 0xD, "UI", "1.2.3"),
+            (0x20, 0xE, "UI", f"1.2.3.{series}"),
+            (0x20, 0x11, "IS", str(series)),
+            (0x20, 0x13, "IS", str(number + 1)),
+            (0x20, 0x32, "DS", where),
+            (0x20, 0x37, "DS", "1\\0\\0\\0\\1\\0"),
+            (0x28, 2, "US", short(1)),
+            (0x28, 4, "CS", "MONOCHROME2"),
+            (0x28, 0x10, "US", short(n_rows)),
+            (0x28, 0x11, "US", short(n_columns)),
+            (0x28, 0x30, "DS", "6\\6"),
+            (0x28, 0x100, "US", short(16)),
+            (0x28, 0x101, "US", short(16)),
+            (0x28, 0x102, "US", short(15)),
+            (0x28, 0x103, "US", short(0)),
+            (0x7FE0, 0x10, "OW", rows.tobytes()),
+        ]
+        data = element(2, 0, "UL", struct.pack("<I", len(meta))) + meta
+        for row in body:
+            data += element(*row)
         (folder / f"{series}-{number:03d}.dcm").write_bytes(bytes(128) + b"DICM" + data)
     return folder

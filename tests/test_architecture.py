@@ -50,10 +50,14 @@ LOOK = """
 import os, signal, sys, warnings
 import matplotlib, numpy, pandas, PIL.Image, torch
 def state():
-    return (sys.excepthook, PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters), signal.getsignal(signal.SIGINT),
-            signal.getsignal(signal.SIGTERM), matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams),
-            numpy.geterr(), torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
-            torch.backends.cudnn.benchmark, dict(os.environ), sys.stdout, sys.stderr)
+    return (
+        sys.excepthook, sys.stdout, sys.stderr, dict(os.environ), list(warnings.filters),
+        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+        matplotlib.get_backend(auto_select=False), matplotlib.rcParams.copy(),
+        PIL.Image.MAX_IMAGE_PIXELS, numpy.geterr(),
+        torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
 import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, tqdm
 import scipy.ndimage, scipy.sparse.csgraph, scipy.special
 before = state()

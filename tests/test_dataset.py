@@ -104,7 +104,7 @@ def test_pictures_of_the_training_slices_are_drawn(ad_nc, tmp_path, pictures):
         dataset.main([str(ad_nc), f"--mean={ad_nc / 'train' / 'AD' / 'x_1.png'}"])
 
 
-# ---------------------------------------------------------------- one rule for 16 bits, in training and prediction
+# ---------------------------------------------------------------- one rule for 16 bits
 
 
 def test_a_set_of_12_bits_is_read_as_such_and_predicted_by_the_same_rule(tmp_path, capsys):

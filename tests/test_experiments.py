@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def test_set(run_folder):
-    """(checkpoint, slices) of a run of six test scans with five slices each, all predicted right."""
+def loaded(run_folder):
+    """(checkpoint, test slices) of a run: six scans of five slices each, all predicted right."""
     return stress.load_test(run_folder)
 
 
@@ -69,10 +69,11 @@ def test_blur_and_jpeg_lose_detail(pixels):
 # ---------------------------------------------------------------- stress test
 
 
-def test_the_stress_table_has_a_row_for_each_change_and_level(test_set):
-    table = stress.stress(*test_set, device=CPU, amp=None)
-    n_levels = sum(len(levels) for _, levels, _ in stress.CHANGES.values())
-    assert len(table) == 1 + n_levels + len(stress.KEPT)
+def test_the_stress_table_has_a_row_for_each_change_and_level(loaded, monkeypatch):
+    for name, (change, levels, unit) in stress.CHANGES.items():
+        monkeypatch.setitem(stress.CHANGES, name, (change, levels[:1], unit))
+    table = stress.stress(*loaded, device=CPU, amp=None)
+    assert table.change.tolist() == ["none", *stress.CHANGES, "slices left", "slices left"]
     first = table.iloc[0]
     assert (first.change, first.changed, first.n) == ("none", 0, 6)
     assert first.accuracy == 1 and first.auroc == 1
@@ -82,11 +83,11 @@ def test_the_stress_table_has_a_row_for_each_change_and_level(test_set):
 
     # Brightness alone tells the classes of this set apart.
     changed = table.set_index(["change", "level"]).changed
-    assert changed["contrast", "0.7 times"] > 0 or changed["gamma", "1.4"] > 0
+    assert changed["contrast", "0.7 times"] > 0
     assert changed["rotation", "2 degrees"] == changed["slices left", "0.5 of them"] == 0
 
 
-def test_leaving_slices_out_leaves_at_least_one_for_each_scan(test_set, monkeypatch):
+def test_leaving_slices_out_leaves_at_least_one_for_each_scan(loaded, monkeypatch):
     parts, predict_slices = [], stress.predict_slices
 
     def record(checkpoint, part, **options):
@@ -95,7 +96,7 @@ def test_leaving_slices_out_leaves_at_least_one_for_each_scan(test_set, monkeypa
 
     monkeypatch.setattr(stress, "CHANGES", {})
     monkeypatch.setattr(stress, "predict_slices", record)
-    stress.stress(*test_set, device=CPU, amp=None)
+    stress.stress(*loaded, device=CPU, amp=None)
     half, tenth = (part.index.groupby("scan").size() for part in parts[-2:])
     assert set(half) <= {2, 3} and set(tenth) == {1}  # of five
     assert len(half) == len(tenth) == 6
@@ -123,8 +124,8 @@ def test_a_run_whose_test_slices_are_gone_is_refused(run_folder, monkeypatch):
 # ---------------------------------------------------------------- linear probe
 
 
-def test_a_linear_read_out_finds_brightness_from_the_stem_on(test_set):
-    scores = probe.probe(*test_set, device=CPU)
+def test_a_linear_read_out_finds_brightness_from_the_stem_on(loaded):
+    scores = probe.probe(*loaded, device=CPU)
     assert list(scores) == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "head norm"]
     assert scores["stage 4"][0] == 1
     assert all(0 <= auroc <= 1 and spread > 0 for auroc, spread in scores.values())
@@ -135,8 +136,8 @@ def test_features_are_read_after_each_stage_of_a_convnext_and_each_pooling_of_a_
     assert list(probe.places(make_model("cnn"))) == [f"stage {i}" for i in (1, 2, 3, 4)]
 
 
-def test_a_read_out_of_a_class_with_one_subject_is_undefined(test_set):
-    checkpoint, slices = test_set
+def test_a_read_out_of_a_class_with_one_subject_is_undefined(loaded):
+    checkpoint, slices = loaded
     few = slices.where(~slices.index.scan.isin(["400", "401"]))
     scores = probe.probe(checkpoint, few, device=CPU)
     assert all(np.isnan(auroc) and spread > 0 for auroc, spread in scores.values())

@@ -58,10 +58,15 @@ def test_a_table_is_read_back_as_it_was(tmp_path):
     assert again.p.isna().tolist() == [False, True, False, True]
 
 
-@pytest.mark.parametrize("text", [
-    "scan,subject\n1,a\n2,NA\n", "Scan ; SUBJECT\n1;a \n2;unknown\n", "\ufeffscan\tsubject\n1\ta\n2\t-\n",
-    "subject,other,scan\na,x,1\n?,y,2\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "scan,subject\n1,a\n2,NA\n",
+        "Scan ; SUBJECT\n1;a \n2;unknown\n",
+        "\ufeffscan\tsubject\n1\ta\n2\t-\n",
+        "subject,other,scan\na,x,1\n?,y,2\n",
+    ],
+)
 def test_tables_of_spreadsheets_are_read_and_missing_is_missing(tmp_path, text):
     (tmp_path / "t.csv").write_text(text, encoding="utf-8")
     table = files.read_table(tmp_path / "t.csv", ("scan", "subject"))
@@ -125,8 +130,15 @@ def test_unnamed_folders_of_the_same_second_get_two_names(tmp_path):
 
 
 def test_wrong_input_is_one_line_and_a_defect_keeps_its_traceback():
-    script = "import sys\nfrom adnc.cli import run_script\nfrom adnc.errors import InputError\nproblem = eval(sys.argv[1])\n"
-    script += "def main():\n    raise problem\nrun_script(main)\n"
+    script = """
+import sys
+from adnc.cli import run_script
+from adnc.errors import InputError
+problem = eval(sys.argv[1])
+def main():
+    raise problem
+run_script(main)
+"""
     for problem in (
         "ValueError('of NumPy')",
         "KeyError('x')",
@@ -147,7 +159,11 @@ def test_wrong_input_is_one_line_and_a_defect_keeps_its_traceback():
 
 
 def test_a_warning_is_one_line():
-    script = "import warnings\nfrom adnc.cli import run_script\nrun_script(lambda: warnings.warn('slower'))\n"
+    script = """
+import warnings
+from adnc.cli import run_script
+run_script(lambda: warnings.warn("slower"))
+"""
     done = command.run(script)
     assert (done.returncode, done.stderr) == (0, "warning: slower\n")
 

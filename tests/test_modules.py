@@ -112,9 +112,17 @@ def test_memory_format_does_not_change_the_outputs():
 
 def test_names_are_those_of_the_papers_code():
     names = set(convnext("atto").state_dict())
-    assert {"downsample_layers.0.0.weight", "downsample_layers.3.1.bias", "stages.2.5.dwconv.weight",
-            "stages.0.0.norm.weight", "stages.0.1.pwconv1.weight", "stages.0.1.pwconv2.bias", "stages.3.1.gamma",
-            "norm.weight", "head.bias"} <= names  # fmt: skip
+    assert {
+        "downsample_layers.0.0.weight",
+        "downsample_layers.3.1.bias",
+        "stages.2.5.dwconv.weight",
+        "stages.0.0.norm.weight",
+        "stages.0.1.pwconv1.weight",
+        "stages.0.1.pwconv2.bias",
+        "stages.3.1.gamma",
+        "norm.weight",
+        "head.bias",
+    } <= names
 
 
 def test_a_summed_stem_sees_a_grey_image_as_three_equal_channels():
@@ -171,10 +179,17 @@ def test_all_variants_can_be_built():
     assert sizes == sorted(sizes)
 
 
-@pytest.mark.parametrize("option", [
-    {"norm": "batch"}, {"stem": "conv"}, {"downsample": "pool"}, {"layer_scale": 0.5}, {"init_std": "fan_in"},
-    {"head_norm": "batch"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"norm": "batch"},
+        {"stem": "conv"},
+        {"downsample": "pool"},
+        {"layer_scale": 0.5},
+        {"init_std": "fan_in"},
+        {"head_norm": "batch"},
+    ],
+)
 def test_an_option_changes_its_own_part_alone(option):
     (name,) = option
     torch.manual_seed(0)

@@ -1,76 +1,120 @@
-"""Looking at the data: contact sheets and mean slices of a set."""
+"""Pictures: scores, attribution maps over slices, contact sheets and mean slices of a set."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from fake_predictions import complete, random_predictions
 from PIL import Image
 
 import dataset
-from adnc.scoring import plots
-from adnc.data.pixels import mean_slice
 from adnc.data.augment import as_trained
+from adnc.scoring import metrics, plots
 
 
-def test_a_set_is_drawn_as_contact_sheets_and_mean_slices(ad_nc, tmp_path, pictures, capsys):
-    files = {name: tmp_path / f"{name}.png" for name in ("montage", "augmented", "mean")}
-    flags = [str(word) for name in files for word in (f"--{name}", files[name])]
-    dataset.main(dataset.parse_args([str(ad_nc), *flags]))
-    sheets = {name: np.asarray(Image.open(path).convert("L")) for name, path in files.items()}
-    assert all(sheet.std() > 10 for sheet in sheets.values())
-    said = capsys.readouterr().out
-    assert all(f"in {path}" in said for path in files.values())
+def grey_levels(path):
+    return np.asarray(Image.open(path).convert("L"))
 
 
-def test_pictures_that_would_replace_each_other_or_become_slices_are_wrong_usage(tmp_path, capsys):
-    (tmp_path / "AD_NC" / "train").mkdir(parents=True)
-    one = tmp_path / "a.png"
-    for words, said in ((["--montage", one, "--mean", one], "two pictures cannot both be"),
-                        (["--mean", tmp_path / "AD_NC" / "train" / "1_1.png"], "is in the set, where it would be")):
-        with pytest.raises(SystemExit):
-            dataset.parse_args([str(tmp_path / "AD_NC"), *map(str, words)])
-        assert said in capsys.readouterr().err
+# ---------------------------------------------------------------- scores
 
 
-def test_a_contact_sheet_has_subjects_of_both_classes_and_slices_from_end_to_end():
+def test_the_title_is_wrapped_and_a_dollar_or_an_escape_is_text(tmp_path):
+    title = "LEAKY: " + "a long reason, " * 20 + "$x_1$ \x1b[1m"
+    with plots.figure(tmp_path / "a.png", title) as ((axes,),):
+        axes.plot([0, 1])
+        drawing = axes.figure
+    text = drawing.get_suptitle()
+    assert text.replace("\n", " ").endswith(r"reason, \$x_1\$ \x1b[1m")
+    assert max(map(len, text.split("\n"))) <= drawing.get_figwidth() * 14
+    assert grey_levels(tmp_path / "a.png").std() > 5
+
+
+@pytest.mark.parametrize("labels", [["AD", "NC"], ["AD"]])
+def test_pictures_of_scores_are_drawn_with_two_classes_and_with_one(labels, tmp_path, pictures):
+    table = complete(random_predictions(10))
+    table = table[table.label.isin(labels)]
+    tables = {unit: metrics.aggregate(table, unit) for unit in metrics.UNITS}
+    sets = {"coverage": 0.9, "uncertain": 0.2, "accuracy_if_certain": 0.9}
+    plots.plot_confusion(tmp_path / "confusion.png", tables, "a title")
+    plots.plot_calibration(tmp_path / "calibration.png", tables, "a title")
+    plots.plot_risk(tmp_path / "risk.png", tables, "a title", sets)
+    plots.plot_windows(tmp_path / "windows.png", tables["slice"], "a title")
+    if len(labels) == 2:
+        plots.plot_roc(tmp_path / "roc.png", tables, "a title")
+    for path in tmp_path.iterdir():
+        assert grey_levels(path).std() > 5
+
+
+# ---------------------------------------------------------------- attribution maps
+
+
+def test_an_overlay_has_the_colour_of_ad_above_zero_of_nc_below_and_none_at_zero():
+    pixels = np.full((1, 4), 100)
+    colours = plots.blend(pixels, np.array([[-2.0, -1.0, 0.0, 1.0]]), full=1)
+    share = plots.OPAQUE
+    for column, colour in ((0, plots.NC_COLOUR), (1, plots.NC_COLOUR), (3, plots.AD_COLOUR)):
+        expected = (100 * (1 - share) + np.array(colour) * share).round()
+        assert colours[0, column].tolist() == expected.tolist()
+    assert colours[0, 2].tolist() == [100, 100, 100]
+    assert plots.blend(pixels, np.zeros((1, 4)), full=0).tolist() == [[[100] * 3] * 4]
+
+
+def test_an_overlay_is_a_picture_of_the_size_of_the_slice_with_its_mark(tmp_path, pictures):
+    pixels = np.full((60, 80), 100, np.uint8)
+    for name, mark in (("plain", ""), ("marked", "UNUSABLE")):
+        plots.plot_overlay(tmp_path / f"{name}.png", pixels, np.zeros((60, 80)), 1, mark)
+    plain, marked = (grey_levels(tmp_path / f"{name}.png") for name in ("plain", "marked"))
+    assert plain.shape == marked.shape == (60, 80)
+    assert (plain == 100).all() and (marked[:15] != 100).any() and (marked[20:] == 100).all()
+
+
+# ---------------------------------------------------------------- the data
+
+
+def test_a_contact_sheet_shows_subjects_of_both_classes_and_slices_from_end_to_end():
     rows = [(label, f"{label}{k // 20}", k % 20) for label in ("AD", "NC") for k in range(180)]
-    index = pd.DataFrame(rows, columns=["label", "group", "slice"]).assign(scan="s", row=range(len(rows)))
+    index = pd.DataFrame(rows, columns=["label", "group", "slice"])
+    index = index.assign(scan="s", row=range(len(rows)))
     images = np.arange(len(rows), dtype=np.uint16)[:, None, None].repeat(4, 1)
-    sheet = plots.montage_rows(index.sample(frac=1, random_state=0).sort_values("label"), images)
+    shuffled = index.sample(frac=1, random_state=0).sort_values("label")
+    sheet = plots.montage_rows(shuffled, images)
+
     assert [text[:2] for text, _ in sheet] == ["AD"] * 5 + ["NC"] * 5
     assert len({text for text, _ in sheet}) == 10
     for text, slices in sheet:
         own = index[index.group == text.split("\n")[1]]
-        shown = slices[:, 0, 0]
-        assert len(shown) == 8 and (np.diff(shown.astype(int)) > 0).all()
+        shown = slices[:, 0, 0].astype(int)
+        assert len(shown) == 8 and (np.diff(shown) > 0).all()
         assert (shown[0], shown[-1]) == (own.row.min(), own.row.max())
 
 
+def test_contact_sheets_of_a_set_are_drawn_plain_and_augmented(ad_nc, tmp_path, pictures):
+    slices = dataset.decode_set(ad_nc, use_cache=False, progress=None)
+    for name, change in (("plain", None), ("augmented", as_trained)):
+        rows = plots.montage_rows(slices.index, slices.images, change)
+        plots.plot_montage(tmp_path / f"{name}.png", rows, "a set")
+    plain, augmented = (grey_levels(tmp_path / f"{name}.png") for name in ("plain", "augmented"))
+    assert plain.std() > 10 and augmented.std() > 10
+    assert plain.shape != augmented.shape or (plain != augmented).any()
+
+
 def test_mean_slices_by_number_show_a_window_that_tells_the_classes_apart(tmp_path, pictures):
-    pairs = [(label, first + k // 2) for label, first in (("AD", 0), ("NC", 6)) for k in range(20)]
-    index = pd.DataFrame(pairs, columns=["label", "slice"]).assign(row=range(40))
-    images = (index.slice * 10 + (index.label == "AD")).to_numpy(np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    numbers = [*range(10), *range(6, 16)]  # of AD, of NC; each number twice
+    index = pd.DataFrame({"label": ["AD"] * 20 + ["NC"] * 20, "slice": np.repeat(numbers, 2)})
+    index["row"] = range(40)
+    grey = (index.slice * 10 + (index.label == "AD")).to_numpy(np.uint8)
+    images = np.broadcast_to(grey[:, None, None], (40, 8, 8)).copy()
+
     rows = dataset.means_by_position(dataset.SliceSet(index, images))
-    assert [text for text, _ in rows] == ["all slices", "slices 0 to 3", "slices 4 to 7", "slices 8 to 11",
-                                          "slices 12 to 15"]  # fmt: skip
-    counts = [(means["AD"][1], means["NC"][1]) for _, means in rows]
+    texts, means = zip(*rows)
+    ranges = ["slices 0 to 3", "slices 4 to 7", "slices 8 to 11", "slices 12 to 15"]
+    assert list(texts) == ["all slices", *ranges]
+    counts = [(each["AD"][1], each["NC"][1]) for each in means]
     assert counts == [(20, 20), (8, 0), (8, 4), (4, 8), (0, 8)]
-    assert rows[1][1]["NC"][0] is None and rows[4][1]["AD"][0] is None
-    np.testing.assert_allclose([means["AD"][0][0, 0] for _, means in rows[:4]], [46, 16, 56, 86])
+    assert means[1]["NC"][0] is None and means[4]["AD"][0] is None
+    np.testing.assert_allclose([each["AD"][0][0, 0] for each in means[:4]], [46, 16, 56, 86])
+
     plots.plot_means(tmp_path / "means.png", rows, "a set")
-    plots.plot_means(tmp_path / "one.png", dataset.means_by_position(dataset.SliceSet(index[:1], images)), "one slice")
-    assert {path.name for path in tmp_path.iterdir()} == {"means.png", "one.png"}
-
-
-def test_the_mean_slice_is_that_of_the_rows_asked_for():
-    images = np.random.default_rng(0).integers(0, 256, (600, 5, 4), np.uint8)
-    rows = np.arange(1, 600, 2)
-    np.testing.assert_allclose(mean_slice(images, rows), images[1::2].astype(float).mean(0), rtol=1e-12)
-
-
-def test_augmented_slices_are_those_of_training_and_differ_from_slice_to_slice():
-    images = np.zeros((8, 48, 40), np.uint8)
-    images[:, 10:20, 5:15] = 200
-    drawn = as_trained(images, 32)
-    assert drawn.shape == (8, 32, 32) and drawn.dtype == np.uint8
-    assert len({each.tobytes() for each in drawn}) == 8 and 150 < drawn.max() <= 200
-    np.testing.assert_array_equal(drawn, as_trained(images, 32))
+    one_slice = dataset.means_by_position(dataset.SliceSet(index[:1], images))
+    plots.plot_means(tmp_path / "one.png", one_slice, "one slice")
+    assert all(grey_levels(tmp_path / f"{name}.png").std() > 5 for name in ("means", "one"))

@@ -1,6 +1,7 @@
 """predict.py: slices, scans and subjects of a checkpoint."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import ROOT, write_slice
 from PIL import Image
 
 import predict
+from adnc import files
 from adnc.data.index import list_inputs
 from adnc.errors import InputError
 from adnc.scoring import metrics
@@ -111,7 +113,9 @@ def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path)
 
 def test_p_ad_is_calibrated_at_the_temperature_of_the_checkpoint(run_folder, ad_nc):
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    slices = load_inputs(list_inputs([ad_nc / "test"]), slice_size=checkpoint["slice_size"], progress=None)
+    slices = load_inputs(
+        list_inputs([ad_nc / "test"]), slice_size=checkpoint["slice_size"], progress=None
+    )
     raw = predict.predict_slices(checkpoint, slices, device=torch.device("cpu"), amp=None)
     p_ad = apply_calibration(raw, checkpoint["calibration"]).p_AD
     logits = np.log(p_ad / (1 - p_ad)) * checkpoint["calibration"]["temperature"]
@@ -153,9 +157,13 @@ def test_the_checkpoint_alone_decides_size_architecture_and_normalisation(
     tables = []
     for mean in (0.5, 0.1):
         file = changed_checkpoint(
-            run_folder, tmp_path / f"{mean}.pth", model=model, weights=convnext("femto").state_dict(), image_size=64,
+            run_folder,
+            tmp_path / f"{mean}.pth",
+            model=model,
+            weights=convnext("femto").state_dict(),
+            image_size=64,
             mean=mean,
-        )  # fmt: skip
+        )
         tables.append(run_predict(None, tmp_path / str(mean), ad_nc / "test", checkpoint=file))
     assert not np.allclose(tables[0].p_AD, tables[1].p_AD, atol=1e-6)
 
@@ -275,6 +283,27 @@ def test_any_name_and_size_can_be_predicted(run_folder, tmp_path):
         and table.slice.isna().all()
     )
     assert table.prediction[f"{folder}/my brain.png"] == "AD"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"with space_1.png",
+        b"new\nline_2.png",
+        "\u00fcml\u00e4ut-\u8166_3.png".encode(),
+        b"=1+1_4.png",
+        b"a,b\"c'_5.png",
+        b"\xff\xfe_6.png",  # no UTF-8
+    ],
+)
+def test_a_name_of_any_bytes_is_read_back_from_the_tables(run_folder, ad_nc, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    path = os.fsencode(tmp_path / "in") + b"/" + name
+    shutil.copy(ad_nc / "test" / "AD" / "300_70.jpeg", path)
+    checkpoint = str(run_folder / "best_model.pth")
+    predict.main([str(tmp_path / "in"), "--checkpoint", checkpoint, "--out", str(tmp_path / "out")])
+    table = files.read_csv(tmp_path / "out" / "predictions.csv")
+    assert os.fsencode(table.path[0]) == path and table.p_AD.notna().all()
 
 
 def test_files_of_one_name_in_two_folders_are_two_scans(run_folder, tmp_path):

@@ -86,7 +86,7 @@ def brains(run_folder, tmp_path_factory):
     paths = sorted(map(str, (root / "train").rglob("*.jpeg")))
     images, stats, _ = load_slices(paths, common_size(paths), progress=None)
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
-    del checkpoint["format"]
+    del checkpoint["format"], checkpoint["baselines"]  # fitted to slices of another size
     checkpoint["slice_size"] = list(images.shape[1:])
     checkpoint["slice_stats"] = stats_range(stats)
     file = tmp_path_factory.mktemp("run") / "best_model.pth"

@@ -249,7 +249,9 @@ def exchange(one, other):
 
 @pytest.mark.parametrize("change", [
     lambda root: invert(root / "train" / "AD" / "100_70.jpeg"),
-    lambda root: exchange(root / "train" / "AD" / "101_70.jpeg", root / "train" / "AD" / "101_71.jpeg"),
+    lambda root: exchange(
+        root / "train" / "AD" / "101_70.jpeg", root / "train" / "AD" / "101_71.jpeg"
+    ),
     lambda root: invert(root / "test" / "NC" / "400_72.jpeg"),
 ])  # fmt: skip
 def test_a_run_resumes_on_the_same_pixels_only(ad_nc, tmp_path, change):

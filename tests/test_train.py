@@ -27,13 +27,28 @@ def history(run):
 
 def test_a_run_learns_and_holds_all_its_files(run_folder):
     assert {path.name for path in run_folder.iterdir()} == {
-        "best_model.pth", "last.pth", "config.json", "split.csv", "training_log.txt", "training_history.csv",
-        "lr_schedule.png", "training_curves.png", "val", "test",
-    }  # fmt: skip
+        "best_model.pth",
+        "last.pth",
+        "config.json",
+        "split.csv",
+        "training_log.txt",
+        "training_history.csv",
+        "lr_schedule.png",
+        "training_curves.png",
+        "val",
+        "test",
+    }
     assert {path.name for path in (run_folder / "test").iterdir()} == {
-        "predictions.csv", "scans.csv", "subjects.csv", "metrics.json", "confusion_matrix.png", "roc_curve.png",
-        "calibration.png", "window_accuracy.png", "risk_coverage.png",
-    }  # fmt: skip
+        "predictions.csv",
+        "scans.csv",
+        "subjects.csv",
+        "metrics.json",
+        "confusion_matrix.png",
+        "roc_curve.png",
+        "calibration.png",
+        "window_accuracy.png",
+        "risk_coverage.png",
+    }
     scores = json.loads((run_folder / "test" / "metrics.json").read_text())
     assert scores["slice"]["n"] == 30 and scores["scan"]["n"] == scores["subject"]["n"] == 6
     assert scores["scan"]["accuracy"] == 1.0
@@ -92,9 +107,20 @@ def test_ties_are_broken_by_the_loss_and_then_by_the_epoch():
 def test_the_documented_recipe_is_the_default():
     args = train.parse_args([])
     recipe = dict(
-        model="tiny", image_size=224, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, warmup_epochs=1,
-        clip_grad=1.0, val_fraction=0.1, split_by="subject", amp="auto", mixup=0, cutmix=0, ema=0,
-    )  # fmt: skip
+        model="tiny",
+        image_size=224,
+        lr=1e-4,
+        weight_decay=1e-4,
+        label_smoothing=0.1,
+        warmup_epochs=1,
+        clip_grad=1.0,
+        val_fraction=0.1,
+        split_by="subject",
+        amp="auto",
+        mixup=0,
+        cutmix=0,
+        ema=0,
+    )
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
@@ -129,7 +155,10 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     (["--drop-path", "1"], "--drop-path: 1 is not a number from 0 to 0.999999"),
     (["--warmup-epochs", "3.5", "--epochs", "3"], "--warmup-epochs is 3.5, longer than --epochs 3"),
     (["--fold", "1"], "--fold and --folds go together"),
-    (["--fold", "1", "--folds", "5", "--drop-test-subjects"], "--folds does not read; leave out one of them"),
+    (
+        ["--fold", "1", "--folds", "5", "--drop-test-subjects"],
+        "--folds does not read; leave out one of them",
+    ),
     (["--pool-test"], "--pool-test puts test/ into the folds; it goes with --fold and --folds"),
     (["--split", "x.csv", "--subjects", "9"], "leave out --subjects"),
     (["--model", "cnn", "--model-args", "norm=batch"], "--model cnn takes no --model-args"),

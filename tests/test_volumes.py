@@ -1,11 +1,10 @@
-"""Volumes become slices whose left is left, whatever the file; what is no head is refused in a sentence."""
+"""Volumes become slices whose left is left, whatever the file; other files are refused in a
+sentence."""
 
 import gzip
 import os
 import random
-import resource
 import struct
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +12,30 @@ import pandas as pd
 import pytest
 from heads import AFFINE, CENTRE, VALUES, centre_of, cut, head, nib, place, stored, write_dicom
 
+from adnc.data.index import describe_unused
+from adnc.data.pixels import Unfit
+from adnc.errors import InputError
 from adnc.phantom import anatomy
 from adnc.phantom import draw as phantom
-from adnc.volumes import read as readers
 from adnc.volumes import cut as volumes
-from adnc.data.pixels import Unfit, passed_over
-from adnc.cli import InputError
-from adnc.volumes.cut import ADNI, Look
+from adnc.volumes import read as readers
+from adnc.volumes.look import ADNI, Look
 
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
 # ---------------------------------------------------------------- where things are
 
 
 def test_a_marker_on_the_left_stays_on_the_left_and_the_front_is_where_it_is_documented(tmp_path):
-    axial, coronal, sagittal = (cut(tmp_path / "h.nii", head(), plane=plane, count=40)[0] for plane in volumes.PLANES)
+    axial, coronal, sagittal = (
+        cut(tmp_path / "h.nii", head(), plane=plane, count=40)[0] for plane in volumes.PLANES
+    )
     for slices in (axial, coronal):
         assert centre_of(slices, 250)[2] < 0.4  # left, on the left of the picture
     assert centre_of(axial, 205, 225)[1] < 0.35  # front, at the top
     assert centre_of(coronal, 165, 185)[1] < 0.4  # crown, at the top
-    # Face to the left.
+    # Face to the left, crown at the top.
     assert centre_of(sagittal, 205, 225)[2] < 0.35 and centre_of(sagittal, 165, 185)[1] < 0.4
-    # numbered from left to right, from back to front, from bottom to top
+    # Numbered from left to right, from back to front, from bottom to top.
     assert centre_of(sagittal, 250)[0] < 0.4
     assert centre_of(coronal, 205, 225)[0] > 0.6 and centre_of(axial, 165, 185)[0] > 0.6
 
@@ -45,14 +47,18 @@ def test_a_head_gives_the_same_slices_however_it_is_stored(tmp_path, plane):
         image = head(*place(voxels, shape))
         expected, numbers, _ = cut(tmp_path / "RAS.nii", image, plane=plane)
         for axes in ORIENTATIONS[1:]:
-            slices, again, facts = cut(tmp_path / f"{axes}.nii", stored(image, axes), plane=plane)
-            assert facts["orientation"] == axes and (numbers == again).all()
+            slices, again, record = cut(tmp_path / f"{axes}.nii", stored(image, axes), plane=plane)
+            assert record["orientation"] == axes and (numbers == again).all()
             np.testing.assert_array_equal(slices, expected, axes)
 
 
-def summary(slices, facts):
-    """Where the ball on the left is (mm up, rows and columns of 6 mm), and the size of the head in pixels."""
-    return [*np.argwhere(slices > 235).mean(0) * (6, 1, 1) + (facts["first_mm"], 0, 0), (slices > 50).sum() ** (1 / 3)]
+def summary(slices, record):
+    """Where the ball on the left is (mm up, rows and columns of 6 mm), and the size of the head in
+    pixels."""
+    return [
+        *np.argwhere(slices > 235).mean(0) * (6, 1, 1) + (record["first_mm"], 0, 0),
+        (slices > 50).sum() ** (1 / 3),
+    ]
 
 
 def turned(degrees, axis):
@@ -66,47 +72,69 @@ SHEAR = np.eye(4)
 SHEAR[0, 1] = 0.3
 
 
-@pytest.mark.parametrize("change", [turned(25, 0), turned(-20, 1), turned(30, 2), turned(20, 2) @ turned(15, 0), SHEAR])
+@pytest.mark.parametrize(
+    "change", [turned(25, 0), turned(-20, 1), turned(30, 2), turned(20, 2) @ turned(15, 0), SHEAR]
+)
 def test_an_oblique_or_skewed_affine_is_resampled_to_the_axes_of_the_world(tmp_path, change):
     affine, shape = place((3, 3, 3), (66, 78, 66))
     image = head(change @ affine, shape)
     image.set_qform(None, 0)  # which cannot say that it is skewed
     places = []
     for name, what in (("a.nii", head(affine, shape)), ("b.nii", image)):
-        slices, _, facts = cut(tmp_path / name, what, count=18, size=(32, 32))
-        places.append(summary(slices, facts))
+        slices, _, record = cut(tmp_path / name, what, count=18, size=(32, 32))
+        places.append(summary(slices, record))
     np.testing.assert_allclose(places[0], places[1], atol=1.1)  # grids differ by a pixel
-    assert ("right angles" in (facts["notes"] or "")) == (change is SHEAR)
+    assert ("right angles" in (record["notes"] or "")) == (change is SHEAR)
 
 
 def test_voxels_that_are_not_cubes_and_fine_ones_keep_the_proportions(tmp_path):
-    expected, _, facts = cut(tmp_path / "a.nii", head(*place((6, 6, 6), (26, 32, 24))))
-    known = summary(expected, facts)
-    for voxels, shape in (((3, 6, 2), (52, 32, 72)), ((1.5, 1.5, 6), (104, 128, 24)), ((6, 4, 9), (26, 48, 16))):
-        slices, _, facts = cut(tmp_path / "b.nii", head(*place(voxels, shape)))
-        np.testing.assert_allclose(summary(slices, facts), known, atol=1.1)
+    expected, _, record = cut(tmp_path / "a.nii", head(*place((6, 6, 6), (26, 32, 24))))
+    known = summary(expected, record)
+    for voxels, shape in (
+        ((3, 6, 2), (52, 32, 72)),
+        ((1.5, 1.5, 6), (104, 128, 24)),
+        ((6, 4, 9), (26, 48, 16)),
+    ):
+        slices, _, record = cut(tmp_path / "b.nii", head(*place(voxels, shape)))
+        np.testing.assert_allclose(summary(slices, record), known, atol=1.1)
 
 
-def test_which_of_two_transforms_was_used_is_reported(tmp_path):
-    """qform alone, both alike, both that disagree, neither, and a qform that is none."""
+def test_the_transform_that_was_used_is_reported(tmp_path):
+    """qform alone, both equal, both that disagree, neither, and an invalid qform."""
     image = head()
     mirrored = np.diag([-1, 1, 1, 1]) @ image.affine
     for qform, sform, source, note in (
-        (image.affine, None, "qform", None), (image.affine, image.affine, "sform", None),
-        (mirrored, image.affine, "sform", "sform and qform disagree by up to 144 mm; the sform was used"),
-        (None, None, "assumed", "neither sform nor qform is set: left and right are nibabel's guess"),
-    ):  # fmt: skip
+        (image.affine, None, "qform", None),
+        (image.affine, image.affine, "sform", None),
+        (mirrored, image.affine, "sform", "sform and qform disagree by up to 144 mm; the sform"),
+        (None, None, "assumed", "neither sform nor qform is set: left and right are nibabel's"),
+    ):
         image.set_qform(qform, 0 if qform is None else 1)
         image.set_sform(sform, 0 if sform is None else 1)
-        facts = cut(tmp_path / "h.nii", image)[2]
-        assert facts["affine_from"] == source and (facts["notes"] or "").startswith(note or "")
-        assert bool(facts["notes"]) == bool(note)
+        record = cut(tmp_path / "h.nii", image)[2]
+        assert record["affine_from"] == source and (record["notes"] or "").startswith(note or "")
+        assert bool(record["notes"]) == bool(note)
     data = bytearray((tmp_path / "h.nii").read_bytes())
     data[252:256] = struct.pack("<hh", 1, 1)  # qform and sform code
     data[256:268] = struct.pack("<3f", 9, 9, 9)  # no rotation has such a quaternion
     data[280:328] = struct.pack("<12f", *image.affine[:3].ravel())
     (tmp_path / "h.nii").write_bytes(data)
-    assert cut(tmp_path / "h.nii")[2]["notes"] == "sform and qform disagree by up to inf mm; the sform was used"
+    notes = cut(tmp_path / "h.nii")[2]["notes"]
+    assert notes == "sform and qform disagree by up to inf mm; the sform was used"
+
+
+@pytest.mark.parametrize("side", [0.9375, 1.0, 1.25])  # exact in float32, as NIfTI stores them
+@pytest.mark.parametrize("axes", ["RAS", "PSR"])
+def test_voxels_of_the_size_of_a_pixel_are_used_as_they_are(tmp_path, side, axes):
+    shape = (60, 66, 54)
+    values = np.random.default_rng(0).uniform(20, 200, shape).astype(np.float32)
+    image = nib.Nifti1Image(values, place((side,) * 3, shape)[0])
+    slices, _, record = cut(
+        tmp_path / "h.nii", stored(image, axes), spacing=side, slices=(0, 53, "index")
+    )
+    grey = (values - record["black"]) / (record["white"] - record["black"]) * 255
+    expected = grey.clip(0, 255)[:, ::-1].T  # (x, y, z) -> (slice, row from the front, column)
+    assert np.abs(slices - expected).max() < 0.51
 
 
 # ---------------------------------------------------------------- what is in a file
@@ -117,74 +145,110 @@ def test_any_kind_of_number_and_file_gives_the_same_slices(tmp_path):
     expected = cut(tmp_path / "a.nii", image)[0]
     values, affine = np.asarray(image.dataobj), image.affine
     for dtype in ("u1", ">i2", "f8", "i4"):
-        assert (cut(tmp_path / "b.nii.gz", nib.Nifti1Image(values.astype(dtype), affine))[0] == expected).all()
+        slices = cut(tmp_path / "b.nii.gz", nib.Nifti1Image(values.astype(dtype), affine))[0]
+        assert (slices == expected).all()
     scaled = nib.Nifti1Image(values, affine)
     scaled.header.set_data_dtype(np.int16)
     scaled.header.set_slope_inter(0.05, 10)
     assert np.abs(cut(tmp_path / "c.nii", scaled)[0].astype(int) - expected).max() <= 1
-    # 4-D, of one.
-    assert (cut(tmp_path / "d.nii", nib.Nifti1Image(values[..., None], affine))[0] == expected).all()
+    one_volume = nib.Nifti1Image(values[..., None], affine)
+    assert (cut(tmp_path / "d.nii", one_volume)[0] == expected).all()
     assert (cut(tmp_path / "e.mgz", nib.MGHImage(values, affine))[0] == expected).all()
     assert (cut(tmp_path / "f.nii", nib.Nifti2Image(values, affine))[0] == expected).all()
     assert (cut(tmp_path / "g.img", nib.Nifti1Pair(values, affine))[0] == expected).all()
-    slices, _, facts = cut(tmp_path / "h.img", nib.AnalyzeImage(values.astype(np.int16), np.diag([-6, 6, 6, 1])))
-    assert facts["affine_from"] == "assumed" and "Analyze files do not say where left is" in facts["notes"]
-    assert [path for path, _ in readers.find_volumes(tmp_path)] == sorted(map(str, tmp_path.glob("*.[nmi][!d]*")))
+    analyze = nib.AnalyzeImage(values.astype(np.int16), np.diag([-6, 6, 6, 1]))
+    _, _, record = cut(tmp_path / "h.img", analyze)
+    assert record["affine_from"] == "assumed"
+    assert "Analyze files do not say where left is" in record["notes"]
+    volumes_here = [path for path, _ in readers.find_volumes(tmp_path)]
+    assert volumes_here == sorted(map(str, tmp_path.glob("*.[nmi][!d]*")))  # not the .hdr
 
 
-def test_voxels_that_are_no_numbers_are_black_and_counted(tmp_path):
+def test_voxels_that_are_not_finite_become_black_and_are_counted(tmp_path):
     image = head()
     values = np.asarray(image.dataobj).copy()
     expected = cut(tmp_path / "a.nii", image)[0]
     values[:3] = np.nan
     values[0, 0, 0] = np.inf
-    slices, _, facts = cut(tmp_path / "b.nii", nib.Nifti1Image(values, image.affine))
+    slices, _, record = cut(tmp_path / "b.nii", nib.Nifti1Image(values, image.affine))
     assert (slices[:, :, 3:] == expected[:, :, 3:]).all() and slices[:, :, :3].max() == 0
-    assert facts["notes"] == f"{3 * 31 * 24:,} of {values.size:,} voxels are not finite numbers, and black"
+    count = f"{3 * 31 * 24:,} of {values.size:,} voxels"
+    assert record["notes"] == f"{count} are not finite numbers; they become black"
 
 
 def header(**changes):
-    """The bytes of a NIfTI file with some fields of its header changed, and no more than a thousand bytes of voxels."""
+    """The bytes of a NIfTI file with changed fields in its header, and 1,000 bytes of voxels."""
     image = head(dtype=np.int16)
     for name, value in changes.items():
         image.header[name] = value
     return image.header.binaryblock + bytes(4) + bytes(1000)
 
 
-def written(folder, name, image=None, data=None):
-    if image is not None:
-        nib.save(image, folder / name)
-        data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data)
-    return folder / name
-
-
 COLOUR = np.zeros((16, 16, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")])
-REFUSED = {  # name: (image or bytes, what the reason says)
+REFUSED = {  # name: (image or bytes, start of the reason)
     "empty.nii": (b"", "cannot be read as a volume: Empty file"),
     "text.nii": (b"no volume, but a text", "cannot be read as a volume: "),
     "text.nii.gz": (b"no volume, but a text", "cannot be read as a volume: "),
-    "several.nii": (nib.Nifti1Image(np.stack([VALUES] * 3, 3), AFFINE), "holds 3 volumes; expected one volume"),
-    "more.nii": (nib.Nifti1Image(np.zeros((16, 16, 16, 2, 5), "u1"), AFFINE), "holds 2x5 volumes; expected one"),
-    "plane.nii": (nib.Nifti1Image(VALUES[..., 0], AFFINE), "holds 2 dimensions; expected one volume"),
-    "thin.nii": (nib.Nifti1Image(VALUES[..., :5], AFFINE), "claims 25 x 31 x 5 voxels; expected 8 to 1024 a side"),
-    "colour.nii": (nib.Nifti1Image(COLOUR, AFFINE), "has voxels in colour; expected one real number a voxel"),
-    "complex.nii": (nib.Nifti1Image(VALUES.astype(np.complex64), AFFINE), "has voxels that are complex"),
-    "flat.nii": (header(sform_code=1, srow_z=[0, 0, 0, 0]), "has an affine that cannot be inverted"),
-    "nan.nii": (nib.Nifti1Image(np.full((16, 16, 16), np.nan), AFFINE), "holds a single grey level, or nothing but"),
-    "black.nii": (nib.Nifti1Image(np.zeros((16, 16, 16), "u1"), AFFINE), "holds a single grey level"),
-    "mouse.nii": (nib.Nifti1Image(VALUES, np.diag([0.2, 0.2, 0.2, 1])), "is 5 x 6.2 x 4.8 mm large; expected 30 to"),
-    "metres.nii": (nib.Nifti1Image(VALUES, np.diag([600, 600, 600, 1])), "with the header in millimetres"),
+    "several.nii": (
+        nib.Nifti1Image(np.stack([VALUES] * 3, 3), AFFINE),
+        "holds 3 volumes; expected one volume",
+    ),
+    "more.nii": (
+        nib.Nifti1Image(np.zeros((16, 16, 16, 2, 5), "u1"), AFFINE),
+        "holds 2x5 volumes; expected one",
+    ),
+    "plane.nii": (
+        nib.Nifti1Image(VALUES[..., 0], AFFINE),
+        "holds 2 dimensions; expected one volume",
+    ),
+    "thin.nii": (
+        nib.Nifti1Image(VALUES[..., :5], AFFINE),
+        "claims 25 x 31 x 5 voxels; expected 8 to 1024 a side",
+    ),
+    "colour.nii": (
+        nib.Nifti1Image(COLOUR, AFFINE),
+        "has voxels in colour; expected one real number a voxel",
+    ),
+    "complex.nii": (
+        nib.Nifti1Image(VALUES.astype(np.complex64), AFFINE),
+        "has voxels that are complex",
+    ),
+    "flat.nii": (
+        header(sform_code=1, srow_z=[0, 0, 0, 0]),
+        "has an affine that cannot be inverted",
+    ),
+    "nan.nii": (
+        nib.Nifti1Image(np.full((16, 16, 16), np.nan), AFFINE),
+        "holds a single grey level, or no finite",
+    ),
+    "black.nii": (
+        nib.Nifti1Image(np.zeros((16, 16, 16), "u1"), AFFINE),
+        "holds a single grey level",
+    ),
+    "mouse.nii": (
+        nib.Nifti1Image(VALUES, np.diag([0.2, 0.2, 0.2, 1])),
+        "is 5 x 6.2 x 4.8 mm large; expected 30 to",
+    ),
+    "metres.nii": (
+        nib.Nifti1Image(VALUES, np.diag([600, 600, 600, 1])),
+        "with the header in millimetres",
+    ),
     "cut.nii": (header(), "cannot be read as a volume: Expected"),
-    "huge.nii": (header(dim=[3, 20000, 20000, 20000, 1, 1, 1, 1]), "claims 20000 x 20000 x 20000 voxels; expected 8"),
-    "huge.nii.gz": (gzip.compress(header(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1])), "claims 1000 x 1000 x 1000 voxels"),
+    "huge.nii": (
+        header(dim=[3, 20000, 20000, 20000, 1, 1, 1, 1]),
+        "claims 20000 x 20000 x 20000 voxels; expected 8",
+    ),
+    "huge.nii.gz": (
+        gzip.compress(header(dim=[3, 1000, 1000, 1000, 1, 1, 1, 1])),
+        "claims 1000 x 1000 x 1000 voxels",
+    ),
     "negative.nii": (header(dim=[3, -20, 20, 20, 1, 1, 1, 1]), "claims -20 x 20 x 20 voxels"),
     "cut.nii.gz": (gzip.compress(header() + bytes(30000))[:-40], "cannot be read as a volume: "),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_head_is_refused_with_the_reason(tmp_path, name):
+def test_an_unusable_file_is_refused_with_the_reason(tmp_path, name):
     what, reason = REFUSED[name]
     if isinstance(what, bytes):
         (tmp_path / name).write_bytes(what)
@@ -195,45 +259,32 @@ def test_what_is_no_head_is_refused_with_the_reason(tmp_path, name):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+def test_a_pipe_and_a_missing_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.nii")
-    with pytest.raises(Unfit, match="is not a regular file"):
+    with pytest.raises(Unfit, match="is not a file"):
         cut(tmp_path / "pipe.nii")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(Unfit, match="does not exist"):
         cut(tmp_path / "gone.nii")
 
 
-def peak(work):
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_volume_is_read_in_slabs_and_a_false_size_before_it_takes_memory(tmp_path, monkeypatch):
-    image = head(*place((1.2, 1.2, 1.2), (128, 150, 120)), dtype=np.float64)  # 18 MB
-    expected = cut(tmp_path / "fine.nii.gz", image, spacing=4.8)[0]
-    image.uncache()
-    del image
-    monkeypatch.setattr(readers, "SLAB", 2**15)
-    assert peak(lambda: cut(tmp_path / "fine.nii.gz", spacing=4.8)) < 6e6
-    assert (cut(tmp_path / "fine.nii.gz", spacing=4.8)[0] == expected).all()
+def test_a_false_size_is_refused_before_it_takes_memory(tmp_path):
     (tmp_path / "huge.nii").write_bytes(REFUSED["huge.nii"][0])
-    with pytest.raises(Unfit):
-        assert peak(lambda: cut(tmp_path / "huge.nii")) < 1e6
+    with pytest.raises(Unfit, match="claims 20000 x 20000 x 20000 voxels"):
+        cut(tmp_path / "huge.nii")
 
 
-def test_a_thousand_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path):
-    """Headers more than voxels; mutations of compressed files, too."""
+def test_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path, repeats):
+    """Mostly mutated headers, some of compressed files."""
     affine, shape = place((9, 9, 9), (16, 18, 16))
     generator, cuts = random.Random(0), 0
+    n_files = repeats(150, 1000)
     seeds = {}
     for name in ("a.nii", "a.nii.gz", "a.mgz"):
         image = head(affine, shape, np.int16)
-        seeds[name] = written(tmp_path, name, image if "nii" in name else nib.MGHImage(
-            np.asarray(image.dataobj, np.float32), affine)).read_bytes()  # fmt: skip
+        if name == "a.mgz":
+            image = nib.MGHImage(np.asarray(image.dataobj, np.float32), affine)
+        nib.save(image, tmp_path / name)
+        seeds[name] = (tmp_path / name).read_bytes()
     special = [b"\0" * 4, b"\xff" * 4, struct.pack("<i", 2**31 - 1)]
     special += [struct.pack("<f", value) for value in (np.nan, np.inf, 1e30, -1e-30)]
     special += [struct.pack("<h", value) for value in (1, 2, 2**15 - 1)]
@@ -241,7 +292,8 @@ def test_a_thousand_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path):
     def mutate(name):
         data = bytearray(seeds[name])
         for _ in range(generator.randrange(1, 5)):
-            at = min(generator.randrange(348 if generator.random() < 0.9 else len(data)), len(data) - 1)
+            in_header = generator.random() < 0.9
+            at = min(generator.randrange(348 if in_header else len(data)), len(data) - 1)
             kind = generator.randrange(4)
             if kind == 0:
                 data[at] = generator.randrange(256)
@@ -250,27 +302,23 @@ def test_a_thousand_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path):
             elif kind == 2:
                 data = data[: generator.randrange(len(data))] or data
             else:
-                at = generator.choice([40, 42, 44, 46, 48, 70, 72, 76, 80, 84, 88, 108, 112, 116, 252, 254, 280, 296])
+                at = generator.choice(
+                    [40, 42, 44, 46, 48, 70, 72, 76, 80, 84, 88, 108, 112, 116, 252, 254, 280, 296]
+                )
                 data[at : at + 4] = generator.choice(special)
         return bytes(data)
 
-    def fuzz():
-        nonlocal cuts
-        for number in range(1000):
-            name = generator.choice(["a.nii", "a.nii", "a.nii.gz", "a.mgz"])
-            path = tmp_path / f"x.{name.split('.', 1)[1]}"
-            path.write_bytes(mutate(name))
-            try:
-                slices, _, facts = cut(path, spacing=9.0, plane=list(volumes.PLANES)[number % 3])
-                assert slices.dtype == np.uint8 and facts["orientation"]
-                cuts += 1
-            except (InputError, OSError) as problem:
-                assert 5 < len(str(problem)) < 400 and "\n" not in str(problem)
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fuzz()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e5  # kB
-    assert 100 < cuts < 900
+    for number in range(n_files):
+        name = generator.choice(["a.nii", "a.nii", "a.nii.gz", "a.mgz"])
+        path = tmp_path / f"x.{name.split('.', 1)[1]}"
+        path.write_bytes(mutate(name))
+        try:
+            slices, _, record = cut(path, spacing=9.0, plane=list(volumes.PLANES)[number % 3])
+            assert slices.dtype == np.uint8 and record["orientation"]
+            cuts += 1
+        except (InputError, OSError) as problem:
+            assert 5 < len(str(problem)) < 400 and "\n" not in str(problem)
+    assert 0.1 * n_files < cuts < 0.9 * n_files
 
 
 # ---------------------------------------------------------------- which slices, how large
@@ -278,33 +326,36 @@ def test_a_thousand_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path):
 
 def test_slices_are_chosen_by_number_by_position_or_about_the_middle_of_the_head(tmp_path):
     nib.save(head(), tmp_path / "h.nii")
-    every, numbers, facts = cut(tmp_path / "h.nii", count=100)
-    assert numbers.tolist() == list(range(24)) and "only 24 of 100 slices are within the volume" in facts["notes"]
-    middle, numbers, facts = cut(tmp_path / "h.nii", count=5)
-    assert len(numbers) == 5 and abs(facts["first_mm"] + facts["last_mm"] - 2 * CENTRE[2]) <= 6
+    every, numbers, record = cut(tmp_path / "h.nii", count=100)
+    assert numbers.tolist() == list(range(24))
+    assert "only 24 of 100 slices are within the volume" in record["notes"]
+    middle, numbers, record = cut(tmp_path / "h.nii", count=5)
+    assert len(numbers) == 5 and abs(record["first_mm"] + record["last_mm"] - 2 * CENTRE[2]) <= 6
     assert (middle == every[numbers]).all()
     some, numbers, _ = cut(tmp_path / "h.nii", slices=(3, 7, "index"))
     assert numbers.tolist() == [3, 4, 5, 6, 7] and (some == every[3:8]).all()
-    some, numbers, facts = cut(tmp_path / "h.nii", slices=(-20, 10, "mm"))
-    assert (facts["first_mm"], facts["last_mm"], numbers.tolist()) == (-15, 9, [9, 10, 11, 12, 13])
+    some, numbers, record = cut(tmp_path / "h.nii", slices=(-20, 10, "mm"))
+    assert (record["first_mm"], record["last_mm"]) == (-15, 9)
+    assert numbers.tolist() == [9, 10, 11, 12, 13]
     assert (some == every[9:14]).all()
     with pytest.raises(Unfit, match="has no slice there; expected 0:23, or -69mm:69mm"):
         cut(tmp_path / "h.nii", slices=(80, 90, "mm"))
-    _, _, facts = cut(tmp_path / "h.nii", step=12.0, count=4)
-    assert facts["last_mm"] - facts["first_mm"] == 36
+    _, _, record = cut(tmp_path / "h.nii", step=12.0, count=4)
+    assert record["last_mm"] - record["first_mm"] == 36
 
 
 def test_size_pads_and_crops_about_the_middle_of_the_head_and_turn_is_counter_clockwise(tmp_path):
     nib.save(head(), tmp_path / "h.nii")
     whole = cut(tmp_path / "h.nii")[0]
     assert whole.shape[1:] == (31, 25)
-    large, _, facts = cut(tmp_path / "h.nii", size=(64, 48))
-    assert large.shape[1:] == (48, 64) and facts["notes"] is None
+    large, _, record = cut(tmp_path / "h.nii", size=(64, 48))
+    assert large.shape[1:] == (48, 64) and record["notes"] is None
     inside = np.argwhere(large.max(0) > 0)
     assert np.abs(inside.mean(0) - (24, 32)).max() < 1.5  # the middle, not that of the volume
     assert large.sum() == whole.sum()  # nothing is lost
-    small, _, facts = cut(tmp_path / "h.nii", size=(16, 16))
-    assert (small == large[:, 16:32, 24:40]).all() and "the head reaches the border of the slices" in facts["notes"]
+    small, _, record = cut(tmp_path / "h.nii", size=(16, 16))
+    assert (small == large[:, 16:32, 24:40]).all()
+    assert "the head reaches the border of the slices" in record["notes"]
     turned = cut(tmp_path / "h.nii", size=(48, 64), turn=90)[0]
     assert turned.shape[1:] == (64, 48) and (turned == np.rot90(large, 1, (1, 2))).all()
     fine = cut(tmp_path / "h.nii", spacing=3.0)[0]
@@ -317,10 +368,10 @@ def test_size_pads_and_crops_about_the_middle_of_the_head_and_turn_is_counter_cl
 
 
 def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
-    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-volumes.txt)")
+    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-extra.txt)")
     expected = cut(tmp_path / "h.nii", head())[0]
-    slices, _, facts = cut(write_dicom(tmp_path / "-scan of a head"))
-    assert np.abs(slices.astype(int) - expected).max() <= 1 and facts["affine_from"] == "sform"
+    slices, _, record = cut(write_dicom(tmp_path / "-scan of a head"))
+    assert np.abs(slices.astype(int) - expected).max() <= 1 and record["affine_from"] == "sform"
     write_dicom(tmp_path / "-scan of a head", 2)
     with pytest.raises(Unfit, match=r"holds 2 series \(series1, series2\); expected one"):
         cut(tmp_path / "-scan of a head")
@@ -333,8 +384,8 @@ def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
     with pytest.raises(Unfit, match="by dcm2niix: .*not large enough .*010.dcm"):
         cut(cut_off.parent)
     (cut_off.parent / "notes.txt").write_text("")
-    said = passed_over(cut_off.parent, readers.files_of(str(cut_off.parent)))
-    assert said == [f"passed over: 1 .txt file in {cut_off.parent}"]
+    (line,) = describe_unused(cut_off.parent, readers.files_of(str(cut_off.parent)))
+    assert line.startswith("not used: 1 other file") and ".txt" in line
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1").write_bytes(bytes(128) + b"DICM" + b"rubbish" * 9)
     with pytest.raises(Unfit, match="cannot be converted by dcm2niix"):
@@ -352,21 +403,26 @@ def heads(tmp_path_factory):
 
 def test_the_phantoms_heads_have_the_orientation_class_and_brain_that_their_table_says(heads):
     table = pd.read_csv(heads.parent / "heads.csv")
-    assert table.label.tolist() == ["NC", "AD"] and table.orientation.tolist() == list(phantom.STORED[:2])
+    assert table.label.tolist() == ["NC", "AD"]
+    assert table.orientation.tolist() == list(phantom.STORED[:2])
     assert table.brain_litres.between(1.0, 2.0).all()
     for row in table.itertuples():
         image = nib.load(heads / f"{row.scan}.nii.gz")
         brain = nib.load(heads.parent / "brains" / f"{row.subject}_desc-brain_T1w.nii.gz")
-        assert "".join(nib.aff2axcodes(image.affine)) == row.orientation and (image.affine == brain.affine).all()
+        assert "".join(nib.aff2axcodes(image.affine)) == row.orientation
+        assert (image.affine == brain.affine).all()
         whole, only = np.asarray(image.dataobj), np.asarray(brain.dataobj)
-        assert (whole[only > 0] == only[only > 0]).all() and (whole > 60).sum() > 1.1 * (only > 60).sum()
-    with pytest.raises(InputError, match="heads exists; expected a folder without volumes"):
+        assert (whole[only > 0] == only[only > 0]).all()
+        assert (whole > 60).sum() > 1.1 * (only > 60).sum()
+    with pytest.raises(InputError, match="heads exists"):
         phantom.draw_volumes(heads.parent, 2)
 
 
 def test_the_capsule_on_the_left_temple_of_the_phantom_is_on_the_left(heads):
     for path in heads.iterdir():
-        slices, _, _ = volumes.extract_volume(str(path), Look(spacing=2.0, count=50, size=(128, 128), brightest=120))
+        slices, _, _ = volumes.extract_volume(
+            str(path), Look(spacing=2.0, count=50, size=(128, 128), brightest=120)
+        )
         ball = slices > 0.9 * slices.max()
         assert 0.1 < centre_of(ball, True, 2)[2] < 0.3 and ball[..., 64:].sum() == 0
 
@@ -376,31 +432,30 @@ def test_the_brain_of_the_phantom_gives_the_slices_that_the_phantom_draws(heads)
     scan = next(scan for scan in phantom.plan(10, 1) if scan.visit == 0 and scan.label == "NC")
     path = heads.parent / "brains" / f"sub-{scan.subject.replace('_', '')}_desc-brain_T1w.nii.gz"
     look = Look("sagittal", slices=(0, 30, "index"), step=6 * anatomy.SPACING)
-    slices, numbers, facts = volumes.extract_volume(str(path), look)
+    slices, numbers, record = volumes.extract_volume(str(path), look)
     drawn = anatomy.render(scan, 1, [i for i in range(0, 181, 6) if 30 <= i <= 151]).astype(float)
-    expected = np.clip(drawn / facts["white"] * 255, 0, 255).round()
+    expected = np.clip(drawn / record["white"] * 255, 0, 255).round()
     assert slices.shape[1:] == (240, 256) and numbers.tolist() == list(range(31))
     np.testing.assert_array_equal(slices[5:26], expected)
 
 
-# ---------------------------------------------------------------- real heads, where they are at hand
+# ---------------------------------------------------------------- real heads, if installed
 
 
 def test_nibabels_own_volumes_are_cut_or_refused(tmp_path):
     data = Path(nib.__file__).parent / "tests" / "data"
     if not (data / "anatomical.nii").exists():
         pytest.skip("this nibabel comes without its test data")
-    # Big-endian int16.
-    slices, _, facts = volumes.extract_volume(str(data / "anatomical.nii"), Look(spacing=3.0))
-    assert facts["orientation"] == "LAS" and slices.max() == 255
+    slices, _, record = volumes.extract_volume(str(data / "anatomical.nii"), Look(spacing=3.0))
+    assert record["orientation"] == "LAS" and slices.max() == 255
     for name in ("functional.nii", "example4d.nii.gz", "test.mgz"):
         with pytest.raises(Unfit, match="holds .* volumes; expected one"):
             volumes.extract_volume(str(data / name), Look())
 
 
 def test_a_real_head_and_its_mirrored_storage_give_the_same_slices(adult, tmp_path):
-    whole, _, facts = volumes.extract_volume(str(adult[0]), ADNI)
-    assert (facts["orientation"], facts["affine_from"], facts["notes"]) == ("RAS", "sform", None)
+    whole, _, record = volumes.extract_volume(str(adult[0]), ADNI)
+    assert (record["orientation"], record["affine_from"], record["notes"]) == ("RAS", "sform", None)
     nib.save(stored(nib.load(adult[0]), "LAS"), tmp_path / "las.nii")
     assert (volumes.extract_volume(str(tmp_path / "las.nii"), ADNI)[0] == whole).all()
     brain, _, _ = volumes.extract_volume(str(adult[1]), ADNI)
@@ -408,22 +463,25 @@ def test_a_real_head_and_its_mirrored_storage_give_the_same_slices(adult, tmp_pa
 
 
 def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
-    """Darkened on the left, because the template is symmetric, and stored along other axes than nilearn's own."""
-    image = pytest.importorskip("nilearn.image", reason="needs nilearn, whose package holds the MNI152 template")
+    """Darkened on the left, because the template is symmetric, and stored along other axes than
+    nilearn's own."""
+    image = pytest.importorskip(
+        "nilearn.image", reason="needs nilearn, whose package holds the MNI152 template"
+    )
     template = pytest.importorskip("nilearn.datasets").load_mni152_template(resolution=2)
     values = np.array(template.dataobj)
     values[: values.shape[0] // 2] *= 0.7
     other = stored(nib.Nifti1Image(values, template.affine), "PSL")
-    slices, _, facts = cut(tmp_path / "h.nii", other, spacing=2.0, slices=(40, 59, "index"))
-    known = np.asarray(image.reorder_img(other).dataobj)[:, ::-1, 40:60].T / facts["white"] * 255
-    assert facts["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
+    slices, _, record = cut(tmp_path / "h.nii", other, spacing=2.0, slices=(40, 59, "index"))
+    known = np.asarray(image.reorder_img(other).dataobj)[:, ::-1, 40:60].T / record["white"] * 255
+    assert record["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
 
 
-# How deepbet stores its weights.
+# deepbet stores its weights as TorchScript.
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 def test_a_real_head_is_stripped_to_its_brain(adult):
-    pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-volumes.txt)")
+    pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-extra.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))
     brain = readers.strip_skull(*readers.read_volume(image, 1.0)) > 0
-    known = np.asarray(nib.load(adult[1]).dataobj) > 0
-    assert 2 * (brain & known).sum() / (brain.sum() + known.sum()) > 0.92
+    mask = np.asarray(nib.load(adult[1]).dataobj) > 0
+    assert 2 * (brain & mask).sum() / (brain.sum() + mask.sum()) > 0.92

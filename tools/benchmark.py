@@ -11,6 +11,7 @@ median over the turns. A candidate with another answer than the reference is an 
 ONNX Runtime are candidates for prediction on a CPU if they are installed.
 """
 
+import copy
 import functools
 import json
 import os
@@ -165,7 +166,7 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
             compiled = torch.compile(theirs)
             candidates[f"torchvision, {name}, compiled"] = plain_prediction(compiled, device, amp)
         if with_compile and device.type == "cuda":  # on a CPU the engine is not compiled
-            compiled = two_models(variant, device)[1]
+            compiled = copy.deepcopy(ours)
             compiled.compile()
             engine = make_engine(compiled, device=device, amp=amp)
             candidates[f"ours, {name}, compiled"] = engine
@@ -271,25 +272,24 @@ def measure_steps(variant, image_size, batch_size, device, repeats, with_compile
     """Time training steps, in each precision against torchvision's model; rows of `take_turns`."""
     x = eval_transform(draw_slices(batch_size).to(device), image_size)
     y = torch.arange(batch_size, device=device) % 2
-    theirs = two_models(variant, device)[0]
+    theirs, ours = two_models(variant, device)
     nn.functional.cross_entropy(theirs(x), y, label_smoothing=0.1).backward()
     expected = nn.utils.get_total_norm([p.grad for p in theirs.parameters()]).item()
 
     rows = {}
     for amp in precisions(device):
         name = precision_name(amp)
-        norm = gradient_norm(two_models(variant, device)[1], x, y, device, amp)
+        norm = gradient_norm(ours, x, y, device, amp)
         limit = 1e-4 if amp is None else 0.05
         what = f"the norm of the gradient in {name}, relative to torchvision's"
         require_close(what, abs(norm / expected - 1), limit)
 
-        theirs, ours = two_models(variant, device)
         steps = {
             f"torchvision, {name}": plain_step(theirs, device, amp),
             f"ours, {name}": our_step(ours, device, amp),
         }
         if with_compile:
-            compiled = two_models(variant, device)[1]
+            compiled = copy.deepcopy(ours)
             compiled.compile()
             steps[f"ours, {name}, compiled"] = our_step(compiled, device, amp)
         work = {key: functools.partial(step, x, y) for key, step in steps.items()}
@@ -355,7 +355,7 @@ def our_epoch(variant, image_size, batch_size, root, device, amp, with_compile):
 
 def measure_epochs(variant, image_size, batch_size, device, subjects, with_compile):
     """Slices per second from JPEG files to trained weights; {name: {"rate", "ratio"}}."""
-    amp = torch.bfloat16
+    amp = precisions(device)[-1]
     name = "ours, compiled" if with_compile else "ours"
     with tempfile.TemporaryDirectory() as folder:
         root = draw(Path(folder) / "phantom", subjects)

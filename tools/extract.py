@@ -5,11 +5,16 @@
     python -m tools.extract scan.nii.gz --like runs/tiny/best_model.pth --out slices
 
 INPUT is a volume, a DICOM folder of one series, or a folder of volumes. Written to --out:
-slices/<scan>_<slice>.png (in AD/ and NC/ if the volumes are), extraction.csv (a row a volume:
-place, slices, decisions, why it was skipped), subjects.csv if a table beside the volumes or BIDS
-names know the subjects, and last extraction.json (these flags; train.py keeps them with the model).
-An extraction that was killed leaves a folder without extraction.json. Left is on the left, and a
-sagittal slice looks to the left. The exit status is 2 if no volume could be cut."""
+
+    slices/<scan>_<slice>.png   in AD/ and NC/ (of train/ and test/) if the volumes are
+    extraction.csv              a row a volume: header, slices, decisions, why it was skipped
+    subjects.csv                if a table beside the volumes or BIDS names know the subjects
+    extraction.json             these flags, which train.py keeps with the model; written last
+
+A killed extraction leaves an incomplete folder without extraction.json: delete it, or train on it
+at your own risk. Left is on the left, and a sagittal face looks to the left. The exit status is 2
+if no volume could be cut.
+"""
 
 import sys
 from dataclasses import replace
@@ -26,21 +31,14 @@ from utils import load_checkpoint
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="a volume, a DICOM folder, or a folder of either"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="new folder for the slices (default: extracted/<time>)"
-    )
-    parser.add_argument(
-        "--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win"
-    )
-    parser.add_argument(
-        "--workers",
-        type=number(1, 64, int),
-        metavar="N",
-        help="volumes at once (one a core, up to 8)",
-    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="a volume, a DICOM folder, or a folder of them")
+    add("--out", metavar="DIR", help="new folder for the slices (default: extracted/<time>)")
+    add("--like", metavar="WHAT", help="ADNI, or the checkpoint of a run; flags that are given win")
+    add(
+        "--workers", type=number(1, 64, int), metavar="N",
+        help="volumes at once (one a core, at most 8; always 1 with --strip)",
+    )  # fmt: skip
     add_look_flags(parser)
     return parser.parse_args(argv)
 
@@ -49,26 +47,31 @@ def main(argv=None):
     args = parse_args(argv)
     out = args.out or unused_name(f"extracted/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
+
     flags = given_look_flags(args)
-    checkpoint, warnings, known = None, [], args.like
-    if args.like and args.like != "ADNI":
-        checkpoint = load_checkpoint(args.like)
-        look, known, warnings = cut.look_of(checkpoint, flags)
+    checkpoint, warnings = None, []
+    if args.like is None:
+        look = replace(Look(), **flags)
+        print(look)
+    elif args.like == "ADNI":
+        look = replace(ADNI, **flags)
+        print(f"{look} (ADNI)")
     else:
-        look = replace(ADNI if args.like else Look(), **flags)
+        checkpoint = load_checkpoint(args.like)
+        look, origin, warnings = cut.look_of(checkpoint, flags)
+        print(f"{look} ({origin})")
 
     volumes = cut.find_all(args.inputs)
     mixed = cut.describe_mixed(volumes)
     if mixed:
         raise InputError(
-            f"{mixed}; move these away or rename their folders, or give each folder of volumes by "
-            "itself"
+            f"{mixed}; move these away or rename their folders, or extract each folder by itself"
         )
     volumes, tables, lines = cut.add_table_subjects(volumes, args.inputs)
-    print(f"{look} ({known})" if known else look)
 
     out = new_folder(out)
     table = cut.extract(volumes, look, out, args.workers)
+
     bad = table[table.error.notna()]
     warnings += lines + cut.remarks(table, volumes, args.inputs, tables)
     warnings += [f"{row.source} {row.error}" for row in bad.head(10).itertuples()]
@@ -81,16 +84,15 @@ def main(argv=None):
         print(f"warning: {printable(warning)}", file=sys.stderr)
     if len(bad) == len(table):
         raise InputError(f"none of the {len(table)} volumes could be cut")
-    if checkpoint:
+
+    if checkpoint is not None:
         print(compare_with_training(out, checkpoint))
-    print(
-        f"{table.n_slices.sum():,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}"
-    )
+    n_slices = table.n_slices.sum()
+    print(f"{n_slices:,.0f} slices of {len(table) - len(bad)} volumes in {out / 'slices'}")
 
 
 def compare_with_training(out, checkpoint):
-    """A sentence on whether the slices are in the range of those that a checkpoint was trained
-    on."""
+    """A sentence on whether the slices are in the range of a checkpoint's training slices."""
     paths = sorted(map(str, (out / "slices").rglob("*.png")))
     _, stats, _ = load_slices(paths, checkpoint["slice_size"], "comparing")
     outside = out_of_range(stats, checkpoint["slice_stats"]).dropna()

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.special import expit
 from tqdm import tqdm
 
 from adnc import CLASSES
@@ -26,7 +27,6 @@ from adnc.data.pixels import NEAR_BLACK
 from adnc.errors import InputError, printable
 from adnc.files import new_folder, write_atomically, write_csv, write_json
 from adnc.scoring import plots
-from adnc.scoring.metrics import expit
 
 STEPS = 32  # of integrated gradients
 WINDOW = 7  # side of the input over side of the occluded square, which moves by half its side

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit as expit  # p_AD from a logit; predict.py and utils.py use it too
 
 UNITS = ("slice", "scan", "subject")
 THRESHOLD = 0.5

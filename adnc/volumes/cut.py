@@ -1,14 +1,12 @@
 """Cut volumes into oriented, resampled, windowed slices; many volumes into a folder of slices.
 
 World coordinates are those of NIfTI: millimetres, x to the right of the patient, y to the front, z
-up. Every plane is
-shown in the neurological convention: left is on the left. An axial slice has the front at the top,
-a coronal one the crown, a sagittal one the crown, with the face to the left; slices are numbered
-from left to right, from back to front and from bottom to top. If only the file knows left from
-right, the file is believed.
+up. Every plane is shown in the neurological convention: left is on the left. An axial slice has the
+front at the top, a coronal one the crown, a sagittal one the crown, with the face to the left.
+Slices are numbered from left to right, from back to front and from bottom to top. Left and right
+are those of the file; no picture can confirm them.
 """
 
-import contextlib
 import os
 import re
 import tempfile
@@ -21,7 +19,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from adnc.data.index import check_match, describe_unused, read_subjects
+from adnc.data.index import METADATA, TABLE, check_match, describe_unused, read_subjects
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError
 from adnc.files import new_folder, read_json, write_csv, write_json
@@ -36,81 +34,70 @@ PLANES = {
     "coronal": (1, (2, -1), (0, 1)),
     "sagittal": (0, (2, -1), (1, -1)),
 }
-COLUMNS = (
-    "source",
-    "scan",
-    "subject",
-    "session",
-    "shape",
-    "voxel_sizes",
-    "orientation",
-    "oriented_to",
-    "affine_from",
-    "affine",
-    "plane",
-    "n_slices",
-    "first_slice",
-    "last_slice",
-    "first_mm",
-    "last_mm",
-    "black",
-    "white",
-    "grey",
-    "notes",
-    "error",
-)
+COLUMNS = (  # of extraction.csv
+    "source", "scan", "subject", "session",
+    "shape", "voxel_sizes", "orientation", "oriented_to", "affine_from", "affine",
+    "plane", "n_slices", "first_slice", "last_slice", "first_mm", "last_mm",
+    "black", "white", "grey", "notes", "error",
+)  # fmt: skip
 
 # ---------------------------------------------------------------- how training slices were cut
 
 
 def look_of(checkpoint, flags):
-    """(Look, sentence, warnings): how the training slices of a checkpoint were cut, changed by the
-    `flags` that were given (a dict). What the checkpoint does not record is assumed, and the
-    sentence says so. The warnings name flags that make other slices than those in training, which
-    the range check may not notice. InputError if nothing can be assumed."""
+    """How to cut volumes for a checkpoint: as its training slices, changed by the given flags.
+
+    checkpoint: a dict with slice_size, slice_stats and extraction (see `recorded_look`).
+    flags: a dict of those fields of a Look that were given.
+
+    Returns (Look, origin, warnings). What the checkpoint does not record is assumed, and `origin`
+    is a phrase that says so. The warnings name flags that make other slices than those in training,
+    which the range check may not notice. InputError if nothing can be assumed.
+    """
     height, width = checkpoint["slice_size"]
-    recorded = checkpoint["extraction"]
-    brightest = float(np.mean(checkpoint["slice_stats"]["brightest"]))
-    if recorded:
-        trained = Look(**recorded)
-        look, known = trained, "as the checkpoint's training slices were cut"
-    elif (width, height) == ADNI.size:
-        trained = ADNI
-        look, known = (
-            replace(ADNI, brightest=brightest),
-            "assumed from the size of the training slices, that of AD_NC",
-        )
-    elif "plane" in flags:
-        trained = None
-        look, known = (
-            Look(brightest=brightest),
-            "the plane as asked, the rest as the training slices are",
-        )
+    if checkpoint["extraction"]:
+        trained = Look(**checkpoint["extraction"])
+        look = trained
+        origin = "as the checkpoint's training slices were cut"
     else:
-        raise InputError(
-            f"the checkpoint does not record the plane of its training slices ({width} x {height} "
-            "pixels); name it with --plane axial, coronal or sagittal"
-        )
-    warnings = []
+        brightest = float(np.mean(checkpoint["slice_stats"]["brightest"]))
+        if (width, height) == ADNI.size:
+            trained = ADNI
+            look = replace(ADNI, brightest=brightest)
+            origin = "assumed from the size of the training slices, that of AD_NC"
+        elif "plane" in flags:
+            trained = None
+            look = Look(brightest=brightest)
+            origin = "the plane as given, size and brightness as in training"
+        else:
+            raise InputError(
+                "the checkpoint does not record the plane of its training slices "
+                f"({width} x {height} pixels); name it with --plane axial, coronal or sagittal"
+            )
+
+    differences = []
     if trained is not None:
-        differ = []
         for name in ("plane", "turn", "spacing", "step"):
             if name in flags and flags[name] != getattr(trained, name):
-                differ.append(
+                differences.append(
                     f"--{name} {flags[name]}, those in training with {getattr(trained, name)}"
                 )
-        if differ:
-            warnings.append(
-                f"the slices are cut with {'; with '.join(differ)}: p_AD may mean nothing"
-            )
+    warnings = []
+    if differences:
+        warnings.append(
+            f"the slices are cut with {'; with '.join(differences)}: p_AD may mean nothing"
+        )
     if flags:
-        known += f", with the flags that are given ({', '.join(flags)})"
-    return replace(look, **{"size": (width, height), **flags}), known, warnings
+        origin += f", with the flags that are given ({', '.join(flags)})"
+    look = replace(look, **{"size": (width, height), **flags})
+    return look, origin, warnings
 
 
 def recorded_look(root):
-    """The record of tools.extract on the slices under `root`, in it or in its parent, as a dict for
-    `Look`; None if there is none. InputError if it is damaged."""
+    """How tools.extract cut the slices under `root`: a dict for `Look`, or None if not recorded.
+
+    Read from extraction.json in `root` or its parent. InputError if that file is damaged.
+    """
     for path in (Path(root) / "extraction.json", Path(root).parent / "extraction.json"):
         if not path.exists():
             continue
@@ -123,7 +110,8 @@ def recorded_look(root):
                 f"{path} is not what tools.extract writes ({problem}); restore it, so that the "
                 "model knows how its slices were cut, or remove it"
             ) from None
-        return {**asdict(look), "slices": None}  # they belong to one set, not to the next head
+        # The numbers of slices fit the heads of one set, not the next head.
+        return {**asdict(look), "slices": None}
     return None
 
 
@@ -131,12 +119,12 @@ def recorded_look(root):
 
 
 def find_head(volume):
-    """(black, white, middle) of a volume: background and bright tissue in its units, and the voxel
-    in the middle of the head.
+    """(black, white, middle) of a volume: grey levels of background and bright tissue, and the
+    coordinates of the voxel in the middle of the head.
 
-    The head is what is above a tenth of the way between the 2 % and 98 % quantiles (Smith 2002,
-    BET), white its 99.5 % quantile, its extent 98 % of it along each axis. Unfit if all voxels are
-    alike.
+    Black is the 2 % quantile of the volume. The head is every voxel above a tenth of the way from
+    there to the 98 % quantile (Smith 2002, BET); white is the 99.5 % quantile of the head. The
+    middle is that of the central 98 % of the head along each axis. Unfit if all voxels are alike.
     """
     step = max(1, int(np.ceil((volume.size / 2**21) ** (1 / 3))))
     sample = volume[::step, ::step, ::step]
@@ -158,8 +146,11 @@ def find_head(volume):
 
 
 def choose_slices(look, n, centre, origin, spacing):
-    """The numbers (N,) of the slices that a Look asks for, of n slices with positions origin +
-    number * spacing in mm and the middle of the head at number `centre`. Unfit if there is none."""
+    """The numbers (N,) of the slices that a Look selects out of n.
+
+    Slice `number` is at origin + number * spacing mm; slice `centre` is in the middle of the head.
+    Unfit if no slice is selected.
+    """
     if look.slices is None:
         first = centre - (look.count - 1) // 2
         numbers = np.arange(first, first + look.count)
@@ -176,13 +167,15 @@ def choose_slices(look, n, centre, origin, spacing):
 
 
 def cut(volume, affine, look, middle, black):
-    """(slices float32 (N, H, W), numbers (N,), positions in mm (N,)) of a volume with axes nearest
-    to x, y and z.
+    """Cut a volume (as from `read_volume`) into slices.
 
-    Slices are on a grid of the world: `spacing` in the plane, `step` across it, from the corner of
-        the volume, so that voxels of that size are taken as they are; others are interpolated
-        linearly. Outside of the volume is `black`.
-        """
+    middle, black: see `find_head`.
+
+    Returns (slices float32 (N, H, W), numbers (N,), positions in mm (N,)). Slices are on a grid of
+    the world, `spacing` mm apart in the plane and `step` mm across, from the corner of the volume:
+    voxels of that size are used as they are, others are interpolated linearly. Outside of the
+    volume is `black`.
+    """
     nib = read.import_nibabel()
     across, (down, down_way), (along, along_way) = PLANES[look.plane]
     grid = np.full(3, look.spacing)
@@ -202,14 +195,20 @@ def cut(volume, affine, look, middle, black):
             f"to {LARGEST} a side: choose another --size or --spacing"
         )
 
-    # From (slice, row, column) to the grid.
+    # An affine from (slice, row, column) to the grid.
     to_grid = np.diag([0.0, 0.0, 0.0, 1.0])
-    to_grid[across, 0], to_grid[across, 3] = 1, numbers[0]
+    to_grid[across, 0] = 1
+    to_grid[across, 3] = numbers[0]
     for column, axis, way, side in ((1, down, down_way, height), (2, along, along_way, width)):
-        first = 0 if way > 0 else shape[axis] - 1
         if look.size:
             first = centre[axis] - way * (side // 2)
-        to_grid[axis, column], to_grid[axis, 3] = way, first
+        elif way > 0:
+            first = 0
+        else:
+            first = shape[axis] - 1
+        to_grid[axis, column] = way
+        to_grid[axis, 3] = first
+
     slices = resample(volume, affine, world @ to_grid, (len(numbers), height, width), black)
     slices = np.rot90(slices, look.turn // 90, (1, 2))
     return slices, numbers, origin[across] + numbers * grid[across]
@@ -217,23 +216,26 @@ def cut(volume, affine, look, middle, black):
 
 def resample(volume, affine, to_affine, shape, black):
     """The volume on another grid of the world, by linear interpolation; outside is `black`."""
-    from nibabel.processing import resample_from_to
-
     nib = read.import_nibabel()
-    image = nib.Nifti1Image(volume, affine)
-    return np.asarray(resample_from_to(image, (shape, to_affine), order=1, cval=black).dataobj)
+    # In coordinates of voxels, rounded. Digits beyond the ninth decide whether the outermost row of
+    # voxels counts as outside, and becomes black; rounding keeps the slices of earlier versions.
+    to_voxels = (np.linalg.inv(affine) @ to_affine).round(9)
+    image = nib.Nifti1Image(volume, np.eye(4))
+    image = nib.processing.resample_from_to(image, (shape, to_voxels), order=1, cval=black)
+    return np.asarray(image.dataobj)
 
 
 def extract_volume(path, look):
-    """(slices uint8 (N, H, W), numbers (N,), columns of COLUMNS) of a volume or DICOM folder, as a
-    Look says. Unfit or OSError if that cannot be done."""
-    with contextlib.ExitStack() as stack:
+    """Cut a volume or DICOM folder as a Look says.
+
+    Returns (slices uint8 (N, H, W), numbers (N,), a dict of columns of extraction.csv). Unfit or
+    OSError if that cannot be done.
+    """
+    with tempfile.TemporaryDirectory(prefix="dicom-") as folder:
         if os.path.isdir(path):
-            path = read.convert_dicom(
-                path, stack.enter_context(tempfile.TemporaryDirectory(prefix="dicom-"))
-            )
-        image, facts, notes = read.open_volume(path)
-        with np.errstate(all="ignore"):  # an overflow is counted as not finite
+            path = read.convert_dicom(path, folder)
+        image, record, notes = read.open_volume(path)
+        with np.errstate(all="ignore"):  # an overflow becomes infinite, and is counted below
             volume, affine = read.read_volume(image, look.spacing)
     if look.strip:
         volume = read.strip_skull(np.nan_to_num(volume, nan=0, posinf=0, neginf=0), affine)
@@ -252,36 +254,37 @@ def extract_volume(path, look):
     if look.brightest is not None:  # the statistic of pixels.STATS
         grey = look.brightest
         white = max(float(np.quantile(slices, 0.99)), black + 1e-3 * (white - black))
-    with np.errstate(all="ignore"):  # numbers of 1e38 overflow, and are white
+    with np.errstate(all="ignore"):  # numbers of 1e38 overflow, and become white
         slices = np.clip((slices - black) / (white - black) * grey, 0, 255)
         slices = np.nan_to_num(slices).round().astype(np.uint8)
+
     edges = np.concatenate([slices[:, [0, -1]].ravel(), slices[:, :, [0, -1]].ravel()])
     if look.size and (edges > 2 * NEAR_BLACK).mean() > 0.02:
         notes.append("the head reaches the border of the slices; a larger --size shows all of it")
-    return slices, numbers, {
-        **facts,
-        "plane": look.plane,
-        "n_slices": len(numbers),
-        "first_slice": int(numbers[0]),
-        "last_slice": int(numbers[-1]),
-        "first_mm": positions[0],
-        "last_mm": positions[-1],
-        "black": black,
-        "white": white,
-        "grey": grey,
-        "notes": "; ".join(notes) or None,
-    }
+    record.update(
+        plane=look.plane,
+        n_slices=len(numbers),
+        first_slice=int(numbers[0]),
+        last_slice=int(numbers[-1]),
+        first_mm=positions[0],
+        last_mm=positions[-1],
+        black=black,
+        white=white,
+        grey=grey,
+        notes="; ".join(notes) or None,
+    )
+    return slices, numbers, record
 
 
 # ---------------------------------------------------------------- many volumes
 
 
 def name_scans(volumes):
-    """A table of volumes, (path, folder) each: source, folder, scan, name, subject and session.
+    """A table of volumes, given as (path, folder): source, folder, scan, name, subject and session.
 
-    A scan is named as its file; if two have one name, with the folders before it. Only letters,
-    digits, dots, - and _ are kept, so that the name is safe on any system. Subject and session are
-    those of BIDS: sub-01_ses-2_T1w.nii.gz.
+    A scan has the name of its file; if two files have one name, the folders are put before it. Only
+    letters, digits, dots, - and _ are kept, so that the name is safe on any system. Subject and
+    session are those of BIDS names such as sub-01_ses-2_T1w.nii.gz.
     """
 
     def safe(text):
@@ -290,7 +293,8 @@ def name_scans(volumes):
     table = pd.DataFrame(volumes, columns=["source", "folder"])
     stem = table.source.map(os.path.abspath).map(os.path.basename)
     stem = stem.str.replace(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", case=False, regex=True)
-    table["scan"], table["name"] = stem.map(safe), stem
+    table["scan"] = stem.map(safe)
+    table["name"] = stem
     twins = table.scan.duplicated(keep=False)
     table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe)
     number = table.groupby("scan").cumcount()
@@ -301,8 +305,10 @@ def name_scans(volumes):
 
 
 def find_all(inputs):
-    """The volumes in files and folders, each once, as a table of `name_scans`. InputError if an
-    input has none."""
+    """The volumes in files and folders, each once, as a table (see `name_scans`).
+
+    InputError if an input holds no volume.
+    """
     volumes = {}
     for given in map(str, inputs):
         if not os.path.exists(given):
@@ -326,8 +332,10 @@ def in_classes(table):
 
 
 def describe_mixed(table):
-    """A sentence on volumes of `find_all` of which some are in folders AD/ and NC/ and others are
-    not, so that the slices of all would have no classes; None if there are no such."""
+    """A sentence if only some volumes of `find_all` are in folders AD/ and NC/, else None.
+
+    The slices of all volumes would then have no classes.
+    """
     inside = in_classes(table)
     if inside.all() or not inside.any():
         return None
@@ -339,45 +347,56 @@ def describe_mixed(table):
 
 
 def add_table_subjects(table, inputs):
-    """The table of `find_all` with the subjects that tables in or beside the inputs name, before
-    those of BIDS names; the paths of these tables; and lines on tables that know no volume.
-    InputError if two contradict each other."""
-    places = [
-        given if os.path.isdir(given) else os.path.dirname(given) for given in map(str, inputs)
-    ]
-    places += table.source.map(os.path.dirname).unique().tolist()
-    subjects, sources, lines = {}, {}, []
-    for folder in dict.fromkeys(map(os.path.abspath, places)):
-        known, _, here = read_subjects(folder)
-        for scan in known.keys() & subjects.keys():
-            if known[scan] != subjects[scan]:
-                raise InputError(
-                    f"scan {scan} belongs to {known[scan]} in {next(iter(here))}, and to "
-                    f"{subjects[scan]} in another table; correct one of them, or move it away"
-                )
-        subjects = {**known, **subjects}
-        sources.update(here)
-    used = []
+    """Add the subjects that subjects.csv or meta_data_with_label.json in or beside the inputs, or
+    in the folders of the volumes, give to the scans. They replace those of BIDS names.
+
+    Returns (table of `find_all`, paths of the tables used, sentences on tables that know none of
+    the volumes). InputError if two tables contradict each other.
+    """
+    folders = []
+    for given in map(str, inputs):
+        folders.append(given if os.path.isdir(given) else os.path.dirname(given))
+    for folder in table.source.map(os.path.dirname).unique():
+        if any(os.path.exists(os.path.join(folder, name)) for name in (METADATA, TABLE)):
+            folders.append(folder)
+
+    subjects, origin, sources = {}, {}, {}
+    for folder in dict.fromkeys(map(os.path.abspath, folders)):
+        _, _, tables = read_subjects(folder)
+        sources.update(tables)
+        for path, known in tables.items():
+            for scan, subject in known.items():
+                if subjects.setdefault(scan, subject) != subject:
+                    raise InputError(
+                        f"scan {scan} belongs to subject {subject} in {path}, and to "
+                        f"{subjects[scan]} in {origin[scan]}; correct one of them, or move it away"
+                    )
+                origin.setdefault(scan, path)
+
+    used, lines = [], []
     for path, known in sources.items():
         try:
             check_match(pd.concat([table.scan, table.name]), known, [path])
             used.append(path)
         except InputError as problem:
             lines.append(f"a table of subjects is not used: {problem}")
-    subject = [
-        subjects.get(row.scan, subjects.get(row.name, row.subject))
-        for row in table.itertuples(index=False)
-    ]
-    return table.assign(subject=subject), used, lines
+    column = []
+    for row in table.itertuples(index=False):
+        # Tables list a scan by the name of its file, even if folders were put before its own name.
+        column.append(subjects.get(row.scan, subjects.get(row.name, row.subject)))
+    return table.assign(subject=column), used, lines
 
 
 def extract(table, look, out, workers=None, progress="extracting"):
     """Cut the volumes of `find_all`, in parallel, into out/slices/<scan>_<slice>.png.
 
+    If all volumes are in folders AD/ and NC/ (or in those of train/ and test/), so are the slices.
     Writes out/extraction.csv (a row a volume, COLUMNS, with an `error` if it was skipped),
-    out/subjects.csv if subjects are known, and last out/extraction.json (the Look). If all volumes
-    are in folders AD/ and NC/ (or in those of train/ and test/), so are the slices. Returns the
-    table of extraction.csv. A killed extraction leaves slices without extraction.json.
+    out/subjects.csv if subjects are known, and last out/extraction.json (the Look). Returns the
+    table of extraction.csv.
+
+    A killed extraction leaves a folder of slices without extraction.json. It is not cleaned up, and
+    training on it is the user's decision.
     """
     out = Path(out)
     keep_classes = in_classes(table).all()
@@ -385,10 +404,8 @@ def extract(table, look, out, workers=None, progress="extracting"):
 
     def work(row):
         try:
-            slices, numbers, facts = extract_volume(row.source, look)
-        except (
-            Unfit
-        ) as problem:  # another InputError, such as a missing package, concerns all volumes
+            slices, numbers, record = extract_volume(row.source, look)
+        except Unfit as problem:  # another InputError concerns all volumes: a missing package
             return {"error": str(problem)}
         except OSError as problem:
             return {"error": f"cannot be read: {reason(problem)}"}
@@ -398,37 +415,36 @@ def extract(table, look, out, workers=None, progress="extracting"):
         folder.mkdir(parents=True, exist_ok=True)
         for number, pixels in zip(numbers, slices):
             Image.fromarray(pixels).save(folder / f"{row.scan}_{number}.png")
-        return facts
+        return record
 
-    # deepbet uses every core by itself
-    n_threads = 1 if look.strip else workers or min(os.cpu_count() or 1, 8)
-    with ThreadPoolExecutor(n_threads) as pool:
+    if look.strip:
+        workers = 1  # deepbet uses every core by itself
+    elif workers is None:
+        workers = min(os.cpu_count() or 1, 8)
+    bar = {"unit": " volumes", "leave": False, "disable": None if progress else True}
+    with ThreadPoolExecutor(workers) as pool:
         done = pool.map(work, table.itertuples(index=False))
-        bar = tqdm(
-            done,
-            progress,
-            len(table),
-            unit=" volumes",
-            disable=None if progress else True,
-            leave=False,
-        )
-        rows = list(bar)
+        rows = list(tqdm(done, progress, len(table), **bar))
+
     table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
     whole_numbers = {name: "Int64" for name in ("n_slices", "first_slice", "last_slice")}
     write_csv(out / "extraction.csv", table.astype(whole_numbers))
-    if table.subject.notna().any():
-        write_csv(out / "subjects.csv", table.loc[table.subject.notna(), ["scan", "subject"]])
+    known = table[table.subject.notna()]
+    if len(known):
+        write_csv(out / "subjects.csv", known[["scan", "subject"]])
     write_json(out / "extraction.json", asdict(look))
     return table
 
 
 def remarks(table, volumes, inputs, tables):
-    """Lines on a table of `extract`, made from the table `volumes` of `find_all`: files of the
-    inputs that were not used (beside the `tables` of subjects), equal names, and what was decided
-    about volumes."""
-    used = [file for source in table.source for file in read.files_of(source)] + list(
-        map(str, tables)
-    )
+    """Sentences on an extraction: files that were not used, equal names, notes on volumes.
+
+    table: that of `extract`, made from `volumes`, that of `find_all`. tables: paths of the tables
+    of subjects that were used.
+    """
+    used = list(map(str, tables))
+    for source in table.source:
+        used += read.files_of(source)
     lines = []
     for given in inputs:
         if os.path.isdir(given):
@@ -440,8 +456,8 @@ def remarks(table, volumes, inputs, tables):
             f"{twins.source.iloc[1]}; each is a scan of its own, {twins.scan.iloc[0]} and "
             f"{twins.scan.iloc[1]}"
         )
-    for source, note in table.loc[table.notes.notna(), ["source", "notes"]].itertuples(index=False):
-        lines.append(f"{source}: {note}")
+    for row in table[table.notes.notna()].itertuples():
+        lines.append(f"{row.source}: {row.notes}")
     return lines
 
 
@@ -451,34 +467,40 @@ def remarks(table, volumes, inputs, tables):
 class CutInputs:
     """The inputs of predict.py with every volume replaced by a folder of its slices.
 
-    inputs: paths of slices and folders. failed: the reasons why volumes could not be cut, by path.
-        notes: warnings.
+    inputs: paths of slices and folders of slices.
+    failed: a dict from the path of each volume that could not be cut to the reason.
+    notes: warnings.
     lines: how the volumes were cut.
     """
 
     def __init__(self, inputs):
-        self.inputs, self.failed, self.notes, self.lines = list(inputs), {}, [], []
-        self.temporary, self.folder, self.table = None, None, None
+        self.inputs = list(inputs)
+        self.failed = {}
+        self.notes = []
+        self.lines = []
+        self.temporary = None  # the folder of slices that are not to be kept
+        self.table = None  # of `extract`
 
     def name_rows(self, index):
-        """The index with the paths of slices from volumes as volume:slice, such as
-        head.nii.gz:81."""
-        if self.folder is None:
+        """The index with paths such as head.nii.gz:81 for the slices in the temporary folder."""
+        if self.temporary is None:
             return index
-        ours = index.path.str.startswith(f"{self.folder}{os.sep}")
+        ours = index.path.str.startswith(f"{self.temporary.name}{os.sep}")
         source = index.scan.map(dict(zip(self.table.scan, self.table.source)))
         return index.assign(path=index.path.mask(ours, source + ":" + index.slice.astype("string")))
 
     def close(self):
-        """Remove the slices, unless they are to be kept."""
+        """Remove the temporary folder."""
         if self.temporary is not None:
             self.temporary.cleanup()
 
 
 def cut_inputs(inputs, *, checkpoint, flags, keep=None):
-    """Cut the volumes among the inputs as the training slices of a checkpoint, changed by `flags`
-    (see `look_of`), into a temporary folder or the new folder `keep`. Returns a CutInputs.
-    InputError if no volume can be cut and there is no other input."""
+    """Cut the volumes among the inputs, into a temporary folder or the new folder `keep`.
+
+    checkpoint, flags: how to cut, see `look_of`. Returns a CutInputs. InputError if there are flags
+    and no volume, or if no volume can be cut and there is no other input.
+    """
     volumes = [given for given in inputs if holds_volumes(given)]
     cut = CutInputs(given for given in inputs if given not in volumes)
     if not volumes:
@@ -488,32 +510,39 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
                 "inputs, or a folder of volumes without slices beside them"
             )
         return cut
-    look, known, warnings = look_of(checkpoint, flags)
+
+    look, origin, warnings = look_of(checkpoint, flags)
     cut.notes += warnings
+    table = find_all(volumes)
+    mixed = describe_mixed(table)
+    if mixed:
+        cut.notes.append(mixed)
+    tables = []
+    try:
+        table, tables, lines = add_table_subjects(table, volumes)
+        cut.notes += lines
+    except InputError as problem:  # the prediction only loses its subjects
+        cut.notes.append(f"subjects are unknown: {problem}")
+
     if keep:
         folder = new_folder(keep, "--keep-slices")
     else:
         cut.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = Path(cut.temporary.name)
-    table, tables = find_all(volumes), []
-    mixed = describe_mixed(table)
-    if mixed:
-        cut.notes.append(mixed)
-    try:
-        table, tables, lines = add_table_subjects(table, volumes)
-        cut.notes += lines
-    except InputError as problem:  # this costs a prediction its subjects only
-        cut.notes.append(f"subjects are unknown: {problem}")
-
-    cut.table, cut.folder = extract(table, look, folder), folder / "slices"
+    cut.table = extract(table, look, folder)
     cut.notes += remarks(cut.table, table, volumes, tables)
+
     bad = cut.table[cut.table.error.notna()]
-    n_good = len(cut.table) - len(bad)
-    if n_good == 0 and not cut.inputs:
-        raise InputError("; ".join(f"{row.source} {row.error}" for row in bad.itertuples()))
-    if n_good:
-        parts = [cut.folder / name for name in ("train", "test") if (cut.folder / name).is_dir()]
-        cut.inputs += map(str, parts or [cut.folder])
     cut.failed = dict(zip(bad.source, bad.error))
-    cut.lines.append(f"{n_good} of {len(cut.table)} volumes cut: {look} ({known})")
+    n_cut = len(cut.table) - len(bad)
+    if n_cut == 0 and not cut.inputs:
+        reasons = [f"{source} {error}" for source, error in cut.failed.items()]
+        raise InputError("; ".join(reasons))
+    slices = folder / "slices"
+    parts = [slices / name for name in ("train", "test") if (slices / name).is_dir()]
+    if parts:
+        cut.inputs += map(str, parts)
+    elif n_cut:
+        cut.inputs.append(str(slices))
+    cut.lines.append(f"{n_cut} of {len(cut.table)} volumes cut: {look} ({origin})")
     return cut

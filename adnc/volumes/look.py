@@ -1,5 +1,4 @@
-"""How volumes are cut into slices: the flags, and the record of them beside slices and in
-checkpoints."""
+"""How volumes are cut into slices: the class Look, and its flags on a command line."""
 
 import argparse
 import re
@@ -19,9 +18,8 @@ class Look:
     turn: degrees, counter-clockwise.
     spacing, step: mm from pixel to pixel, and from slice to slice (None: as spacing).
     strip: remove the skull.
-    brightest: the grey level that the 99 % quantile of the slices gets; None: the head fills 0 to
-        255.
-        """
+    brightest: grey level of the 99 % quantile of the slices, or None: the head fills 0 to 255.
+    """
 
     plane: str = "axial"
     slices: tuple | None = None
@@ -57,8 +55,10 @@ ADNI = Look("sagittal", size=(256, 240), step=1.2)
 
 
 def span(word):
-    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm"): 81:100 counts slices,
-    -10mm:10mm are positions."""
+    """A `type` for argparse: FROM:TO as (from, to, "index" or "mm").
+
+    81:100 are numbers of slices, -10mm:10mm are positions.
+    """
     index = re.fullmatch(r"(\d{1,4}):(\d{1,4})", word)
     position = re.fullmatch(r"(-?\d{1,4}(?:\.\d+)?)mm:(-?\d{1,4}(?:\.\d+)?)mm", word)
     match = index or position
@@ -88,42 +88,31 @@ def add_look_flags(parser, default="the defaults in brackets"):
     group = parser.add_argument_group("how volumes are cut into slices", f"(default: {default})")
     add = group.add_argument
     add(
-        "--plane",
-        choices=("axial", "coronal", "sagittal"),
-        help="left is on the left, faces look left (axial)",
+        "--plane", choices=("axial", "coronal", "sagittal"),
+        help="left is on the left; a sagittal face looks to the left (axial)",
     )
     add(
-        "--slices",
-        type=span,
-        metavar="FROM:TO",
-        help="numbers as in 81:100, or with = positions: --slices=-10mm:10mm",
+        "--slices", type=span, metavar="FROM:TO",
+        help="numbers, as in 81:100; positions need an =, as in --slices=-10mm:10mm",
     )
     add(
-        "--count",
-        type=number(1, 1000, int),
-        metavar="N",
+        "--count", type=number(1, 1000, int), metavar="N",
         help="the N slices in the middle of the head (20)",
     )
     add(
-        "--size",
-        type=size,
-        metavar="WxH",
-        help="pixels of a slice about the middle of the head (whole volume)",
+        "--size", type=size, metavar="WxH",
+        help="pixels of a slice, about the middle of the head (the whole volume)",
     )
     add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")
     add("--spacing", type=number(0.25, 10), metavar="MM", help="size of a pixel (1)")
     add(
-        "--step",
-        type=number(0.25, 50),
-        metavar="MM",
+        "--step", type=number(0.25, 50), metavar="MM",
         help="from one slice to the next (as --spacing)",
     )
     add(
-        "--strip",
-        action="store_true",
-        default=None,
+        "--strip", action="store_true", default=None,
         help="remove the skull with deepbet (requirements-extra.txt)",
-    )
+    )  # fmt: skip
     return group
 
 

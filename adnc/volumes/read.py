@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from adnc import CLASSES
 from adnc.data.index import list_folder
 from adnc.data.pixels import Unfit, is_junk
 from adnc.errors import InputError, printable
@@ -38,9 +39,11 @@ def is_dicom(path):
 
 
 def find_volumes(given):
-    """[(path, folder relative to `given`)] of the volumes in a file or folder. A folder that holds
-    DICOM files and no volume counts as one volume; of an Analyze pair (.img, .hdr) only the .img is
-    listed."""
+    """A list of (path, folder relative to `given`) of the volumes in a file or folder.
+
+    A folder that holds DICOM files and no volume counts as one volume. Of an Analyze pair (.img,
+    .hdr) only the .img is listed.
+    """
     if not os.path.isdir(given):
         return [(str(given), "")] if is_volume(given) else []
     volumes = []
@@ -70,13 +73,16 @@ def files_of(source):
 
 
 def holds_volumes(given):
-    """Whether an input of predict.py is a volume, a DICOM folder, or a folder of volumes without
-    slices."""
+    """Whether an input is a volume, a DICOM folder, or a folder of volumes without slices."""
     if not os.path.isdir(given):
         return is_volume(given)
-    folders = [Path(given, label) for label in ("AD", "NC") if Path(given, label).is_dir()]
-    if any(list_folder(folder)[0] for folder in folders or [given]):
-        return False
+    folders = [Path(given, label) for label in CLASSES if Path(given, label).is_dir()]
+    if not folders:
+        folders = [given]
+    for folder in folders:
+        images, _, _ = list_folder(folder)
+        if images:
+            return False
     return bool(find_volumes(given))
 
 
@@ -104,39 +110,29 @@ def load_deepbet():
 
 
 def convert_dicom(folder, out):
-    """The path of the NIfTI file that dcm2niix makes of a DICOM folder. Unfit if it makes none, or
-    several."""
+    """Convert a DICOM folder with dcm2niix; returns the path of the NIfTI file in the folder `out`.
+
+    Unfit if dcm2niix makes no volume, or several.
+    """
     try:
         from dcm2niix import bin as program
     except ImportError:
         program = shutil.which("dcm2niix")
     if not program:
         raise InputError(f"DICOM folders need dcm2niix; install it with {INSTALL}")
-    command = [
-        program,
-        "-b",
-        "n",
-        "-z",
-        "n",
-        "-d",
-        "0",
-        "-f",
-        "series%s",
-        "-o",
-        str(out),
-        os.path.abspath(folder),
-    ]
+    # No BIDS sidecar, no compression, no search in subfolders.
+    options = ["-b", "n", "-z", "n", "-d", "0", "-f", "series%s", "-o", str(out)]
+    command = [program, *options, os.path.abspath(folder)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+
     volumes = sorted(Path(out).glob("*.nii"))
-    if (
-        not volumes or done.returncode
-    ):  # with images missing it makes a volume of wrong distances, with status 1
+    # If images are missing, dcm2niix makes a volume with wrong distances, and its status is 1.
+    if done.returncode or not volumes:
         output = done.stdout.splitlines() + done.stderr.splitlines()
         words = ("enough", "issing", "rror", "arning")
         problems = [line.strip() for word in words for line in output if word in line]
-        raise Unfit(
-            f"cannot be converted by dcm2niix: {problems[0] if problems else 'it makes no volume'}"
-        )
+        problems.append("it makes no volume")
+        raise Unfit(f"cannot be converted by dcm2niix: {problems[0]}")
     if len(volumes) > 1:
         names = ", ".join(path.stem for path in volumes[:5])
         raise Unfit(
@@ -156,9 +152,11 @@ def reason(problem):
 
 
 def open_volume(path):
-    """(image, facts, notes) of a volume with a sound header, its voxels not yet read: the nibabel
-    image, a dict of what the header says, and sentences on what was decided. Unfit for anything
-    else."""
+    """Open a volume and check its header; its voxels are not yet read.
+
+    Returns (image, record, notes): the nibabel image, a dict of what the header says (columns of
+    extraction.csv), and sentences on what had to be decided. Unfit if the volume cannot be used.
+    """
     nib = import_nibabel()
     if not os.path.isfile(path):
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
@@ -172,15 +170,13 @@ def open_volume(path):
     except Exception as problem:  # nibabel raises nearly anything on a damaged header
         raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
 
-    if len(shape) < 3 or any(side != 1 for side in shape[3:]):
-        what = f"{len(shape)} dimensions"
-        if len(shape) > 3:
-            what = f"{'x'.join(map(str, shape[3:]))} volumes"
-        raise Unfit(f"holds {what}; expected one volume of three dimensions")
-    if (
-        not MIN_SIDE <= min(shape[:3]) <= max(shape[:3]) <= MAX_SIDE
-        or np.prod(shape[:3], dtype=float) > MAX_VOXELS
-    ):
+    if len(shape) < 3:
+        raise Unfit(f"holds {len(shape)} dimensions; expected one volume of three dimensions")
+    if any(side != 1 for side in shape[3:]):
+        n_volumes = "x".join(map(str, shape[3:]))
+        raise Unfit(f"holds {n_volumes} volumes; expected one volume of three dimensions")
+    in_limits = MIN_SIDE <= min(shape[:3]) and max(shape[:3]) <= MAX_SIDE
+    if not in_limits or np.prod(shape[:3], dtype=float) > MAX_VOXELS:
         raise Unfit(
             f"claims {' x '.join(map(str, shape[:3]))} voxels; expected {MIN_SIDE} to {MAX_SIDE} a "
             f"side and at most {MAX_VOXELS:,}"
@@ -193,21 +189,21 @@ def open_volume(path):
         raise Unfit(f"has voxels of type {dtype}; expected one real number a voxel")
     if not (np.isfinite(affine).all() and orthogonality > 0.1):
         raise Unfit(
-            "has an affine that cannot be inverted, so that its voxels have no place; fix its "
-            "header"
+            "has an affine that cannot be inverted, so its voxels have no place; fix its header"
         )
     field = voxels * shape[:3]
-    if not MIN_FIELD <= field.min() <= field.max() <= MAX_FIELD:
+    if not (MIN_FIELD <= field.min() and field.max() <= MAX_FIELD):
+        sides = " x ".join(f"{side:.3g}" for side in field)
         raise Unfit(
-            f"is {' x '.join(f'{side:.3g}' for side in field)} mm large; expected {MIN_FIELD} to "
-            f"{MAX_FIELD} mm a side, with the header in millimetres"
+            f"is {sides} mm large; expected {MIN_FIELD} to {MAX_FIELD} mm a side, with the header "
+            "in millimetres"
         )
 
     notes = []
     if orthogonality < 0.999:
         notes.append("its axes are not at right angles; it is resampled as its affine says")
     source, doubts = affine_source(image)
-    facts = {
+    record = {
         "shape": "x".join(map(str, shape)),
         "voxel_sizes": "x".join(f"{side:.4g}" for side in voxels),
         "orientation": "".join(nib.aff2axcodes(affine)),
@@ -215,12 +211,11 @@ def open_volume(path):
         "affine_from": source,
         "affine": " ".join(f"{number:.7g}" for number in affine[:3].ravel()),
     }
-    return image, facts, [*notes, *doubts]
+    return image, record, [*notes, *doubts]
 
 
 def affine_source(image):
-    """(where in the header the affine of an image comes from, sentences on what is doubtful about
-    it)."""
+    """(part of the header that the affine of an image comes from, sentences on doubts about it)."""
     header = image.header
     guess = "left and right are nibabel's guess (stored from right to left)"
     if isinstance(image, import_nibabel().MGHImage):
@@ -234,25 +229,25 @@ def affine_source(image):
     if not sform_code:
         return "qform", []
     if qform_code > 0:
-        corners = np.array(np.meshgrid(*[(0, side - 1) for side in image.shape[:3]], [1])).reshape(
-            4, -1
-        )
+        ends = [(0, side - 1) for side in image.shape[:3]]
+        corners = np.array(np.meshgrid(*ends, [1])).reshape(4, -1)
         try:
             distances = np.sqrt((((sform - header.get_qform()) @ corners)[:3] ** 2).sum(0))
             apart = float(distances.max())
         except Exception:  # the quaternion is invalid
             apart = np.inf
         if not apart <= 1:
-            return "sform", [
-                f"sform and qform disagree by up to {apart:.3g} mm; the sform was used"
-            ]
+            doubt = f"sform and qform disagree by up to {apart:.3g} mm; the sform was used"
+            return "sform", [doubt]
     return "sform", []
 
 
 def read_volume(image, spacing):
-    """(float32 array, affine) of an opened volume, its axes nearest to x, y and z. Voxels of half
-    of `spacing` (mm) or less are smoothed to that width, against aliasing. Unfit for a file that is
-    damaged."""
+    """Read the voxels of an opened volume: (float32 array, affine), with axes nearest to x, y, z.
+
+    Along axes whose voxels are half of `spacing` (mm) or less, the volume is smoothed by a Gaussian
+    as wide as `spacing` at half its height, against aliasing. Unfit for a damaged file.
+    """
     nib = import_nibabel()
     try:
         voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
@@ -261,24 +256,24 @@ def read_volume(image, spacing):
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
     fine = nib.affines.voxel_sizes(canonical.affine) <= spacing / 2
     if fine.any():
-        canonical = nib.processing.smooth_image(
-            canonical, np.where(fine, spacing, 0), mode="nearest"
-        )
+        canonical = nib.processing.smooth_image(canonical, np.where(fine, spacing, 0))
     return np.asarray(canonical.dataobj, dtype=np.float32), canonical.affine
 
 
 def strip_skull(volume, affine):
-    """The volume with everything but the brain at 0, by deepbet (Fisch et al. 2024, doi
-    10.1016/j.compbiomed.2024.108845), on the CPU. Unfit if it finds no brain."""
+    """The volume with everything but the brain at 0, by deepbet on the CPU.
+
+    Fisch et al. 2024, doi 10.1016/j.compbiomed.2024.108845. Unfit if deepbet finds no brain.
+    """
     model = load_deepbet()
+    image = import_nibabel().Nifti1Image(np.ascontiguousarray(volume), affine)
+    no_brain = "cannot be stripped: deepbet finds no brain in it"
     try:
         with np.errstate(all="ignore"):
-            mask = model.run(import_nibabel().Nifti1Image(np.ascontiguousarray(volume), affine))[1]
+            mask = model.run(image)[1]
     except (AssertionError, ValueError, RuntimeError, IndexError) as problem:
-        raise Unfit(
-            f"cannot be stripped: deepbet finds no brain in it ({reason(problem)})"
-        ) from None
+        raise Unfit(f"{no_brain} ({reason(problem)})") from None
     mask = np.asarray(mask.dataobj) > 0
     if not mask.any():
-        raise Unfit("cannot be stripped: deepbet finds no brain in it")
+        raise Unfit(no_brain)
     return np.where(mask, volume, np.float32(0))

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -28,7 +29,6 @@ from adnc.phantom.anatomy import render
 from adnc.phantom.draw import EFFECT, draw, plan, plan_local
 from adnc.scoring import plots
 from adnc.scoring.assess import format_table
-from adnc.scoring.metrics import expit
 from dataset import load_inputs, read_index
 from modules import make_model
 from utils import build_model, load_checkpoint

@@ -6,9 +6,9 @@
 #     ONLY=none bash docs/experiments/results.sh OASIS/AD_NC        # trains nothing
 #     ONLY='gpu-.*' JOBS=8 bash docs/experiments/results.sh OASIS/AD_NC   # the runs for a GPU, eight at a time
 #
-# A run that is finished is skipped, one that was interrupted is resumed. At the end each section of docs/results.md
-# whose runs are all there is written again, with its pictures in figures/; the others stay as they are. Two runs train
-# at a time (JOBS), with one thread each.
+# Finished runs are skipped, interrupted runs are resumed. At the end, each section of docs/results.md whose runs are
+# all finished is rewritten, with its pictures in figures/; the other sections stay as they are. Two runs train at a
+# time (JOBS), with one thread each.
 set -euo pipefail
 data=${1:?expected the folder AD_NC of the OASIS-1 slices}
 runs=${2:-runs/results}
@@ -60,7 +60,7 @@ done; done
 for model in small cnn; do train "gpu-$model-n200" "--data $local --subjects 200 $(flags_of $model)"; done
 train gpu-head-n200 "--data $local --subjects 200 --keep last --model-args head_norm=batch"
 
-draw() {  # NAME FLAGS...: a phantom, if a wanted run is on it and it is not there
+draw() {  # NAME FLAGS...: draw a phantom, if it does not exist and a wanted run needs it
     if wanted | grep -q -- "--data $runs/$1/" && [ ! -d "$runs/$1" ]; then python -m tools.phantom "$runs/$1" "${@:2}"; fi
 }
 draw LOCAL --cue local --subjects 1000
@@ -84,7 +84,7 @@ fi
 # ---- the page
 
 block() { printf '\n```%s\n%s\n```\n' "$1" "$2"; }
-tables() {  # COMMAND: what it prints, under the command
+tables() {  # COMMAND: the command and its output
     block bash "$*"
     echo
     "$@"
@@ -97,19 +97,19 @@ finished() {  # PATTERNS: the folders of finished runs
         if [ -f "$run/test/metrics.json" ]; then echo "$run"; fi
     done; done
 }
-folds() {  # MODEL: its runs on real slices, of the seeds of which all runs are there
+folds() {  # MODEL: its runs on real slices, of the seeds whose runs are all finished
     local seed
     for seed in 0 1; do
         if [ -z "$(missing "oasis-.*-s$seed-.*")" ]; then finished "oasis-$1-s$seed-f?"; fi
     done
 }
-missing() {  # NAMES, a regular expression: those of the runs that are not finished
+missing() {  # NAMES, a regular expression: the names of unfinished runs
     local name
     for name in $(sed -E "s/.*--out [^ ]*\/([^ ]+) .*/\1/" "$list" | grep -E "^($1)$"); do
         if [ -z "$(finished "$name")" ]; then echo "$name"; fi
     done
 }
-section() {  # TITLE NEEDED NAMES FUNCTION: written again where all NEEDED runs are there, else as the page has it
+section() {  # TITLE NEEDED NAMES FUNCTION: rewritten if all NEEDED runs are finished, else copied from the page
     local names first
     if [ -n "$(missing "$2")" ]; then
         awk -v title="## $1" '/^## /{on = ($0 == title)} on' docs/results.md
@@ -130,7 +130,7 @@ PYTHON
     if [ -n "$names" ]; then printf '\n**Missing, not yet run:** %s\n' "$(echo $names)"; fi
     echo
 }
-compared() {  # MODELS OF ONE --against THOSE OF ANOTHER: the comparison alone
+compared() {  # COMMAND with --against: the command and the comparison alone
     echo
     tables "$@" | sed -n '/^```bash/,/^```$/p; /first against second/,$p'
 }
@@ -289,10 +289,10 @@ TEXT
 # Results
 
 Written by `docs/experiments/results.sh`, which holds every command. A section is rewritten when all of its runs have
-been repeated; until then it shows an earlier version of the code. In brackets, 95 % intervals of a bootstrap over test subjects; they leave
-out the spread over seeds, training sets and validation splits. A slice-level score counts slices, a scan-level score
-scans, a subject-level score subjects. Each run prints its own tables to `training_log.txt`; these are printed by the
-commands above them. No GPU has been measured.
+been repeated; until then it shows an earlier version of the code. In brackets, 95 % intervals of a bootstrap over test
+subjects; they leave out the spread over seeds, training sets and validation splits. A slice-level score counts slices,
+a scan-level score scans, a subject-level score subjects. Each run prints its own tables to `training_log.txt`; these
+are printed by the commands above them. No GPU has been measured.
 
 TEXT
     section "The positive control: a cue of which a blur shows little" '(paper|small|cnn)-n(100|200|400)-s.' \
