@@ -953,8 +953,8 @@ def train(args, world, device, amp):
         restore(state, last, card, args, out, log)
     if world.is_main:
         write_start(out, args, slices, card)
-        if not last:  # a run that is stopped in its first epoch can be resumed, too
-            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+        # So that a run stopped in its first epoch can be resumed, and with the flags given now.
+        save_checkpoint(out / "last.pth", **card, **state.state_dict())
 
     n_parameters = sum(p.numel() for p in model.parameters())
     log(
@@ -974,19 +974,17 @@ def train(args, world, device, amp):
         log(f"left out, and listed in skipped.csv: {len(slices.bad)} files that cannot be used")
 
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
-    resume = f"resume with:\n  {resume}"
+    resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
         fit(state, slices, args, out, card, log)
         world.leave()
         if world.is_main:
             evaluate_kept_model(slices, args, out, device=device, amp=amp, log=log)
     except KeyboardInterrupt:
-        log(f"stopped by Ctrl-C after epoch {state.epoch}; {resume}")
+        log(f"stopped by Ctrl-C; {resume}")
         sys.exit(130)
     except (InputError, OSError) as problem:
-        raise type(problem)(
-            f"{problem}\n{out / 'last.pth'} holds epoch {state.epoch}; {resume}"
-        ) from None
+        raise type(problem)(f"{problem}\n{resume}") from None
 
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:

@@ -1,9 +1,12 @@
 """Several processes under torchrun train as one process does, and only the first writes."""
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import command
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,18 +20,12 @@ from utils import load_checkpoint
 EXACT = ["--amp", "off", "--augment", "no-flip", "--warmup-epochs", "0"]
 
 
-def torchrun(processes, *words, timeout=300):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    command += [str(ROOT / "train.py"), *map(str, words)]
+def torchrun(processes, *words):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(processes)]
+    words = [*launcher, str(ROOT / "train.py"), *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(words, capture_output=True, text=True, env=environment)
 
 
 def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
@@ -52,8 +49,20 @@ def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
 
 
 def test_wrong_input_ends_all_processes(ad_nc, run_folder):
-    done = torchrun(2, "--data", ad_nc, "--out", run_folder, *SMALL, timeout=120)
-    assert done.returncode != 0 and "exists, and nothing is overwritten" in done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def start(rank):
+        environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        words = ["--data", ad_nc, "--out", run_folder, *SMALL]
+        return command.run(ROOT / "train.py", *words, env=environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(start, range(2)))
+    assert all(process.returncode != 0 for process in done)
+    assert "exists, and nothing is overwritten" in done[0].stderr
 
 
 def test_several_processes_on_a_cpu_do_not_train_batch_norm(ad_nc):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import command
 import numpy as np
@@ -310,20 +308,18 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
 # ---------------------------------------------------------------- the demo
 
 
-def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path, monkeypatch):
-    """`python train.py --demo` as a newcomer runs it, and then the command that it prints."""
+def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path, monkeypatch, capsys, repeats):
+    """`python train.py --demo`, on fewer subjects, and then the command that it prints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    words = [sys.executable, ROOT / "train.py", "--demo"]
-    demo = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert demo.returncode == 0, demo.stderr
+    monkeypatch.setattr(train, "DEMO_SUBJECTS", repeats(36, train.DEMO_SUBJECTS))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--demo"])
     (run,) = (tmp_path / "runs").iterdir()
     scores = json.loads((run / "test" / "metrics.json").read_text())
-    assert scores["scan"]["auroc"] >= 0.85
-    assert scores["subject"]["accuracy"] < 1  # the phantom's classes overlap
+    assert scores["scan"]["auroc"] >= repeats(0.75, 0.85)
 
-    (line,) = re.findall(r"^  (.*predict\.py .*)$", demo.stdout, re.MULTILINE)
+    (line,) = re.findall(r"^  (.*predict\.py .*)$", capsys.readouterr().out, re.MULTILINE)
     done = command.run_printed(line, "--out", "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again" / "scans.csv").read_text() == (
-        run / "test" / "scans.csv"
-    ).read_text()
+    again = (tmp_path / "again" / "scans.csv").read_text()
+    assert again == (run / "test" / "scans.csv").read_text()
