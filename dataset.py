@@ -38,7 +38,7 @@ from adnc.scoring.metrics import window_vote
 class SliceSet:
     """Slices with their pixels.
 
-    index: one row a slice, with the columns of `read_index`, and error (reason why the file could
+    index: one row per slice, with the columns of `read_index`, and error (reason why the file could
         not be read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
     images: uint8 (M, H, W). The pixels of a slice are images[row], whatever the order of the index.
     root: the folder AD_NC.

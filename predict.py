@@ -9,10 +9,11 @@
 
 INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a
 DICOM folder, or a folder of volumes. The checkpoint decides the architecture, the image size and,
-if it knows, how volumes are cut. Written to --out: predictions.csv (one row a slice), scans.csv and
-subjects.csv (mean p_AD, the calibrated probability of AD), and if the labels are known metrics.json
-and pictures. A file that cannot be read gets a row with the reason; a slice out of the training
-range gets a warning."""
+if it knows, how volumes are cut. Written to --out: predictions.csv (one row per slice), scans.csv
+and subjects.csv (mean p_AD, the calibrated probability of AD), and if the labels are known
+metrics.json and pictures. A file that cannot be read gets a row with the reason; a slice out of the
+training range gets a warning.
+"""
 
 import sys
 from dataclasses import replace
@@ -94,7 +95,7 @@ def predict_logits(
 def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=None):
     """Predict a SliceSet with the model and the baselines of a checkpoint.
 
-    Returns a table with metrics.PREDICTIONS, one row a row of the index; rows of files that could
+    Returns a table with metrics.PREDICTIONS, one row per row of the index; rows of files that could
     not be read are empty. p_AD, the softmax probability of AD, is not yet calibrated: see
     `apply_calibration`. `exposure` replaces the record of the checkpoint's training.
     """

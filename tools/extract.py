@@ -7,7 +7,7 @@
 INPUT is a volume, a DICOM folder of one series, or a folder of volumes. Written to --out:
 
     slices/<scan>_<slice>.png   in AD/ and NC/ (of train/ and test/) if the volumes are
-    extraction.csv              a row a volume: header, slices, decisions, why it was skipped
+    extraction.csv              a row per volume: header, slices, decisions, why it was skipped
     subjects.csv                if a table beside the volumes or BIDS names know the subjects
     extraction.json             these flags, which train.py keeps with the model; written last
 

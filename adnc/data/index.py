@@ -133,7 +133,9 @@ def read_subject_table(path):
     known = table[table.scan != ""].dropna(subset="subject").drop_duplicates(["scan", "subject"])
     twice = known.scan[known.scan.duplicated()]
     if len(twice):
-        raise InputError(f"{path} gives scan {twice.iloc[0]} two subjects; expected one row a scan")
+        raise InputError(
+            f"{path} gives scan {twice.iloc[0]} two subjects; expected one row per scan"
+        )
     return dict(zip(known.scan, known.subject)), {}
 
 
@@ -404,7 +406,7 @@ def describe_bad(bad, advice="fix or remove them"):
 def read_index(root):
     """Index the slices under `root`, a folder AD_NC with {train,test}/{AD,NC}/<scan>_<slice>.jpeg.
 
-    Returns a DataFrame with a row a slice, ordered by split, label, scan and slice: path (opens
+    Returns a DataFrame with a row per slice, ordered by split, label, scan and slice: path (opens
     from here), label ("AD" or "NC"), scan, slice (int), subject (<NA> if unknown), split ("train"
     or "test") and group (see `assign_groups`).
 

@@ -1,6 +1,6 @@
 """Groups of slices that belong together, the split by subject, exposure to training.
 
-Functions of the index, a DataFrame with a row a slice.
+Functions of the index, a DataFrame with a row per slice.
 """
 
 import os

@@ -208,7 +208,7 @@ def compare(maps, others, masks):
 def check(method, model, fresh_model, x, baseline, progress=None):
     """The cascading randomisation of a model on images (N, 1, S, S).
 
-    Returns a table with one row a part: part (randomised together with all parts before it), draw
+    Returns a table with one row per part: part (randomised together with all parts before it), draw
     (of random weights), signed and absolute (see `compare`). The last part, after which no trained
     weight is left, has N_DRAWS rows.
     """
@@ -272,7 +272,7 @@ def inside_head(x, baseline):
 class Explained:
     """The content of the folder that `Explainer.write` filled.
 
-    table: one row a slice that could be read: path (as in predictions.csv), scan, slice, overlay
+    table: one row per slice that could be read: path (as in predictions.csv), scan, slice, overlay
         (name of a PNG), maps and place (name of a .npz, position in its arrays), for_AD and for_NC
         (sums of the positive and negative values), full_colour (the value drawn in full colour),
         signed and absolute (rank correlations with the map of random weights).

@@ -422,7 +422,7 @@ def score_line(scores):
 
 
 def score_tables(scores):
-    """Tables of scores as text, one row a metric, one column a unit.
+    """Tables of scores as text, one row per metric, one column per unit.
 
     A second table has the scores of unseen subjects, if they differ.
     """

@@ -391,7 +391,7 @@ def extract(table, look, out, workers=None, progress="extracting"):
     """Cut the volumes of `find_all`, in parallel, into out/slices/<scan>_<slice>.png.
 
     If all volumes are in folders AD/ and NC/ (or in those of train/ and test/), so are the slices.
-    Writes out/extraction.csv (a row a volume, COLUMNS, with an `error` if it was skipped),
+    Writes out/extraction.csv (a row per volume, COLUMNS, with an `error` if it was skipped),
     out/subjects.csv if subjects are known, and last out/extraction.json (the Look). Returns the
     table of extraction.csv.
 
