@@ -272,8 +272,8 @@ def read_saved_flags(out):
     saved = last["flags"]
     if saved["split"]:
         saved["split"] = str(out / "split.csv")  # the same split, and it cannot have moved away
-    if saved["data"] is None and not saved["demo"]:
-        saved["data"] = last["data"]  # ./AD_NC of another working directory
+    if not saved["demo"]:
+        saved["data"] = last["data"]  # absolute, since the working directory may be another one
     return saved
 
 
@@ -410,9 +410,10 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or
     gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses,
     the number of correct predictions and of slices (all 0 if skipped), and 1 if the step was
-    skipped, else 0.
+    skipped, else 0. A skipped step changes no weight, no running statistic and no average.
     """
     state.optimizer.zero_grad(set_to_none=True)
+    buffers = [buffer.clone() for buffer in state.model.buffers()]
     with autocast(state.device, state.amp):
         logits = state.forward(x.contiguous(memory_format=torch.channels_last))
         loss = criterion(logits, y).float().sum()
@@ -425,13 +426,15 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
     state.scaler.step(state.optimizer)  # does nothing if a gradient is not finite
     state.scaler.update()
-    if state.ema is not None:
+    finite = grad_norm.isfinite()
+    for buffer, before in zip(state.model.buffers(), buffers):
+        buffer.copy_(torch.where(finite, buffer, before))
+    if state.ema is not None and finite:
         state.ema.update_parameters(state.model)
 
     labels = y if y.ndim == 1 else y.argmax(1)
     correct = (logits.detach().argmax(1) == labels).sum()
     sums = torch.stack((loss.detach(), correct, torch.full_like(loss, len(x))))
-    finite = grad_norm.isfinite()
     return torch.cat((torch.where(finite, sums, 0.0), (~finite).float()[None]))
 
 
@@ -983,8 +986,8 @@ def train(args, world, device, amp):
     except KeyboardInterrupt:
         log(f"stopped by Ctrl-C; {resume}")
         sys.exit(130)
-    except (InputError, OSError) as problem:
-        raise type(problem)(f"{problem}\n{resume}") from None
+    except OSError as problem:
+        raise OSError(f"{problem}\n{resume}") from None
 
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:

@@ -192,11 +192,16 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(
     assert all(weight.isfinite().all() for weight in last["weights"].values())
 
 
+@pytest.mark.parametrize("variant", ["atto", "narrow"])  # the second has BatchNorm
 @pytest.mark.parametrize("poison", ["images", "loss"])
-def test_a_skipped_step_changes_no_weight(poison):
-    state, x, y = make_state(), torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 1, 0])
+def test_a_skipped_step_changes_no_weight_no_statistic_and_no_average(variant, poison):
+    state, x, y = (
+        make_state(variant, ema=0.5),
+        torch.randn(4, 1, 32, 32),
+        torch.tensor([0, 1, 1, 0]),
+    )
     step(state, x, y)
-    before = weights_of(state)
+    before = copy.deepcopy([state.model.state_dict(), state.ema.state_dict()])
     criterion = make_loss()
     if poison == "images":
         x = x * float("nan")
@@ -207,12 +212,11 @@ def test_a_skipped_step_changes_no_weight(poison):
 
     sums = train_step(state, x, y, criterion=criterion)
     assert sums.tolist() == [0, 0, 0, 1]
-    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(state)))
+    for old, new in zip(before, [state.model.state_dict(), state.ema.state_dict()]):
+        assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(
-    ad_nc, tmp_path, monkeypatch
-):
+def test_many_such_steps_in_a_row_end_the_run(ad_nc, tmp_path, monkeypatch):
     transform, count = train.train_transform, []
 
     def poisoned(*args, **kwargs):
@@ -220,10 +224,7 @@ def test_many_such_steps_in_a_row_end_the_run_and_the_checkpoint_is_named(
         return transform(*args, **kwargs) * (float("nan") if len(count) > 9 else 1)
 
     monkeypatch.setattr(train, "train_transform", poisoned)
-    message = (
-        r"(?s)not finite in \d+ steps in a row.*last.pth holds the last finished epoch; resume"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"not finite in \d+ steps in a row"):
         train_steps(ad_nc, tmp_path / "run", "--epochs", "30", "--patience", "0")
     assert train.MAX_NONFINITE_STEPS <= len(count) - 9 <= 2 * train.MAX_NONFINITE_STEPS
     model = build_model(load_checkpoint(tmp_path / "run" / "last.pth"))
