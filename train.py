@@ -53,7 +53,7 @@ from adnc.pretrained import find_state_dict, load_tensors
 from adnc.scoring import assess
 from adnc.scoring.baselines import fit_baselines
 from adnc.scoring.calibration import apply_calibration, calibrate, max_coverage
-from adnc.volumes.cut import recorded_look
+from adnc.volumes.look import recorded_look
 from dataset import Batches, load_set
 from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_weights, make_model
 from predict import predict_logits, predict_slices

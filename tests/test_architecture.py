@@ -59,7 +59,8 @@ def state():
         torch.backends.cudnn.benchmark,
     )
 import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, tqdm
-import scipy.ndimage, scipy.sparse.csgraph, scipy.special
+import scipy.ndimage, scipy.optimize, scipy.sparse.csgraph, scipy.special, scipy.stats
+import matplotlib.figure, sklearn.linear_model, sklearn.metrics, sklearn.model_selection
 before = state()
 for name in sys.argv[1:]:
     __import__(name)

@@ -18,7 +18,7 @@ from adnc.errors import InputError
 from adnc.files import read_csv
 from adnc.volumes import cut as volumes
 from adnc.volumes import read
-from adnc.volumes.look import Look
+from adnc.volumes.look import Look, recorded_look
 from dataset import read_index
 from tools import extract
 from utils import load_checkpoint, save_checkpoint
@@ -379,7 +379,7 @@ def test_a_damaged_record_is_refused_when_training_starts(tmp_path, text):
     (tmp_path / "AD_NC").mkdir()
     (tmp_path / "extraction.json").write_text(text)
     with pytest.raises(InputError, match="extraction.json"):
-        volumes.recorded_look(tmp_path / "AD_NC")
+        recorded_look(tmp_path / "AD_NC")
 
 
 def test_extracting_like_a_checkpoint_compares_with_its_training_slices(

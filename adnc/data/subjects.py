@@ -8,6 +8,7 @@ import os
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
 
 from adnc.errors import InputError
 from adnc.files import fingerprint, read_table
@@ -117,7 +118,6 @@ def fold_index(index, fold, folds, by="subject", seed=0):
     of the official test set are dropped. Epochs are still chosen on a "val" that `split_index`
     takes from the rest, never on the fold itself.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
 
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(

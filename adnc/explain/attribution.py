@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.special import expit
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from adnc import CLASSES
@@ -183,7 +184,6 @@ def rank_correlation(a, b, mask):
     It is 1 if the first map is constant, since such a map cannot change, and 0 if only the second
     is.
     """
-    from scipy.stats import spearmanr
 
     a, b = a[mask], b[mask]
     if np.ptp(a) == 0:

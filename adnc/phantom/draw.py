@@ -26,6 +26,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -265,7 +266,6 @@ def draw_volumes(out, count, seed=0, every=1):
 
 def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105, 112)):
     """Save a picture of two NC and two AD subjects (quartiles of atrophy) by slice index."""
-    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.6 * len(slices), 6.6), layout="constrained")
     axes = figure.subplots(4, len(slices))

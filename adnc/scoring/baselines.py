@@ -13,6 +13,9 @@ and predict.py report them beside the model.
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
 
 from adnc.scoring.metrics import fit_windows
 
@@ -41,9 +44,6 @@ def fit_baselines(slices):
 
     The penalty of the logistic regression is chosen by the log loss of the validation scans.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    from sklearn.preprocessing import StandardScaler
 
     index, y = slices.index, slices.is_ad
     train = (index.split == "train").to_numpy()

@@ -6,6 +6,7 @@ A calibration is a dict of plain values in the checkpoint. It serves the two cla
 import math
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, interval, with_predictions
@@ -46,7 +47,6 @@ def fit_temperature(z, y, group):
     With many subjects this is Guo's optimum; with a handful, all predicted correctly, the prior
     keeps the model from becoming infinitely certain.
     """
-    from scipy.optimize import minimize_scalar
 
     n_groups = len(np.unique(group))
 

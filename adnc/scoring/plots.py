@@ -8,6 +8,10 @@ import contextlib
 import textwrap
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from sklearn.metrics import ConfusionMatrixDisplay, roc_auc_score, roc_curve
 
 from adnc import CLASSES
 from adnc.errors import printable
@@ -46,8 +50,6 @@ def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True
     `width` is that of a column, in inches; `ratios` are the relative heights of the rows. The title
     is wrapped to the width of the figure, since the leaks it names must not be cut off.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     with rc_context({**STYLE, "axes.grid": grid}):
         drawing = Figure(figsize=(width * columns, height), layout="constrained")
@@ -67,7 +69,6 @@ def plain_text(text):
 
 def plot_confusion(path, tables, title):
     """Confusion matrices, one per unit, from a dict of labelled tables by unit."""
-    from sklearn.metrics import ConfusionMatrixDisplay
 
     with figure(path, title, len(tables), grid=False) as (row,):
         for axes, (unit, table) in zip(row, tables.items()):
@@ -84,7 +85,6 @@ def plot_confusion(path, tables, title):
 
 def plot_roc(path, tables, title):
     """ROC curves, one per unit, and in grey the 95 % bootstrap band of the scan-level curve."""
-    from sklearn.metrics import roc_auc_score, roc_curve
 
     grid = np.linspace(0, 1, 101)
     with figure(path, title, height=4.4) as ((axes,),):
@@ -181,7 +181,6 @@ def blend(pixels, values, full):
 
 def plot_overlay(path, pixels, values, full, mark=""):
     """`blend` as a PNG of the size of the slice, with the text `mark` across its top."""
-    from PIL import Image, ImageDraw
 
     picture = Image.fromarray(blend(pixels, values, full))
     if mark:

@@ -22,18 +22,11 @@ from tqdm import tqdm
 from adnc.data.index import METADATA, TABLE, check_match, describe_unused, read_subjects
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError
-from adnc.files import new_folder, read_json, write_csv, write_json
+from adnc.files import new_folder, write_csv, write_json
 from adnc.volumes import read
-from adnc.volumes.look import ADNI, Look
+from adnc.volumes.look import ADNI, PLANES, Look
 from adnc.volumes.read import EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
 
-# World axes of slices, of rows and of columns; rows and columns with the direction in which they
-# are counted.
-PLANES = {
-    "axial": (2, (1, -1), (0, 1)),
-    "coronal": (1, (2, -1), (0, 1)),
-    "sagittal": (0, (2, -1), (1, -1)),
-}
 COLUMNS = (  # of extraction.csv
     "source", "scan", "subject", "session",
     "shape", "voxel_sizes", "orientation", "oriented_to", "affine_from", "affine",
@@ -91,28 +84,6 @@ def look_of(checkpoint, flags):
         origin += f", with the flags that are given ({', '.join(flags)})"
     look = replace(look, **{"size": (width, height), **flags})
     return look, origin, warnings
-
-
-def recorded_look(root):
-    """How tools.extract cut the slices under `root`: a dict for `Look`, or None if not recorded.
-
-    Read from extraction.json in `root` or its parent. InputError if that file is damaged.
-    """
-    for path in (Path(root) / "extraction.json", Path(root).parent / "extraction.json"):
-        if not path.exists():
-            continue
-        try:
-            look = Look(**read_json(path))
-            if look.plane not in PLANES or not look.spacing > 0 or look.turn % 90:
-                raise ValueError("there is no such cut")
-        except (ValueError, TypeError) as problem:
-            raise InputError(
-                f"{path} is not what tools.extract writes ({problem}); restore it, so that the "
-                "model knows how its slices were cut, or remove it"
-            ) from None
-        # The numbers of slices fit the heads of one set, not the next head.
-        return {**asdict(look), "slices": None}
-    return None
 
 
 # ---------------------------------------------------------------- an array to slices

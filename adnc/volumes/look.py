@@ -2,10 +2,20 @@
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from adnc.cli import number
 from adnc.errors import InputError
+from adnc.files import read_json
+
+# World axes of slices, of rows and of columns; rows and columns with the direction in which they
+# are counted.
+PLANES = {
+    "axial": (2, (1, -1), (0, 1)),
+    "coronal": (1, (2, -1), (0, 1)),
+    "sagittal": (0, (2, -1), (1, -1)),
+}
 
 
 @dataclass(frozen=True)
@@ -123,3 +133,25 @@ def given_look_flags(args):
     if "slices" in given and "count" in given:
         raise InputError("--slices and --count both choose slices; give one of them")
     return given
+
+
+def recorded_look(root):
+    """How tools.extract cut the slices under `root`: a dict for `Look`, or None if not recorded.
+
+    Read from extraction.json in `root` or its parent. InputError if that file is damaged.
+    """
+    for path in (Path(root) / "extraction.json", Path(root).parent / "extraction.json"):
+        if not path.exists():
+            continue
+        try:
+            look = Look(**read_json(path))
+            if look.plane not in PLANES or not look.spacing > 0 or look.turn % 90:
+                raise ValueError("there is no such cut")
+        except (ValueError, TypeError) as problem:
+            raise InputError(
+                f"{path} is not what tools.extract writes ({problem}); restore it, so that the "
+                "model knows how its slices were cut, or remove it"
+            ) from None
+        # The numbers of slices fit the heads of one set, not the next head.
+        return {**asdict(look), "slices": None}
+    return None
