@@ -76,8 +76,8 @@ class LayerNorm(nn.LayerNorm):
 
     With `channels_first` it takes (N, C, H, W) instead of (..., C). In memory format channels_last
     the two permutes are views, so both forms run the same kernel. Under autocast the output keeps
-    the type of
-    the input: the kernel sums in float32 anyway, and a float32 output would only be cast back.
+    the type of the input: the kernel sums in float32 anyway, and a float32 output would only be
+    cast back.
     """
 
     def __init__(self, dim, channels_first=False):
@@ -313,7 +313,7 @@ def load_weights(model, state_dict):
     timm.
 
     A stem of three channels is summed into a stem of one: on a grey image, copied three times, it
-        gives the same output. Tensors of another shape, such as a head for other classes, are left.
+    gives the same output. Tensors of another shape, such as a head for other classes, are left.
 
     Returns (loaded, left): names of the parameters that were filled, and names on either side
     without a partner. Raises ValueError if no block of the model was filled.

@@ -50,12 +50,8 @@ from utils import (
     precision_name,
 )
 
-METHODS = (
-    "auto",
-    "integrated-gradients",
-    "occlusion",
-    "grad-cam",
-)  # of adnc.explain, imported on demand
+# Those of adnc.explain, which is imported on demand.
+METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")
 
 # ---------------------------------------------------------------- from slices to logits
 
@@ -163,14 +159,14 @@ def warnings_about(predictions, checkpoint, coverage):
     yield from warn_of_rows(
         readable,
         "out_of_range",
-        "slices are out of the training range, do not rely on their p_AD; if they show "
-        "skulls and the training slices did not, strip volumes with --strip",
+        "slices are out of the training range; do not rely on their p_AD (if they show a skull and "
+        "the training slices did not, use --strip)",
     )
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
         yield (
             f"{n_seen} of {readable.scan.nunique()} scans are of subjects seen in training: "
-            "memory, not a test (column exposure of scans.csv)"
+            "their scores are no test (column exposure of scans.csv)"
         )
 
 

@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -84,7 +84,7 @@ DEFAULTS = dict(
     subject_pattern=None, no_cache=False,
     split=None, val_fraction=0.1, split_by="subject", fold=None, folds=None, pool_test=False,
     drop_test_subjects=False, subjects=None,
-    model="tiny", image_size=224, drop_path=0.1, model_args=(), init=None,
+    model="tiny", image_size=224, drop_path=0.1, model_args={}, init=None,
     epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, clip_grad=1.0,
     warmup_epochs=1, patience=20, keep="best", threshold="0.5", ema=0.0,
     augment="full", mixup=0.0, cutmix=0.0,
@@ -104,7 +104,7 @@ RECIPES = {
         drop_path=0.0,
         keep="last",
     ),
-    # The small one in a minute on two cores. With few steps the last epoch is not always the best.
+    # The small one, made shorter: with few steps the last epoch is not always the best.
     "demo": dict(
         model="narrow",
         image_size=64,
@@ -204,6 +204,11 @@ def parse_args(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     given = {name: value for name, value in given.items() if value is not None}
+    if "model_args" in given:
+        try:
+            given["model_args"] = parse_model_args(given["model_args"])
+        except ValueError as problem:
+            parser.error(f"--model-args: {problem}")
     saved = None
     if given.get("resume"):
         if "out" not in given:
@@ -249,11 +254,6 @@ def parse_args(argv=None):
             parser.error("--split names the split of every slice; leave out --split-by slice")
     if args.model == "cnn" and args.model_args:
         parser.error("--model cnn takes no --model-args; leave them out")
-    if not saved:
-        try:
-            args.model_args = parse_model_args(args.model_args)
-        except ValueError as problem:
-            parser.error(f"--model-args: {problem}")
     return args
 
 
@@ -295,7 +295,7 @@ def parse_model_args(words):
         else:
             try:
                 options[key] = POSITIVE(value)
-            except Exception:
+            except ArgumentTypeError:
                 raise ValueError(
                     f"{key} is {value or 'empty'}; expected a number above 0"
                 ) from None
@@ -698,7 +698,7 @@ def model_card(args, slices, state, init):
         variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path
     )
     return {
-        "model": {**model, **dict(args.model_args)},
+        "model": {**model, **args.model_args},
         "classes": list(CLASSES),
         "image_size": args.image_size,
         "slice_size": list(slices.images.shape[1:]),
@@ -925,7 +925,7 @@ def train(args, world, device, amp):
 
     lines = []  # for the log, whose folder is made when nothing can fail any more
     seed_everything(args.seed)
-    model = make_model(args.model, drop_path_rate=args.drop_path, **dict(args.model_args))
+    model = make_model(args.model, drop_path_rate=args.drop_path, **args.model_args)
     last, init = None, None
     if args.resume:
         last = load_checkpoint(Path(args.out) / "last.pth")

@@ -50,9 +50,8 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(
-            1, device=device
-        ).item()  # fails for a device that is not there, or holds no numbers
+        # Fails for a device that is not there, or holds no numbers.
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
         raise InputError(

@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adnc.errors import InputError
 
-LONGEST_WAIT = timedelta(
-    minutes=30
-)  # of one process for the others; the first may decode a large set
+# Of one process for the others; the first may decode a large set.
+LONGEST_WAIT = timedelta(minutes=30)
 
 
 @dataclass
@@ -84,8 +83,8 @@ def join(device):
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise InputError(
-                f"process {local_rank} of this machine has no GPU, there are {gpus}; "
-                "start as many with --nproc-per-node"
+                f"process {local_rank} on this machine has no GPU ({gpus} available); start with "
+                f"--nproc-per-node {gpus}"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -24,9 +24,8 @@ def write_atomically(path, write):
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(
-                file.fileno()
-            )  # else, after a power cut, the new name may belong to an empty file
+            # Else, after a power cut, the new name may belong to an empty file.
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def test_a_set_of_12_bits_is_read_as_such_and_predicted_by_the_same_rule(tmp_pat
         Image.fromarray(values).save(path.with_suffix(".png"))
         path.unlink()
     run = train_steps(root, tmp_path / "run", "--epochs", "1")
-    assert "read as of 12" in (run / "training_log.txt").read_text()
+    assert "are read as 12-bit" in (run / "training_log.txt").read_text()
     checkpoint = load_checkpoint(run / "best_model.pth")
     path = root / "test" / "NC" / "400_70.png"
     alone = dataset.load_inputs(

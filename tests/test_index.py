@@ -221,7 +221,7 @@ def test_an_entry_of_the_json_with_two_subjects_is_refused(tmp_path):
 @pytest.mark.parametrize("name, text, sentence", [
     ("subjects.csv", "scan,subject\n", "no scan has a subject"),
     ("subjects.csv", "scan,subject\n100,NA\n", "no scan has a subject"),
-    ("subjects.csv", "scan,subject\nI100,y\n", "its ids are such as I100, the folder's such as "),
+    ("subjects.csv", "scan,subject\nI100,y\n", "It lists ids such as I100; the files"),
     ("subjects.csv", "image,patient\n1,2\n", "has the columns image, patient; expected"),
     ("meta_data_with_label.json", "{}", "no scan has a subject"),
     ("meta_data_with_label.json", '{"100": 3}', "no scan has a subject"),
@@ -243,7 +243,7 @@ def test_a_table_without_use_is_refused_for_a_set_and_reported_for_a_prediction(
 def test_each_of_two_tables_must_know_a_scan_of_a_set(tmp_path):
     root = write_set(tmp_path, slices=[70])
     write_metadata(tmp_path, {"I100": "002_S_0001"})
-    with pytest.raises(InputError, match="json: none of its 1 scans is in the folder: .*I100"):
+    with pytest.raises(InputError, match="json: none of its 1 scans is in the folder. .*I100"):
         read_index(root)
     # A prediction is of a part of a set, which one of two tables need not know.
     assert list_inputs([root / "test"]).index.subject.notna().all()

@@ -385,7 +385,7 @@ def test_the_rule_for_16_bits_is_reported(tmp_path):
     _, stats, _ = load_slices(paths, SIZE, progress=None)
     (line,) = describe_bits(stats.assign(path=paths, label="AD"))
     assert line == (
-        "1 of 1 slices have 16 bits a pixel (AD 1) and are read as of 8, all by one rule: "
+        "1 of 1 slices are 16-bit (AD 1) and are read as 8-bit, by one rule for all: "
         "0 to 255 becomes 0 to 255"
     )
     assert list(describe_bits(stats.assign(path=paths, label=None, depth=0))) == []
@@ -400,9 +400,9 @@ def test_one_bright_pixel_that_darkens_a_whole_set_is_named(tmp_path):
     lines = list(describe_bits(table))
     assert len(lines) == 2
     assert lines[1].startswith(
-        "SUSPICIOUS: most of them use 12 bits or fewer and become 16 times darker"
+        "SUSPICIOUS: most of them use at most 12 bits, but 1 use 16, which makes the others 16 "
     )
-    assert f"because 1 use 16, first {paths[9]}" in lines[1]
+    assert f"darker; first {paths[9]}" in lines[1]
     assert len(list(describe_bits(table[:9]))) == 1
 
 

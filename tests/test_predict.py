@@ -94,9 +94,8 @@ def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, t
     one = run_predict(run_folder, tmp_path / "b", flat / "301_72.jpeg")
     assert len(one) == 1
     row = table[(table.scan == "301") & (table.slice == 72)].iloc[0]
-    assert one.p_AD[0] == pytest.approx(
-        row.p_AD, abs=0.01
-    )  # bf16 rounds a batch of one differently
+    # bf16 rounds a batch of one differently.
+    assert one.p_AD[0] == pytest.approx(row.p_AD, abs=0.01)
 
 
 def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path):
@@ -169,11 +168,10 @@ def test_the_checkpoint_alone_decides_size_architecture_and_normalisation(
 
 
 def test_predicting_training_slices_is_called_what_it_is(run_folder, ad_nc, tmp_path, capsys):
-    run_predict(
-        run_folder, tmp_path / "AD", ad_nc / "train" / "AD"
-    )  # without labels there is no title
+    # One class alone: no scores, and so no title.
+    run_predict(run_folder, tmp_path / "AD", ad_nc / "train" / "AD")
     assert (
-        "6 of 6 scans are of subjects seen in training: memory, not a test"
+        "6 of 6 scans are of subjects seen in training: their scores are no test"
         in capsys.readouterr().err
     )
     run_predict(run_folder, tmp_path / "both", ad_nc / "train")

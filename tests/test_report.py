@@ -230,7 +230,7 @@ def test_seen_scans_and_a_split_by_slice_are_marked(run_folder, ad_nc, tmp_path)
     page.checkpoint["split_by"] = "slice"
     write_report(tmp_path / "page.html", page)
     words = Page(tmp_path / "page.html").words()
-    assert words.count("seen in training: memory, not a test") == 6
+    assert words.count("seen in training: its score is no test") == 6
     assert "Seen in training 6 of 6 scans" in words
     assert "LEAKY" in words
 

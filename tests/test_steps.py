@@ -238,9 +238,8 @@ def test_many_such_steps_in_a_row_end_the_run(ad_nc, tmp_path, monkeypatch):
     "flags", [["--model", "narrow"], ["--model-args", "norm=batch"], ["--model", "cnn"]]
 )
 def test_a_last_batch_of_one_slice_is_left_out_of_batch_norm_and_reported(ad_nc, tmp_path, flags):
-    run = train_steps(
-        ad_nc, tmp_path / "run", *flags, "--epochs", "2", "--batch-size", "7"
-    )  # of 50 slices
+    flags = [*flags, "--epochs", "2", "--batch-size", "7"]  # of 50 slices
+    run = train_steps(ad_nc, tmp_path / "run", *flags)
     assert (
         "the last batch of each epoch has 1 of 50 slices" in (run / "training_log.txt").read_text()
     )

@@ -82,9 +82,8 @@ def test_the_recorded_learning_rate_is_lr_at(run_folder):
     steps = -(-n_slices // 16)  # the batch size, rounded up
     schedule = dict(steps_per_epoch=steps, epochs=6, warmup_epochs=1, lr=2e-3)
     expected = [lr_at(epoch * steps + steps - 1, **schedule) for epoch in range(6)]
-    np.testing.assert_allclose(
-        history(run_folder).lr, expected, rtol=1e-6
-    )  # the file has seven digits
+    # The file has seven digits.
+    np.testing.assert_allclose(history(run_folder).lr, expected, rtol=1e-6)
 
 
 def test_ties_are_broken_by_the_loss_and_then_by_the_epoch():
@@ -144,6 +143,13 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     assert (model["head_norm"], model["layer_scale"], model["init_std"]) == ("batch", 1.0, "fan_in")
     assert "norm.running_mean" in load_checkpoint(run / "best_model.pth")["weights"]
     assert set(modules.MODEL_ARGS) <= set(modules.ConvNeXt.__init__.__kwdefaults__)
+
+    again = ["--out", str(run), "--resume", "--model-args"]
+    assert train.parse_args([*again, *words]).model_args == dict(
+        head_norm="batch", layer_scale=1.0, init_std="fan_in"
+    )
+    with pytest.raises(SystemExit):
+        train.parse_args([*again, "head_norm=batch"])
 
 
 @pytest.mark.parametrize("flags, sentence", [

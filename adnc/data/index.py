@@ -151,9 +151,9 @@ def check_match(scans, subjects, sources):
         )
     if len(scans) and not scans.isin(subjects.keys()).any():
         raise InputError(
-            f"{names}: none of its {len(subjects):,} scans is in the folder: its ids are such as "
-            f"{next(iter(subjects))}, the folder's such as {scans.iloc[0]} (of a file "
-            "<scan>_<slice>.jpeg); write the ids as the files have them, or move the table away"
+            f"{names}: none of its {len(subjects):,} scans is in the folder. It lists ids such as "
+            f"{next(iter(subjects))}; the files, <scan>_<slice>.jpeg, have ids such as "
+            f"{scans.iloc[0]}. Use the ids of the file names, or remove the table"
         )
 
 
@@ -232,18 +232,16 @@ def add_subjects_from_names(scans, subjects, pattern=None):
 
 
 def list_folder(folder):
-    """The content of a folder, by name: (paths of image files, of folders, of other files)."""
-    images, folders, others = [], [], []
+    """The paths of the image files and of the folders in a folder, by name."""
+    images, folders = [], []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_junk(entry.name):
-            others.append(entry.path)
-        elif os.path.isdir(entry.path):
+            continue
+        if os.path.isdir(entry.path):
             folders.append(entry.path)
         elif entry.name.lower().endswith(EXTENSIONS):
             images.append(entry.path)
-        else:
-            others.append(entry.path)
-    return images, folders, others
+    return images, folders
 
 
 def describe_unused(root, used):
@@ -347,7 +345,7 @@ def list_set(root, pattern=None):
     for split in ("train", "test"):
         for label in ("AD", "NC"):
             folder = root / split / label
-            images, folders, _ = list_folder(folder)
+            images, folders = list_folder(folder)
             if not images:
                 raise InputError(
                     f"{folder} holds {len(folders)} folders and no images "
@@ -486,7 +484,7 @@ def list_input(given):
             error = f"is not an image that can be read; expected {', '.join(EXTENSIONS)}"
         return [(str(given), None, error)]
 
-    images, folders, _ = list_folder(given)
+    images, folders = list_folder(given)
     by_name = {os.path.basename(path): path for path in folders}
     labelled = {label: by_name[label] for label in ("AD", "NC") if label in by_name}
     if not images and not labelled:  # ad/ and nc/ are labels too, unless slices are beside them

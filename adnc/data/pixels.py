@@ -436,15 +436,15 @@ def describe_bits(table):
     if len(counts):
         by_label = f" ({', '.join(f'{label} {n:,}' for label, n in counts.items())})"
     yield (
-        f"{len(deep):,} of {len(table):,} slices have 16 bits a pixel{by_label} and are read as of "
-        f"{bits}, all by one rule: 0 to {2**bits - 1:,} becomes 0 to 255"
+        f"{len(deep):,} of {len(table):,} slices are 16-bit{by_label} and are read as {bits}-bit, "
+        f"by one rule for all: 0 to {2**bits - 1:,} becomes 0 to 255"
     )
     usual, most = int(deep.depth.median()), int(deep.depth.max())
     if most >= usual + 2:
         few = deep[deep.depth == most]
         yield (
-            f"SUSPICIOUS: most of them use {usual} bits or fewer and become {2 ** (bits - usual)} "
-            f"times darker than they could be, because {len(few):,} use {most}, first "
+            f"SUSPICIOUS: most of them use at most {usual} bits, but {len(few):,} use {most}, "
+            f"which makes the others {2 ** (bits - usual)} times darker; first "
             f"{few.path.iloc[0]}: is that a slice like the others?"
         )
 

@@ -321,7 +321,7 @@ def describe_scan(scan, rows, row, sources):
     if n_unread:
         flags.append(f"{n_unread} not read")
     if row and row.exposure == "yes":
-        flags.append("seen in training: memory, not a test")
+        flags.append("seen in training: its score is no test")
 
     slices = []
     for each in rows.itertuples():

@@ -80,7 +80,7 @@ def holds_volumes(given):
     if not folders:
         folders = [given]
     for folder in folders:
-        images, _, _ = list_folder(folder)
+        images, _ = list_folder(folder)
         if images:
             return False
     return bool(find_volumes(given))
