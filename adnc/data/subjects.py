@@ -118,7 +118,6 @@ def fold_index(index, fold, folds, by="subject", seed=0):
     of the official test set are dropped. Epochs are still chosen on a "val" that `split_index`
     takes from the rest, never on the fold itself.
     """
-
     if folds < 2 or not 0 <= fold < folds:
         raise InputError(
             f"there is no fold {fold} of {folds}; folds count from 0, and there are at least 2"

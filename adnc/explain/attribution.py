@@ -184,7 +184,6 @@ def rank_correlation(a, b, mask):
     It is 1 if the first map is constant, since such a map cannot change, and 0 if only the second
     is.
     """
-
     a, b = a[mask], b[mask]
     if np.ptp(a) == 0:
         return 1.0, 1.0

@@ -266,7 +266,6 @@ def draw_volumes(out, count, seed=0, every=1):
 
 def contact_sheet(file, subjects=60, seed=0, slices=(68, 74, 80, 86, 91, 98, 105, 112)):
     """Save a picture of two NC and two AD subjects (quartiles of atrophy) by slice index."""
-
     figure = Figure(figsize=(1.6 * len(slices), 6.6), layout="constrained")
     axes = figure.subplots(4, len(slices))
     first = [scan for scan in plan(subjects, seed) if scan.visit == 0]

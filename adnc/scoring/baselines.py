@@ -44,7 +44,6 @@ def fit_baselines(slices):
 
     The penalty of the logistic regression is chosen by the log loss of the validation scans.
     """
-
     index, y = slices.index, slices.is_ad
     train = (index.split == "train").to_numpy()
     val = (index.split == "val").to_numpy()

@@ -47,7 +47,6 @@ def fit_temperature(z, y, group):
     With many subjects this is Guo's optimum; with a handful, all predicted correctly, the prior
     keeps the model from becoming infinitely certain.
     """
-
     n_groups = len(np.unique(group))
 
     def loss(log_t):

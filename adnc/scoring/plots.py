@@ -50,7 +50,6 @@ def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True
     `width` is that of a column, in inches; `ratios` are the relative heights of the rows. The title
     is wrapped to the width of the figure, since the leaks it names must not be cut off.
     """
-
     with rc_context({**STYLE, "axes.grid": grid}):
         drawing = Figure(figsize=(width * columns, height), layout="constrained")
         yield drawing.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
@@ -69,7 +68,6 @@ def plain_text(text):
 
 def plot_confusion(path, tables, title):
     """Confusion matrices, one per unit, from a dict of labelled tables by unit."""
-
     with figure(path, title, len(tables), grid=False) as (row,):
         for axes, (unit, table) in zip(row, tables.items()):
             ConfusionMatrixDisplay.from_predictions(
@@ -85,7 +83,6 @@ def plot_confusion(path, tables, title):
 
 def plot_roc(path, tables, title):
     """ROC curves, one per unit, and in grey the 95 % bootstrap band of the scan-level curve."""
-
     grid = np.linspace(0, 1, 101)
     with figure(path, title, height=4.4) as ((axes,),):
         for unit, table in tables.items():
@@ -181,7 +178,6 @@ def blend(pixels, values, full):
 
 def plot_overlay(path, pixels, values, full, mark=""):
     """`blend` as a PNG of the size of the slice, with the text `mark` across its top."""
-
     picture = Image.fromarray(blend(pixels, values, full))
     if mark:
         draw = ImageDraw.Draw(picture)
