@@ -39,7 +39,8 @@ class SliceSet:
     """Slices with their pixels.
 
     index: one row per slice, with the columns of `read_index`, and error (reason why the file could
-        not be read, else <NA>), row, pixel_hash, pixels.STATS, bits, depth.
+        not be read, else <NA>), row (of `images`), pixel_hash (equal for equal pixels),
+        pixels.STATS (what the range check looks at), and bits and depth of files with 16 bits.
     images: uint8 (M, H, W). The pixels of a slice are images[row], whatever the order of the index.
     root: the folder AD_NC.
     bad: (path, reason) of the files that were left out.
@@ -147,7 +148,7 @@ def load_set(
 def check_classes(index, root):
     """InputError if train or val lacks a class, or test is empty."""
     if not (index.split == "test").any():
-        raise InputError(f"{root}: no slice is in test, which is read once, at the end")
+        raise InputError(f"{root}: test holds no slice; add some, or use --fold and --folds")
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
@@ -182,10 +183,10 @@ def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
 class Batches:
     """Batches of (images uint8 (B, 1, H, W), labels int64 (B,)) of a SliceSet, on the device.
 
-    With a generator the order is a random permutation drawn from it, without one that of the index.
-    The last batch may be smaller. The set is put on a GPU once if it fits into half of the free
-    memory; else one thread fetches and pins the next batch. With `world` processes, process `rank`
-    gets the rows rank, rank + world, ... of each batch.
+    With a generator the order is a random permutation drawn from it; without one, batches follow
+    the index. The last batch may be smaller. One thread fetches the next batch. The set is put on a
+    GPU once if it fits into half of the free memory; else each batch is pinned and copied. With
+    `world` processes, process `rank` gets the rows rank, rank + world, ... of each batch.
     """
 
     def __init__(self, slices, batch_size, *, generator=None, device=None, rank=0, world=1):
@@ -199,7 +200,7 @@ class Batches:
 
     def _move_to_gpu(self):
         self.labels = self.labels.to(self.device)
-        size = len(self.rows) * self.images[0].nbytes
+        size = len(self.rows) * int(np.prod(self.images.shape[1:]))
         if size < torch.cuda.mem_get_info(self.device)[0] / 2:
             parts = [
                 torch.from_numpy(self.images[rows])
@@ -242,7 +243,7 @@ class Batches:
 
 
 def audit(slices):
-    """What a SliceSet of `decode_set` holds and where it leaks, as lines of text."""
+    """The audit of a SliceSet of `decode_set`, line by line: its content, and leaks."""
     index = slices.index
     yield f"{slices.root}: {len(index):,} slices of {index.scan.nunique():,} scans"
     yield from slices.notes
@@ -270,8 +271,8 @@ def audit(slices):
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
     yield (
-        f"baselines: a vote on the slice window alone is right for {window_vote(index):.3f} of the "
-        f"{len(test_scans)} test scans, the larger class ({majority}) for "
+        f"baselines: a vote on the slice numbers alone is right for {window_vote(index):.3f} of "
+        f"the {len(test_scans)} test scans, the larger class ({majority}) for "
         f"{(test_scans.label == majority).mean():.3f}"
     )
     yield from audit_subjects(index)

@@ -35,7 +35,7 @@ VARIANTS = {
     "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
 }  # fmt: skip
 
-# What may differ from the paper, and the choices; None is a number.
+# Arguments of ConvNeXt that may differ from the paper's, with their choices; None: any number.
 MODEL_ARGS = {
     "norm": ("layer", "batch"),
     "stem": ("patch", "conv"),
@@ -135,7 +135,7 @@ def make_stem(kind, in_chans, dim, norm):
     "patch" is the paper's: 4x4 with stride 4, norm. "conv": 3x3 with stride 2 and 3x3, each with
     norm and ReLU, then 2x2 max pooling.
     """
-    # Built in both cases: it draws random numbers, and a seed must keep its weights.
+    # Built in both cases: drawing its weights keeps those of the later layers as published.
     patch = nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), make_norm(norm, dim))
     if kind == "patch":
         return patch
@@ -225,8 +225,8 @@ class ConvNeXt(nn.Module):
 
 
 def convnext(variant="tiny", *, in_chans=1, num_classes=2, drop_path_rate=0.0, **model_args):
-    """A ConvNeXt with fresh weights. `model_args` are the keys of MODEL_ARGS, by default the
-    variant's or the paper's. ValueError for an unknown variant."""
+    """A ConvNeXt with fresh weights. `model_args` (see MODEL_ARGS) replace those of the variant.
+    ValueError for an unknown variant."""
     if variant not in VARIANTS:
         raise ValueError(
             f"there is no ConvNeXt variant {variant!r}; choose one of {', '.join(VARIANTS)}"

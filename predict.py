@@ -50,7 +50,7 @@ from utils import (
     precision_name,
 )
 
-# Those of adnc.explain, which is imported on demand.
+# The methods of adnc.explain.attribution, which is imported only for --explain.
 METHODS = ("auto", "integrated-gradients", "occlusion", "grad-cam")
 
 # ---------------------------------------------------------------- from slices to logits
@@ -127,14 +127,12 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 # ---------------------------------------------------------------- what is printed
 
 
-def warn_of_rows(predictions, column, what):
+def warn_of_rows(predictions, column, what, begin=""):
     """Warnings about the rows that have a text in a column: the first ten, and how many there
-    are."""
+    are. `begin` is put before each text."""
     rows = predictions[predictions[column].notna()]
     for path, text in rows[["path", column]].head(10).itertuples(index=False):
-        if column == "out_of_range":
-            text = f"is out of the training range: {text}"
-        yield f"{path} {text}"
+        yield f"{path} {begin}{text}"
     if len(rows):
         yield f"{len(rows)} of {len(predictions)} {what} (column {column} of predictions.csv)"
 
@@ -142,6 +140,8 @@ def warn_of_rows(predictions, column, what):
 def warnings_about(predictions, checkpoint, coverage):
     """Warnings about calibrated predictions, as lines of text."""
     readable = predictions[predictions.p_AD.notna()]
+    for leak in statements(checkpoint)["leaks"]:
+        yield f"the model is LEAKY: {leak}"
     if "calibration" not in checkpoint:
         yield "the run did not finish: its p_AD are not calibrated"
     elif coverage is not None:
@@ -161,6 +161,7 @@ def warnings_about(predictions, checkpoint, coverage):
         "out_of_range",
         "slices are out of the training range; do not rely on their p_AD (if they show a skull and "
         "the training slices did not, use --strip)",
+        begin="is out of the training range: ",
     )
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
@@ -239,7 +240,7 @@ def main(argv=None):
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
         raise InputError(
-            f"{path} is there to resume a training; predict with best_model.pth beside it"
+            f"{path} is a training to resume; predict with best_model.pth beside it"
         )
     if args.coverage is not None and "calibration" not in checkpoint:
         raise InputError(

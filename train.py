@@ -6,13 +6,12 @@
     torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4     # four GPUs
 
 A run folder holds best_model.pth, last.pth, config.json (every flag), split.csv, training_log.txt,
-training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. The epoch is chosen on
-val, unless --keep is last; test is read once, at the end. last.pth is written after each epoch:
-`--resume` repeats the epoch that was lost, and ends with the bits that a run without the stop would
-have had.
+training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. best_model.pth is the
+best epoch on val, or with --keep last the last one; test is read once, at the end. last.pth is
+written after each epoch: `--resume` repeats the epoch that was lost, and ends with the bits that a
+run without the stop would have had.
 """
 
-import contextlib
 import os
 import shlex
 import sys
@@ -116,7 +115,8 @@ RECIPES = {
     ),
 }
 
-# Flags that may differ when a run is resumed: where it runs and when it ends, not how it learns.
+# Flags that may differ when a run is resumed: where it runs, and when it ends. Another number of
+# epochs stretches the cosine, which the log reports.
 FREE_ON_RESUME = {
     "resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
 }
@@ -145,7 +145,7 @@ def make_parser():
     add = parser.add_argument_group("split").add_argument
     add("--split", metavar="FILE", help="take the split from a split.csv, of a run or made by hand")
     add("--val-fraction", type=FRACTION, metavar="F", help="share of train/ for validation (0.1)")
-    add("--split-by", choices=("subject", "slice"), help="slice LEAKS, to show the leak (subject)")
+    add("--split-by", choices=("subject", "slice"), help="slice: LEAKY, to show a leak (subject)")
     add("--fold", type=int, metavar="K", help="hold out fold K, from 0, of train/ instead of test/")
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
     add("--pool-test", **switch, help="folds of train/ and test/ together, for few subjects")
@@ -157,7 +157,7 @@ def make_parser():
     add("--image-size", type=SIDE, metavar="PX", help="side of the square input in pixels (224)")
     add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
     options = ", ".join(MODEL_ARGS)
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help=f"not as in the paper: {options}")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help=f"changes to the paper's: {options}")
     add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -169,8 +169,8 @@ def make_parser():
     add("--clip-grad", type=POSITIVE, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=AMOUNT, metavar="N", help="linear warm-up before the cosine (1)")
     whole = number(0, 1e6, int)
-    add("--patience", type=whole, metavar="N", help="epochs without a better one; 0: never (20)")
-    add("--keep", choices=("best", "last"), help="epoch to keep: best on val, or last (best)")
+    add("--patience", type=whole, metavar="N", help="stop after N epochs without a better one (20)")
+    add("--keep", choices=("best", "last"), help="last: no choice on val, no early stop (best)")
     add("--threshold", choices=("0.5", "youden"), help="p_AD of an AD; youden: fitted on val (0.5)")
     add("--ema", type=FRACTION, metavar="D", help="decay of the averaged weights; 0: none (0)")
 
@@ -213,17 +213,7 @@ def parse_args(argv=None):
     if given.get("resume"):
         if "out" not in given:
             parser.error("--resume needs --out RUN, the folder of the run to resume")
-        saved = read_saved_flags(Path(given["out"]))
-        changed = [
-            f"--{name.replace('_', '-')} was {saved[name]}"
-            for name, value in given.items()
-            if name not in FREE_ON_RESUME and saved[name] != value
-        ]
-        if changed:
-            parser.error(
-                f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a "
-                "new run"
-            )
+        saved = read_saved_flags(Path(given["out"]), given, parser)
     args = Namespace(**merge_flags(given, saved))
 
     if args.model not in (*VARIANTS, "cnn"):
@@ -245,20 +235,19 @@ def parse_args(argv=None):
             "them"
         )
     if args.split:
-        for name in ("folds", "drop_test_subjects", "subjects"):
-            if getattr(args, name):
+        for name in ("folds", "drop_test_subjects", "subjects", "split_by", "val_fraction"):
+            if name in given:
                 parser.error(
                     f"--split names the split of every slice; leave out --{name.replace('_', '-')}"
                 )
-        if args.split_by == "slice":
-            parser.error("--split names the split of every slice; leave out --split-by slice")
     if args.model == "cnn" and args.model_args:
         parser.error("--model cnn takes no --model-args; leave them out")
     return args
 
 
-def read_saved_flags(out):
-    """The flags of the run in folder `out`, as the resumed run needs them."""
+def read_saved_flags(out, given, parser):
+    """The flags of the run in folder `out`, as the resumed run needs them; an error of the parser
+    if one of those that are `given` now is another one and must not be."""
     if not (out / "last.pth").exists():
         raise InputError(
             f"{out} holds no last.pth to resume; start the run again, under a new --out"
@@ -270,8 +259,19 @@ def read_saved_flags(out):
             "new run"
         )
     saved = last["flags"]
+    changed = [
+        f"--{name.replace('_', '-')} was {saved[name]}"
+        for name, value in given.items()
+        if name not in FREE_ON_RESUME and saved[name] != value
+    ]
+    if changed:
+        parser.error(
+            f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a new "
+            "run"
+        )
     if saved["split"]:
         saved["split"] = str(out / "split.csv")  # the same split, and it cannot have moved away
+        given.pop("split", None)
     if not saved["demo"]:
         saved["data"] = last["data"]  # absolute, since the working directory may be another one
     return saved
@@ -309,7 +309,8 @@ def make_loss(label_smoothing=0.1):
     """The loss as a function of logits (N, 2) and labels int (N,) or class shares (N, 2), returning
     (N,).
 
-    Cross-entropy with label smoothing. For another loss change this function.
+    Cross-entropy with label smoothing. For another loss change this function; the loss of the
+    validation, in the log and for ties, is the cross-entropy in any case.
     """
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="none")
 
@@ -338,8 +339,8 @@ def make_mix(mixup=0.0, cutmix=0.0):
 
 
 class TrainState:
-    """All that an epoch changes: model, moving average of its weights (or None), optimizer, scaler,
-    history.
+    """What an epoch changes: model, moving average of its weights (or None), optimizer, scaler and
+    history. `state_dict` holds all of it.
 
     Random states are not part of it: the random numbers of a step come from (seed, epoch, step).
     """
@@ -361,8 +362,9 @@ class TrainState:
             scaling = {}
         self.scaler = torch.amp.GradScaler(device.type, **scaling)
         self.forward = self.world.wrap(self.model, device)
-        self.history = []  # a dict an epoch
-        self.nonfinite_in_a_row = torch.zeros((), device=device)  # skipped steps until now
+        self.history = []  # one dict per epoch
+        # Steps skipped in a row until now. Not saved: a resumed run counts from 0.
+        self.nonfinite_in_a_row = torch.zeros((), device=device)
 
     @property
     def epoch(self):
@@ -370,8 +372,8 @@ class TrainState:
         return len(self.history)
 
     @property
-    def kept_model(self):
-        """The model that is validated and kept: the averaged one, if there is one."""
+    def model_to_validate(self):
+        """The model that is validated and saved: the averaged one, if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @property
@@ -407,18 +409,18 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     """One step on images float32 (B, 1, S, S) and labels int (B,) or class shares (B, 2), on the
     device.
 
-    `batch_size` is that of the batch over all processes (B if there is one). A step whose loss or
-    gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the losses,
-    the number of correct predictions and of slices (all 0 if skipped), and 1 if the step was
-    skipped, else 0. A skipped step changes no weight, no running statistic and no average.
+    `batch_size` is the number of slices over all processes, B if there is one process. A step whose
+    loss or gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the
+    losses, the number of correct predictions and of slices (all 0 if skipped), and 1 if the step
+    was skipped, else 0. A skipped step changes no weight, no running statistic and no average.
     """
     state.optimizer.zero_grad(set_to_none=True)
     buffers = [buffer.clone() for buffer in state.model.buffers()]
     with autocast(state.device, state.amp):
         logits = state.forward(x.contiguous(memory_format=torch.channels_last))
         loss = criterion(logits, y).float().sum()
-    # The mean over processes of these is the mean over the batch. A loss that is not finite must
-    # not have a finite gradient.
+    # Gradients are averaged over the processes, so that this makes them those of the mean loss of
+    # the whole batch. NaN if the loss is not finite: then no gradient is, and the step is skipped.
     share = torch.where(loss.isfinite(), state.world.size / (batch_size or len(x)), torch.nan)
     state.scaler.scale(loss * share).backward()
 
@@ -468,6 +470,7 @@ def train_one_epoch(
         if batch_size < state.min_batch:
             continue
         # Each process draws its own DropPath and MixUp, but augments an image as one process would.
+        # Counted from 1, since trailing zeros do not change the seed.
         seed_everything(seed, epoch, step + 1, world.rank + 1)
         augmentation.manual_seed(seed_of(seed, epoch, step + 1))
 
@@ -514,8 +517,8 @@ def validate(state, slices, *, image_size, batch_size):
     answer = None
     if state.world.is_main:
         logits = predict_logits(
-            state.kept_model, slices, image_size=image_size, device=state.device, amp=state.amp,
-            batch_size=batch_size, progress="validation",
+            state.model_to_validate, slices, image_size=image_size, device=state.device,
+            amp=state.amp, batch_size=batch_size, progress="validation",
         )  # fmt: skip
         answer = validation_scores(slices.index, logits)
     return state.world.broadcast(answer)
@@ -559,6 +562,12 @@ def kept_row(history, keep):
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
 
 
+def save_model(out, card, state):
+    """Write best_model.pth: the model of the epoch that has just ended."""
+    weights = state.model_to_validate.state_dict()
+    save_checkpoint(out / "best_model.pth", **card, weights=weights, epoch=state.epoch)
+
+
 def fit(state, slices, args, out, card, log):
     """Train up to args.epochs and keep the epoch that --keep names. best_model.pth, last.pth and
     training_history.csv are written after each epoch."""
@@ -585,8 +594,10 @@ def fit(state, slices, args, out, card, log):
         log("the model is compiled: the first step takes a minute or more")
     if world.is_main:
         plot_lr_schedule(out / "lr_schedule.png", **schedule)
-        if state.history:  # a killed run may have saved an epoch and not yet listed it
+        if state.history:  # a kill after last.pth leaves the other files an epoch behind
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
+            if kept_row(state.history, args.keep) is state.history[-1]:
+                save_model(out, card, state)
 
     log(HEADER)
     while state.epoch < args.epochs:
@@ -613,10 +624,9 @@ def fit(state, slices, args, out, card, log):
 
         is_best = kept_row(state.history, args.keep) is state.history[-1]
         if world.is_main:
-            if is_best:
-                weights = state.kept_model.state_dict()
-                save_checkpoint(out / "best_model.pth", **card, weights=weights, epoch=state.epoch)
             save_checkpoint(out / "last.pth", **card, **state.state_dict())
+            if is_best:
+                save_model(out, card, state)
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
             log(format_epoch(state.history[-1], is_best and args.keep == "best", remark))
 
@@ -658,8 +668,11 @@ def draw_demo():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             draw(Path(temporary) / "set", DEMO_SUBJECTS)
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            try:
                 os.rename(Path(temporary) / "set", folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     return folder / "AD_NC"
 
 
@@ -684,8 +697,11 @@ def load_init(model, path, log):
     return {"file": os.path.basename(path), "exposure": exposure}
 
 
-def model_card(args, slices, state, init):
-    """What a checkpoint records beside the weights: everything that predict.py needs."""
+def model_card(args, slices, state, model_args, init):
+    """What a checkpoint records beside the weights: everything that predict.py needs.
+
+    `exposure` holds the subjects and scans that the weights were trained and chosen on.
+    """
     index = slices.index
     train = index[index.split == "train"]
     deep = index.bits[index.depth > 0]
@@ -694,17 +710,14 @@ def model_card(args, slices, state, init):
         exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
     mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
     names = index.path.map(lambda path: os.path.relpath(path, slices.root))
-    model = dict(
-        variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path
-    )
     return {
-        "model": {**model, **args.model_args},
+        "model": model_args,
         "classes": list(CLASSES),
         "image_size": args.image_size,
         "slice_size": list(slices.images.shape[1:]),
         "mean": MEAN,
         "std": STD,
-        "bits": int(deep.max()) if len(deep) else None,  # of files with 16 bits a pixel
+        "bits": int(deep.max()) if len(deep) else None,  # of 16-bit files
         "extraction": recorded_look(slices.root),  # how volumes were cut; None: elsewhere
         "slice_stats": pixels.stats_range(train),
         # The average of all training slices, which attributions compare a slice with.
@@ -758,13 +771,15 @@ def restore(state, last, card, args, out, log):
             f"some files show other pixels than when {out} was started; restore them, or start a "
             "new run"
         )
-    if last["epoch"] and not (out / "best_model.pth").exists():
+    kept = kept_row(last["history"], args.keep)
+    # The model of the last epoch is in last.pth, too.
+    if kept and kept["epoch"] < last["epoch"] and not (out / "best_model.pth").exists():
         raise InputError(f"{out / 'best_model.pth'} is gone; restore it, or start a new run")
     state.load_state_dict(last, same_precision=last["precision"] == card["precision"])
 
     log(f"resumed after epoch {state.epoch}")
     if (out / "test" / "metrics.json").exists():
-        log("this run was finished: if it trains on, its test scores are no longer the first")
+        log("this run was evaluated on test before: if it trains on, test is read a second time")
     if last["flags"]["epochs"] != args.epochs:
         log(
             f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, "
@@ -792,8 +807,8 @@ def check_batches(state, n_slices, batch_size):
     if 0 < rest < state.min_batch:
         yield (
             f"the last batch of each epoch has {rest} of {n_slices:,} slices, too few for "
-            f"BatchNorm or for {state.world.size} processes; it is left out, in each epoch another "
-            "one"
+            f"BatchNorm or for {state.world.size} processes; it is left out. Which slices it has "
+            "changes with each epoch"
         )
 
 
@@ -838,10 +853,11 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
         exposure = checkpoint["exposure"]
         stated = assess.statements(checkpoint)
         leaks, notes = stated["leaks"], stated["notes"]
-        if split == "val":  # the run has seen it by design; the question is whether --init saw it
-            exposure = inherited or subjects.record_exposure(slices.index[:0])
+        if split == "val":  # it was chosen on by design: seen means seen by the weights of --init
+            nothing = subjects.record_exposure(slices.index[:0])
+            exposure = inherited or nothing
             if leaks:
-                leaks = ["split by slice, its scans were trained on"]
+                leaks = ["trained on other slices of the same scans"]
         predictions = predict_slices(
             checkpoint, part, device=device, amp=amp, batch_size=args.batch_size, exposure=exposure
         )
@@ -925,7 +941,11 @@ def train(args, world, device, amp):
 
     lines = []  # for the log, whose folder is made when nothing can fail any more
     seed_everything(args.seed)
-    model = make_model(args.model, drop_path_rate=args.drop_path, **args.model_args)
+    model_args = dict(
+        variant=args.model, in_chans=1, num_classes=len(CLASSES), drop_path_rate=args.drop_path,
+        **args.model_args,
+    )  # fmt: skip
+    model = make_model(**model_args)
     last, init = None, None
     if args.resume:
         last = load_checkpoint(Path(args.out) / "last.pth")
@@ -941,7 +961,7 @@ def train(args, world, device, amp):
         ema=args.ema,
         world=world,
     )
-    card = model_card(args, slices, state, init)
+    card = model_card(args, slices, state, model_args, init)
     lines += check_batches(state, len(slices.part("train")), args.batch_size)
 
     out = Path(args.out) if args.out else None

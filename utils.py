@@ -1,5 +1,5 @@
 """Utilities: seeds, device and precision, learning-rate schedule, checkpoints, run log, training
-curves.
+curves, scores of an epoch.
 
 A checkpoint holds plain Python values and tensors, so that it loads with weights_only=True.
 best_model.pth is a model with everything that predict.py needs; last.pth is a run with everything
@@ -10,6 +10,7 @@ import contextlib
 import math
 import platform
 import random
+import sys
 
 import numpy as np
 import torch
@@ -188,6 +189,7 @@ def make_log(path):
     def log(line=""):
         line = printable(line)
         tqdm.write(line)
+        sys.stdout.flush()  # else a file that standard output goes to is pages behind
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -234,9 +236,9 @@ def plot_training_curves(path, history, kept_epoch, title):
 def validation_scores(index, logits):
     """Scores of an epoch, from the index of validation slices and their logits z_AD - z_NC (N,).
 
-    Returns (scores, remark). A dict of the slice-level loss (cross-entropy without label
-    smoothing), accuracy and balanced accuracy and of the scan-level AUROC; and a sentence if every
-    slice gets the same prediction, else "".
+    Returns (scores, remark). scores: slice-level loss (cross-entropy without label smoothing),
+    accuracy and balanced accuracy, and scan-level AUROC. remark: a sentence if every slice gets the
+    same prediction, else "".
     """
     is_ad = (index.label == "AD").to_numpy()
     p_ad = expit(logits)
@@ -247,7 +249,7 @@ def validation_scores(index, logits):
     scans = (
         index.assign(p_AD=p_ad).groupby("scan").agg(label=("label", "first"), p_AD=("p_AD", "mean"))
     )
-    scan_p_ad = scans.p_AD.round(12).to_numpy()
+    scan_p_ad = scans.p_AD.round(12).to_numpy()  # equal means stay equal, as in metrics.aggregate
     scan_is_ad = (scans.label == "AD").to_numpy()
     scan_scores = metrics.point_scores(scan_is_ad, scan_p_ad, scan_p_ad >= metrics.THRESHOLD)
     scores = {

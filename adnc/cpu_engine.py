@@ -2,9 +2,9 @@
 
 The engine computes the function of the model, up to rounding, in fewer and larger kernels:
 LayerScale is folded into the linear layer before it, BatchNorm into the convolution before it, and
-linear layers hold their weights in oneDNN's blocked layout, with GELU in the same kernel. Every
-core works on a few images of its own, in the wide layers on some rows of them, so that activations
-stay in its cache. On a GPU, and for any other model, the engine is the model under autocast.
+linear layers hold their weights in oneDNN's blocked layout, with GELU in the same kernel. Each
+thread has a few images, and computes wide layers in chunks of rows, so that activations stay in its
+core's cache. On a GPU, and for any other model, the engine is the model under autocast.
 """
 
 import copy

@@ -24,14 +24,12 @@ def load_tensors(path):
         raise InputError(f"there is no file {path}; expected a file of torch.save or .safetensors")
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return load_safetensors(path)
         with torch.serialization.safe_globals(PLAIN_CLASSES), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise InputError(f"{path} needs the package safetensors; pip install safetensors") from None
+    except InputError:
+        raise
     except Exception as problem:  # torch.load raises nearly anything on a damaged or foreign file
         text = str(problem)
         blocked = re.search(r"Unsupported \w+: GLOBAL (\S+)", text)
@@ -46,9 +44,17 @@ def load_tensors(path):
         ) from None
 
 
+def load_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path} needs the package safetensors; pip install safetensors") from None
+    return load_file(path)
+
+
 def find_state_dict(content):
-    """The state dict in the content of a weight file: the dict that holds the most tensors, at any
-    depth.
+    """The state dict in the content of a weight file: the dict that holds the most tensors, up to
+    three dicts deep.
 
     Of equally large ones the first wins, so that "model" comes before "model_ema". InputError if
     there is none.

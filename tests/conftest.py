@@ -1,6 +1,7 @@
 """Small sets in the AD_NC layout, and one run trained on one of them, for all tests."""
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 from PIL import Image
+
+from adnc.phantom.draw import draw
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
@@ -22,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 LONGEST = (
     "test_the_demo_learns_and_prints_a_command_that_predicts",
     "test_a_run_killed_at_random_moments_ends_bit_identical",
+    "test_two_processes_take_the_steps_of_one",
+    "test_the_cpu_part_writes_its_numbers",
+    "test_a_compiled_run_has_clean_names_and_the_same_losses",
 )
 
 
@@ -41,6 +47,26 @@ def repeats(request):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.name not in LONGEST)
+
+
+@pytest.fixture(scope="session")
+def shared_once(tmp_path_factory, worker_id):
+    """A function (name, make) that calls make(folder) once for all processes of the tests, and
+    returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        base = base.parent  # which the processes have in common
+
+    def once(name, make):
+        folder, done = base / name, base / f"{name}.done"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
 
 
 # scan -> (split, class, subject)
@@ -76,10 +102,16 @@ def write_set(root, scans=SCANS, slices=range(70, 75), subjects=True):
 
 
 @pytest.fixture(scope="session")
-def ad_nc(tmp_path_factory):
-    """A set that no test changes: 12 training and 6 test scans, a subject each, five slices a
-    scan."""
-    return write_set(tmp_path_factory.mktemp("set"))
+def ad_nc(shared_once):
+    """A set that no test changes: 12 training and 6 test scans, each of another subject, with five
+    slices each."""
+    return shared_once("set", write_set) / "AD_NC"
+
+
+@pytest.fixture(scope="session")
+def phantom(shared_once):
+    """A phantom of ten subjects that no test changes: the folder of AD_NC and its metadata."""
+    return shared_once("phantom", lambda out: draw(out, 10, seed=3, progress=False))
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +143,10 @@ def train_small(data, out, *flags):
     """Train in this process, with the final evaluation; returns the run folder."""
     import train
 
-    train.main(["--data", str(data), "--out", str(out), *SMALL, *flags])
+    small = SMALL
+    if "--split" in flags:  # which leaves nothing to --val-fraction
+        small = [word for word in SMALL if word not in ("--val-fraction", "0.25")]
+    train.main(["--data", str(data), "--out", str(out), *small, *flags])
     return Path(out)
 
 
@@ -170,7 +205,7 @@ def without_evaluation():
 
 
 @pytest.fixture(scope="session")
-def run_folder(ad_nc, tmp_path_factory):
-    """A finished run of six epochs on `ad_nc`, with its pictures."""
+def run_folder(ad_nc, shared_once):
+    """A finished run of six epochs on `ad_nc`, with its pictures. No test changes it."""
     with drawing():
-        return train_small(ad_nc, tmp_path_factory.mktemp("runs") / "run", "--epochs", "6")
+        return shared_once("run", lambda out: train_small(ad_nc, out, "--epochs", "6"))

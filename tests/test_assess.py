@@ -34,7 +34,7 @@ def test_a_split_by_slice_and_an_unknown_init_are_stated():
     assert assess.statements(checkpoint) == {"leaks": [], "notes": []}
     init = {"file": "other.pth", "exposure": None}
     stated = assess.statements({"split_by": "slice", "init": init})
-    assert stated["leaks"] == ["of a run split by slice"]
+    assert stated["leaks"] == ["trained with --split-by slice"]
     note = "starts from other.pth, which does not record its training subjects"
     assert stated["notes"] == [note]
 
@@ -44,19 +44,19 @@ def test_the_title_names_leaks_unknown_exposure_and_slices_out_of_range():
     seen, unknown = table.subject.isin(["p0", "p1"]), table.subject == "p2"
     table["exposure"] = np.select([seen, unknown], ["yes", "unknown"], "no")
     table["out_of_range"] = np.where(table.index < 3, "too dark", None)
-    scores = score(complete(table), "test", leaks=["of a run split by slice"], coverage=0.9)
+    scores = score(complete(table), "test", leaks=["trained with --split-by slice"], coverage=0.9)
 
     n_scans = table.scan.nunique()
     n_seen, n_unknown = table.scan[seen].nunique(), table.scan[unknown].nunique()
     assert scores["title"] == "; ".join(
         [
-            f"test; LEAKY: of a run split by slice, {n_seen} of {n_scans} scans are of subjects "
-            "seen in training",
+            f"test; LEAKY: trained with --split-by slice, {n_seen} of {n_scans} scans are of "
+            "subjects seen in training",
             f"for {n_unknown} scans it is unknown whether training saw the subject",
             f"3 of {len(table)} slices are out of the training range",
         ]
     )
-    assert scores["run_leaks"] == ["of a run split by slice"] and scores["run_notes"] == []
+    assert scores["run_leaks"] == ["trained with --split-by slice"] and scores["run_notes"] == []
 
 
 def test_subjects_not_seen_in_training_are_also_scored_apart():

@@ -90,8 +90,8 @@ def test_predictions_of_training_slices_stay_leaky(run_folder, ad_nc, tmp_path, 
 
 
 def test_a_leaky_run_stays_leaky(tmp_path, capsys):
-    run = write_run(tmp_path / "run", few_slices(), leaks=["of a run split by slice"])
-    assert "LEAKY: of a run split by slice" in run_evaluate(capsys, run)
+    run = write_run(tmp_path / "run", few_slices(), leaks=["trained with --split-by slice"])
+    assert "LEAKY: trained with --split-by slice" in run_evaluate(capsys, run)
 
 
 def test_any_name_of_a_scan_survives_the_files(run_folder, tmp_path, capsys):
@@ -189,10 +189,11 @@ def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
 
 def test_leaks_and_flags_of_averaged_seeds_are_named(seeds, tmp_path, capsys):
     table = worse(few_slices(), 2)
-    other = write_run(tmp_path / "o", table, seed=2, lr=1e-3, leaks=["of a run split by slice"])
+    leaks = ["trained with --split-by slice"]
+    other = write_run(tmp_path / "o", table, seed=2, lr=1e-3, leaks=leaks)
     text = run_evaluate(capsys, seeds[0], other)
     assert "warning: the runs differ in --lr" in text
-    assert "mean over 2 seeds; LEAKY: of a run split by slice" in text
+    assert "mean over 2 seeds; LEAKY: trained with --split-by slice" in text
 
 
 # ---------------------------------------------------------------- comparisons
@@ -215,7 +216,7 @@ def test_two_models_are_compared_on_the_same_slices(folds, tmp_path, capsys):
     assert comparison["unseen_subjects"] is None
     assert "the first is better" in text or "may be noise" in text
 
-    with pytest.raises(InputError, match="slices are in one of the two only"):
+    with pytest.raises(InputError, match="slices are predicted by some of the runs only"):
         run_evaluate(capsys, *folds, "--against", *others[:2])
 
 
@@ -247,12 +248,12 @@ def test_a_comparison_names_the_leaks_of_both_sides_and_scores_unseen_subjects(t
     seen = table.subject.isin(["p0", "p1", "p2"])
     clean = write_run(tmp_path / "clean", table)
     leaky = worse(table).assign(exposure=np.where(seen, "yes", "no"))
-    leaky = write_run(tmp_path / "leaky", leaky, leaks=["of a run split by slice"])
+    leaky = write_run(tmp_path / "leaky", leaky, leaks=["trained with --split-by slice"])
     text = run_evaluate(capsys, clean, "--against", leaky, "--out", tmp_path / "out")
 
     n_seen, n = table.scan[seen].nunique(), table.scan.nunique()
     title = (
-        f"second LEAKY: of a run split by slice, {n_seen} of {n} scans are of subjects "
+        f"second LEAKY: trained with --split-by slice, {n_seen} of {n} scans are of subjects "
         "seen in training"
     )
     comparison = read_scores(tmp_path / "out", "comparison")

@@ -119,7 +119,7 @@ def test_volumes_outside_the_class_folders_are_reported(run_folder, tmp_path, ca
         (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
         nib.save(head(), tmp_path / "in" / folder / f"{len(folder)}.nii")
     sentence = (
-        f"2 of 3 volumes are in folders AD/ and NC/ .* such as .*{len(other)}.nii, so that the"
+        f"2 of 3 volumes are in folders AD/ and NC/, .* such as .*{len(other)}.nii, are not: then"
     )
     with pytest.raises(InputError, match=sentence):
         run_extract(tmp_path / "in", tmp_path / "out")
@@ -276,7 +276,7 @@ def test_a_volume_is_predicted_like_its_slices(run_folder, tmp_path, capsys):
     table = run_predict(run_folder, tmp_path / "a", *words, "--keep-slices", kept)
     assert (table.subject == "sub-9").all() and len(table) == 5 and table.error.isna().all()
     assert len(list((kept / "slices").iterdir())) == 5
-    line = "1 of 1 volumes cut: axial, 5 central slices every 4 mm, 48 x 40, 4 mm a pixel"
+    line = "1 of 1 volumes cut: axial, 5 central slices every 4 mm, 48 x 40, 4 mm per pixel"
     assert line in capsys.readouterr().out
 
     assert table.path.tolist() == sorted(map(str, (kept / "slices").iterdir()))
@@ -338,8 +338,8 @@ def test_a_checkpoint_cuts_volumes_as_its_training_slices(run_folder, tmp_path, 
     file = with_record(run_folder, tmp_path / "known.pth", record)
     run_predict(run_folder, tmp_path / "b", tmp_path / "h.nii", checkpoint=file)
     line = (
-        "coronal, 3 central slices every 5 mm, 48 x 40, 5 mm a pixel, turned by 90 degrees (as the "
-        "checkpoint's training slices were cut)"
+        "coronal, 3 central slices every 5 mm, 48 x 40, 5 mm per pixel, turned by 90 degrees (as "
+        "the checkpoint's training slices were cut)"
     )
     assert line in capsys.readouterr().out
     words = [tmp_path / "h.nii", "--plane", "axial"]

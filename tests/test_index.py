@@ -115,8 +115,8 @@ def test_folders_of_patients_are_refused(tmp_path):
     ("train/AD/holiday.jpeg", "is not named <scan>_<slice>"),
     ("train/AD/100_1234567890.jpeg", "is not named <scan>_<slice>"),
     ("train/AD/100_70.png", "is the same slice of a scan as "),
-    ("train/NC/100_99.jpeg", "is of scan 100, which is in both classes "),
-    ("test/AD/100_99.jpeg", "is of scan 100, which is in both train and test "),
+    ("train/NC/100_99.jpeg", "belongs to scan 100, which is in both classes "),
+    ("test/AD/100_99.jpeg", "belongs to scan 100, which is in train and in test "),
 ])  # fmt: skip
 def test_files_that_contradict_each_other_or_have_other_names_are_refused(tmp_path, name, reason):
     root = write_set(tmp_path, slices=[70, 71])
@@ -221,7 +221,7 @@ def test_an_entry_of_the_json_with_two_subjects_is_refused(tmp_path):
 @pytest.mark.parametrize("name, text, sentence", [
     ("subjects.csv", "scan,subject\n", "no scan has a subject"),
     ("subjects.csv", "scan,subject\n100,NA\n", "no scan has a subject"),
-    ("subjects.csv", "scan,subject\nI100,y\n", "It lists ids such as I100; the files"),
+    ("subjects.csv", "scan,subject\nI100,y\n", "They are ids such as I100; the files"),
     ("subjects.csv", "image,patient\n1,2\n", "has the columns image, patient; expected"),
     ("meta_data_with_label.json", "{}", "no scan has a subject"),
     ("meta_data_with_label.json", '{"100": 3}', "no scan has a subject"),
@@ -243,7 +243,7 @@ def test_a_table_without_use_is_refused_for_a_set_and_reported_for_a_prediction(
 def test_each_of_two_tables_must_know_a_scan_of_a_set(tmp_path):
     root = write_set(tmp_path, slices=[70])
     write_metadata(tmp_path, {"I100": "002_S_0001"})
-    with pytest.raises(InputError, match="json: none of its 1 scans is in the folder. .*I100"):
+    with pytest.raises(InputError, match="json: none of the 1 scans listed there is .*I100"):
         read_index(root)
     # A prediction is of a part of a set, which one of two tables need not know.
     assert list_inputs([root / "test"]).index.subject.notna().all()
@@ -382,7 +382,7 @@ def test_tables_are_found_from_a_slice_and_from_lower_case_classes(tmp_path):
 
 def test_a_folder_without_slices_names_a_folder_that_has_some(tmp_path):
     write_slice(tmp_path / "p1" / "c_70.jpeg", True, 0)
-    with pytest.raises(InputError, match=r"holds no images .*did you mean .*/p1\?"):
+    with pytest.raises(InputError, match=r"contains no images .*did you mean .*/p1\?"):
         list_inputs([tmp_path])
     root = write_set(tmp_path / "set", slices=[70])
     for given in (root, root.parent):
@@ -400,7 +400,7 @@ def test_an_input_that_cannot_be_predicted_has_a_reason(tmp_path):
     assert errors["gone"].startswith("does not exist; expected")
     assert errors["x.txt"].startswith("is not an image that can be read; expected .jpeg, ")
     assert errors["b.nii"] == "is empty" and len(errors) == 3
-    with pytest.raises(InputError, match="gone does not exist.*; nor can 1 others be predicted"):
+    with pytest.raises(InputError, match=r"gone does not exist.* \(and 1 more that cannot"):
         list_inputs([tmp_path / "gone", tmp_path / "x.txt"])
 
 

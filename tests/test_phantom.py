@@ -15,9 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from adnc.phantom.anatomy import render
 from adnc.phantom.draw import STARTS, draw, plan, plan_local
 from adnc.scoring.baselines import STRENGTHS, shrink
-from tools import phantom
-
-SUBJECTS = 10
+from tools import phantom as tool
 
 
 def hash_files(folder):
@@ -49,27 +47,20 @@ def subjects_of(scans, split):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    out = tmp_path_factory.mktemp("phantom") / "ADNI"
-    assert draw(out, SUBJECTS, seed=3, workers=2, progress=False) == out / "AD_NC"
-    return out
-
-
-@pytest.fixture(scope="module")
-def files(drawn):
-    return sorted((drawn / "AD_NC").rglob("*.jpeg"))
+def files(phantom):
+    return sorted((phantom / "AD_NC").rglob("*.jpeg"))
 
 
 # ---------------------------------------------------------------- files
 
 
-def test_slices_are_grey_256_by_240_jpegs_named_scan_slice(drawn, files):
+def test_slices_are_grey_256_by_240_jpegs_named_scan_slice(phantom, files):
     for file in files:
         with Image.open(file) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "L", (256, 240))
-        name = file.relative_to(drawn / "AD_NC").as_posix()
+        name = file.relative_to(phantom / "AD_NC").as_posix()
         assert re.fullmatch(r"(train|test)/(AD|NC)/[1-9]\d*_\d+\.jpeg", name)
-    assert {path.name for path in drawn.iterdir()} == {"AD_NC", "meta_data_with_label.json"}
+    assert {path.name for path in phantom.iterdir()} == {"AD_NC", "meta_data_with_label.json"}
 
 
 def test_each_scan_is_20_consecutive_slices_in_one_of_nine_windows(files):
@@ -90,8 +81,8 @@ def test_about_75_percent_of_pixels_are_near_black(files):
     assert 0.72 < np.mean(shares) < 0.78
 
 
-def test_metadata_names_the_subject_of_each_scan_and_scans_without_a_picture(drawn, files):
-    metadata = json.loads((drawn / "meta_data_with_label.json").read_text())
+def test_metadata_names_the_subject_of_each_scan_and_scans_without_a_picture(phantom, files):
+    metadata = json.loads((phantom / "meta_data_with_label.json").read_text())
     pictured = {file.stem.rsplit("_", 1)[0]: file.parent.name for file in files}
     for scan, entry in metadata.items():
         assert re.search(rf"/ADNI_\d{{3}}_S_\d{{4}}_MR_.*_I{scan}\.nii$", entry["raw"])
@@ -100,28 +91,31 @@ def test_metadata_names_the_subject_of_each_scan_and_scans_without_a_picture(dra
     assert len(metadata) == pytest.approx(len(pictured) * 2189 / 1526, abs=1)
 
 
-def test_the_same_seed_draws_the_same_bytes_with_any_number_of_threads(drawn, tmp_path):
-    draw(tmp_path / "again", SUBJECTS, seed=3, workers=3, progress=False)
-    assert hash_files(tmp_path / "again") == hash_files(drawn)
+def test_the_same_seed_draws_the_same_bytes_with_any_number_of_threads(tmp_path):
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        root = draw(out, 10, seed=3, cue="local", workers=workers, progress=False)
+        assert root == out / "AD_NC"
+    assert hash_files(tmp_path / "1") == hash_files(tmp_path / "3")
 
 
-def test_an_existing_set_is_refused_and_unchanged(drawn):
-    before = hash_files(drawn)
+def test_an_existing_set_is_refused_and_unchanged(phantom):
+    before = hash_files(phantom)
     with pytest.raises(ValueError, match="AD_NC exists, and nothing is overwritten"):
-        draw(drawn, SUBJECTS, progress=False)
-    assert hash_files(drawn) == before
+        draw(phantom, 10, progress=False)
+    assert hash_files(phantom) == before
 
 
 @pytest.mark.parametrize("words", [["OUT", "--subjects", "3"], ["OUT", "--seed", "-1"], []])
 def test_wrong_flags_are_one_error_line_with_status_2(capsys, words):
     with pytest.raises(SystemExit) as stop:
-        phantom.parse_args(words)
+        tool.parse_args(words)
     assert stop.value.code == 2
     assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
 
 
 def test_the_command_draws_a_set_of_one_scan_per_subject_with_the_local_cue(tmp_path, capsys):
-    phantom.main([str(tmp_path), "--subjects", "10", "--cue", "local"])
+    tool.main([str(tmp_path), "--subjects", "10", "--cue", "local"])
     assert capsys.readouterr().out == f"drew {tmp_path / 'AD_NC'}\n"
     assert len(list((tmp_path / "AD_NC").rglob("*.jpeg"))) == 10 * 6
 

@@ -20,8 +20,8 @@ from adnc.data import pixels
 from adnc.data.pixels import (
     STATS,
     common_size,
-    decode,
     decode_files,
+    decode_with_stats,
     describe_bits,
     describe_outliers,
     hash_pixels,
@@ -31,6 +31,11 @@ from adnc.data.pixels import (
 )  # fmt: skip
 from adnc.errors import InputError
 from dataset import load_set, read_index
+
+
+def decode(*args):
+    return decode_with_stats(*args)[0]
+
 
 # ---------------------------------------------------------------- files of many kinds
 

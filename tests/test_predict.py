@@ -198,7 +198,7 @@ def test_the_newest_run_is_the_default(run_folder, tmp_path, monkeypatch):
 
 def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):
     with pytest.raises(
-        InputError, match="last.pth is there to resume a training; predict with best_model.pth"
+        InputError, match="last.pth is a training to resume; predict with best_model.pth"
     ):
         run_predict(
             run_folder, tmp_path / "out", ad_nc / "test", checkpoint=run_folder / "last.pth"

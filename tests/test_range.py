@@ -17,7 +17,6 @@ from adnc.data.pixels import (
     out_of_range,
     stats_range,
 )
-from adnc.phantom.draw import draw
 from dataset import read_index
 from utils import load_checkpoint, save_checkpoint
 
@@ -77,12 +76,12 @@ def test_real_slices_of_other_subjects_are_in_range(oasis):
 
 
 @pytest.fixture(scope="module")
-def brains(run_folder, tmp_path_factory):
+def brains(run_folder, phantom, tmp_path_factory):
     """(checkpoint whose training range is that of a small phantom, AD_NC of the phantom)
 
     The check reads the range that a checkpoint records, so the phantom need not be trained on.
     """
-    root = draw(tmp_path_factory.mktemp("phantom"), subjects=10, progress=False)
+    root = phantom / "AD_NC"
     paths = sorted(map(str, (root / "train").rglob("*.jpeg")))
     images, stats, _ = load_slices(paths, common_size(paths), progress=None)
     checkpoint = load_checkpoint(run_folder / "best_model.pth")

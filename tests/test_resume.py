@@ -139,6 +139,57 @@ def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout
 
 
+@pytest.mark.parametrize("lost", ["training_history.csv", "best_model.pth"])
+def test_a_kill_after_the_last_checkpoint_leaves_no_file_an_epoch_behind(
+    ad_nc, tmp_path, monkeypatch, lost
+):
+    flags = [*FLAGS, "--keep", "last"]
+    expected = train_steps(ad_nc, tmp_path / "whole", *flags)
+    name = {"training_history.csv": "write_csv", "best_model.pth": "save_model"}[lost]
+    original = getattr(train, name)
+
+    def killed(*args, **kwargs):
+        last = tmp_path / "run" / "last.pth"
+        if last.exists() and load_checkpoint(last)["epoch"] == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, killed)
+        with pytest.raises(SystemExit):
+            train_steps(ad_nc, tmp_path / "run", *flags)
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
+    run = resume(tmp_path / "run")
+    assert_same(expected, run)
+
+
+def test_a_run_that_a_kill_left_without_its_newest_model_gets_it_from_the_checkpoint(
+    run_folder, tmp_path
+):
+    """Also if the run then trains on with another precision, and the epoch is not repeated."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    last = load_checkpoint(run / "last.pth")
+    del last["format"]
+    for row in last["history"]:
+        row["val_accuracy"] = row["epoch"] / 10
+    save_checkpoint(run / "last.pth", **last)
+    (run / "best_model.pth").unlink()
+    resume(run)
+    best = load_checkpoint(run / "best_model.pth")
+    assert best["epoch"] == 6
+    assert all(torch.equal(best["weights"][name], w) for name, w in last["weights"].items())
+
+
+def test_the_command_of_a_run_can_be_repeated_with_resume(ad_nc, run_folder, tmp_path, monkeypatch):
+    shutil.copy(run_folder / "split.csv", tmp_path / "mine.csv")
+    monkeypatch.chdir(tmp_path)
+    words = ["--split", "mine.csv", "--epochs", "1"]
+    train_steps(ad_nc, tmp_path / "run", *words)
+    train_steps(ad_nc, tmp_path / "run", *words, "--resume")
+    with pytest.raises(SystemExit):
+        train_steps(ad_nc, tmp_path / "run", "--split", "other.csv", "--resume")
+
+
 def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, tmp_path):
     run = tmp_path / "run"
     words = ["--data", ad_nc, "--out", run, *SMALL, "--epochs", "2"]
@@ -188,12 +239,16 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path)
     run = shutil.copytree(run_folder, tmp_path / "run")
     train.main(["--out", str(run), "--resume"])
     assert_same(run_folder, run)
-    assert "its test scores are no longer the first" in (run / "training_log.txt").read_text()
+    assert "this run was evaluated on test before" in (run / "training_log.txt").read_text()
 
 
 def test_a_run_is_resumed_with_its_own_files_or_not_at_all(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     (run / "best_model.pth").unlink()
+    last = load_checkpoint(run / "last.pth")
+    del last["format"]
+    last["history"][0]["val_accuracy"] = 2.0  # so that an earlier epoch is the best
+    save_checkpoint(run / "last.pth", **last)
     with pytest.raises(InputError, match="best_model.pth is gone"):
         resume(run, "--epochs", "7")
     shutil.copy(run_folder / "best_model.pth", run / "last.pth")

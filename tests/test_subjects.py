@@ -307,7 +307,7 @@ def test_a_split_file_that_leaks_or_does_not_fit_is_refused(given, sentence):
 
 
 @pytest.mark.parametrize("split, sentence", [
-    ("test", "no slice is in test"), ("val", "no AD or NC is left for val"),
+    ("test", "test holds no slice"), ("val", "no AD or NC is left for val"),
 ])  # fmt: skip
 def test_a_split_file_must_fill_train_val_and_test(ad_nc, given, tmp_path, split, sentence):
     _, table, _ = given

@@ -207,7 +207,7 @@ REFUSED = {  # name: (image or bytes, start of the reason)
     ),
     "colour.nii": (
         nib.Nifti1Image(COLOUR, AFFINE),
-        "has voxels in colour; expected one real number a voxel",
+        "has voxels in colour; expected one real number per voxel",
     ),
     "complex.nii": (
         nib.Nifti1Image(VALUES.astype(np.complex64), AFFINE),
@@ -227,11 +227,11 @@ REFUSED = {  # name: (image or bytes, start of the reason)
     ),
     "mouse.nii": (
         nib.Nifti1Image(VALUES, np.diag([0.2, 0.2, 0.2, 1])),
-        "is 5 x 6.2 x 4.8 mm large; expected 30 to",
+        "measures 5 x 6.2 x 4.8 mm; expected sides of 30 to",
     ),
     "metres.nii": (
         nib.Nifti1Image(VALUES, np.diag([600, 600, 600, 1])),
-        "with the header in millimetres",
+        "is its header in another unit?",
     ),
     "cut.nii": (header(), "cannot be read as a volume: Expected"),
     "huge.nii": (

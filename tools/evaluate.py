@@ -150,17 +150,16 @@ def align(tables):
         unpaired = both[both._merge != "both"]
         if len(unpaired):
             row = unpaired.iloc[0]
-            where = "the first" if row._merge == "left_only" else "the second"
             raise InputError(
-                f"{len(unpaired)} slices are in one of the two only, first {row.scan}_{row.slice} "
-                f"in {where}; expected predictions of the same slices"
+                f"{len(unpaired)} slices are predicted by some of the runs only, first "
+                f"{row.scan}_{row.slice}; expected predictions of the same slices"
             )
         for name in ("label", "subject"):
             known = both[name].notna() & both[f"{name}_other"].notna()
             differ = both[known & (both[name] != both[f"{name}_other"])]
             if len(differ):
                 raise InputError(
-                    f"the two disagree on the {name} of {differ.scan.nunique()} scans, first "
+                    f"the runs disagree on the {name} of {differ.scan.nunique()} scans, first "
                     f"{differ.scan.iloc[0]}; expected predictions of the same slices"
                 )
         group = first.group.where(first.subject.notna(), other.group)
@@ -210,13 +209,12 @@ def format_comparison(comparison):
             row.append(f"{format_difference(part)}, p = {part['p']:.3f}" if part else "undefined")
         rows.append(row)
 
-    n_groups = comparison["scan"]["groups"]
-    low, high = comparison["scan"]["accuracy"]["ci95"]
-    if n_groups < metrics.MIN_GROUPS:
-        verdict = f"{n_groups} subjects are too few for a verdict"
-    elif low > 0:
+    scans = comparison["scan"]
+    if scans["groups"] < metrics.MIN_GROUPS:
+        verdict = f"{scans['groups']} subjects are too few for a verdict"
+    elif metrics.is_better(scans, "accuracy"):
         verdict = "the first is better"
-    elif high < 0:
+    elif scans["accuracy"]["ci95"][1] < 0:
         verdict = "the second is better"
     else:
         verdict = "the difference may be noise: its interval contains 0"

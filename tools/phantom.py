@@ -27,8 +27,8 @@ def parse_args(argv=None):
     parser.add_argument("out", nargs="?", metavar="OUT", help="folder to draw into")
     add = parser.add_argument_group("what is drawn").add_argument
     subjects, heads = number(10, 5000, int), number(1, 100, int)
-    add("--subjects", type=subjects, default=60, metavar="N", help="the real set has 680 (60)")
-    add("--cue", choices=("global", "local"), default="global", help="see above (global)")
+    add("--subjects", type=subjects, metavar="N", help="the real set has 680 (60)")
+    add("--cue", choices=("global", "local"), help="see above (global)")
     add("--seed", type=SEED, default=0, metavar="S", help="another seed, another set (0)")
     add("--volumes", type=heads, metavar="N", help="draw N heads as NIfTI instead of slices")
     add("--sheet", type=new_png, metavar="PNG", help="save a contact sheet; alone without OUT")
@@ -38,6 +38,12 @@ def parse_args(argv=None):
         parser.error("nothing to do: expected OUT, a folder to draw into, or --sheet PNG")
     if args.volumes and not args.out:
         parser.error("--volumes needs OUT, a folder to draw into")
+    if args.volumes and (args.subjects or args.cue):
+        parser.error("--volumes draws heads of the global cue; leave out --subjects and --cue")
+    if args.sheet and args.cue == "local":
+        parser.error("--sheet shows the global cue; leave out --cue")
+    args.subjects = args.subjects or 60
+    args.cue = args.cue or "global"
     return args
 
 

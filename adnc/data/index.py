@@ -82,7 +82,7 @@ def read_subjects(*folders):
                     f"{subjects[scan]} in {next(iter(sources))}; correct one of them, or move it "
                     "away"
                 )
-        subjects = {**known, **subjects}
+        subjects.update(known)
         labels.update(known_labels)
         sources[path] = known
     return subjects, labels, sources
@@ -105,7 +105,7 @@ def read_metadata(path):
     entries = read_json(path)
     if not isinstance(entries, dict):
         raise InputError(
-            f"{path} holds a {type(entries).__name__}; expected a JSON object with a key a scan"
+            f"{path} holds a {type(entries).__name__}; expected a JSON object with one key per scan"
         )
     subjects, labels = {}, {}
     for scan, entry in entries.items():
@@ -151,8 +151,8 @@ def check_match(scans, subjects, sources):
         )
     if len(scans) and not scans.isin(subjects.keys()).any():
         raise InputError(
-            f"{names}: none of its {len(subjects):,} scans is in the folder. It lists ids such as "
-            f"{next(iter(subjects))}; the files, <scan>_<slice>.jpeg, have ids such as "
+            f"{names}: none of the {len(subjects):,} scans listed there is in the folder. They are "
+            f"ids such as {next(iter(subjects))}; the files, <scan>_<slice>.jpeg, have ids such as "
             f"{scans.iloc[0]}. Use the ids of the file names, or remove the table"
         )
 
@@ -281,8 +281,8 @@ def tabulate(rows):
 
     # Within a unit the column must have one value.
     checks = (
-        ("label", ["scan"], "is of scan {scan}, which is in both classes (see {other})"),
-        ("split", ["scan"], "is of scan {scan}, which is in both train and test (see {other})"),
+        ("label", ["scan"], "belongs to scan {scan}, which is in both classes (see {other})"),
+        ("split", ["scan"], "belongs to scan {scan}, which is in train and in test (see {other})"),
         ("path", ["scan", "slice"], "is the same slice of a scan as {other}"),
     )
     for column, unit, text in checks:
@@ -445,7 +445,7 @@ def list_inputs(inputs, pattern=None, failed=None):
     if table.error.notna().all():
         message = f"{printable(table.path[0], keep='')} {table.error[0]}"
         if len(table) > 1:
-            message += f"; nor can {len(table) - 1} others be predicted"
+            message += f" (and {len(table) - 1} more that cannot be predicted)"
         raise InputError(message)
     if links:
         notes.append(
@@ -454,7 +454,7 @@ def list_inputs(inputs, pattern=None, failed=None):
     folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
     if len({given.name for given in folders}) > 1 and all(label is None for _, label, _ in rows):
         notes.append(
-            "folders AD and NC that are given one by one are no labels; for scores give the "
+            "AD and NC given as separate inputs are not taken for labels; for scores give the "
             f"folder that holds them, such as {folders[0].parent}"
         )
 
@@ -502,8 +502,8 @@ def list_input(given):
     hints = [given / name for name in ("test", "AD_NC/test") if (given / name).is_dir()]
     hints += [folder for folder in folders if list_folder(folder)[0]]
     error = (
-        f"holds no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, nor do AD/ and "
-        "NC/ in it"
+        f"contains no images ({', '.join(EXTENSIONS)}), no volume and no DICOM files, and neither "
+        "do folders AD/ and NC/ in it"
     )
     if hints:
         error += f"; did you mean {hints[0]}?"
@@ -543,5 +543,5 @@ def subjects_of_inputs(inputs, scans, notes):
             continue
         tables += sources
         labels.update(known_labels)
-        subjects = {**known, **subjects}
+        subjects.update(known)
     return subjects, labels, tables

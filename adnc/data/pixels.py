@@ -1,10 +1,11 @@
 """Decode image files to grey slices, cache them, and describe what they look like.
 
 Slices are uint8 arrays (N, H, W) until a batch is made. A file is a JPEG, PNG, BMP, TIFF or WebP of
-one picture, 16 to 4,096 pixels a side. It is turned as its EXIF says. Colour (RGB, palette, CMYK)
-becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), and what is transparent becomes black.
-Grey files of 16 bits become 8 bits by one rule for the whole set: the largest value in it takes b
-bits, and 0 to 2^b - 1 becomes 0 to 255. Anything else is refused.
+one picture, with sides of 16 to 4,096 pixels. It is turned as its EXIF says. Colour (RGB, palette,
+CMYK) becomes grey by ITU-R 601-2 (0.299 R + 0.587 G + 0.114 B), and what is transparent becomes
+black. Grey files of 16 bits become 8 bits by one rule for the whole set: with b the number of bits
+of the largest value in the set, the range 0 to 2^b - 1 is scaled to 0 to 255. Anything else is
+refused.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from adnc.errors import InputError
 from adnc.files import fingerprint, write_text
 
-SMALLEST, LARGEST = 16, 4096  # pixels a side: less shows nothing, more is a photograph
+SMALLEST, LARGEST = 16, 4096  # pixels: a smaller side shows nothing, a larger one is a photograph
 NEAR_BLACK = 16  # grey levels below are background
 FORMATS = {
     "JPEG": (".jpeg", ".jpg", ".jpe", ".jfif"),
@@ -115,7 +116,7 @@ def read_grey(path):
     if image.mode == "L":
         return image, 0.0
     if image.mode == "F":
-        raise Unfit("holds real numbers without a known range; expected 8 or 16 bits a pixel")
+        raise Unfit("holds real numbers without a known range; expected 8 or 16 bits per pixel")
     if image.mode.startswith("I"):
         return image.convert("I"), 0.0
 
@@ -145,10 +146,12 @@ def from_16_bits(values, bits):
 
 
 def decode_with_stats(path, size=None, bits=16):
-    """(pixels of `decode`, dict of COLUMNS).
+    """One slice as (uint8 (H, W), dict of COLUMNS).
 
-    `bits` is the number of bits that were used, 8 except for a 16-bit file; `depth` is the number
-    of bits that the largest value of a 16-bit file takes, 0 for any other file.
+    With size = (H, W), an image of another size is scaled to cover it and cropped about its centre.
+    In a 16-bit file, 2^bits - 1 becomes white. Of the COLUMNS, `bits` is that number (8 for other
+    files), and `depth` the number of bits of the largest value in the file (0 for other files).
+    Raises Unfit, or what Pillow raises for a damaged file.
     """
     grey, colour = read_grey(path)
     used, depth = 8, 0
@@ -178,15 +181,6 @@ def describe_levels(grey):
     }  # fmt: skip
 
 
-def decode(path, size=None, bits=16):
-    """One slice as uint8 (H, W).
-
-    With size = (H, W), an image of another size is scaled to cover it and cropped about its centre.
-    Of a 16-bit file, `bits` are used. Raises Unfit, or what Pillow raises for a damaged file.
-    """
-    return decode_with_stats(path, size, bits)[0]
-
-
 def header(path):
     """(height, width) of an upright image file, or None if it cannot be read."""
     try:
@@ -200,7 +194,7 @@ def hash_pixels(pixels):
 
     An empty slice looks like any other, so it does not identify a scan.
     """
-    if pixels.size == 0 or (pixels == pixels.flat[0]).all():
+    if (pixels == pixels.flat[0]).all():
         return ""
     return hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()[:12]
 
@@ -229,27 +223,28 @@ def common_size(paths):
     return sizes.mode()[0]
 
 
-def hash_slices(images, progress=None):
+def hash_slices(images):
     """`hash_pixels` of each of uint8 (N, H, W), in parallel."""
     with threads() as pool:
-        return list(progress_bar(pool.map(hash_pixels, images), progress, len(images)))
+        return list(pool.map(hash_pixels, images))
 
 
 def load_slices(paths, size, progress="decoding", images=None, bits=None):
     """Decode files in parallel into uint8 (N, H, W) with size = (H, W), or into `images`.
 
-    Of 16-bit files `bits` are used, or if None as many as the largest value in all of them takes.
+    In 16-bit files 2^bits - 1 becomes white; if `bits` is None, it is the number of bits of the
+    largest value in all of them.
 
     Returns (images, stats, errors): a DataFrame of N rows with STATS, bits and depth; and for each
     file None, or the reason why it cannot be read, in which case images[i] is black.
     """
     if images is None:
         images = np.zeros((len(paths), *size), np.uint8)
-    rows = [dict.fromkeys(COLUMNS, 0)] * len(paths)
+    rows = [dict.fromkeys(COLUMNS, 0) for _ in paths]
 
-    def load(i, bits):
+    def load(i, white_bits):
         try:
-            images[i], rows[i] = decode_with_stats(paths[i], size, bits)
+            images[i], rows[i] = decode_with_stats(paths[i], size, white_bits)
         except Unfit as problem:
             return str(problem)
         except Exception as problem:  # Pillow raises nearly anything on a damaged file
@@ -257,15 +252,15 @@ def load_slices(paths, size, progress="decoding", images=None, bits=None):
             return f"cannot be read as an image: {reason}"
         return None
 
-    first = 16 if bits is None else bits
+    assumed = 16 if bits is None else bits
     with threads() as pool:
-        work = pool.map(lambda i: load(i, first), range(len(paths)))
+        work = pool.map(lambda i: load(i, assumed), range(len(paths)))
         errors = list(progress_bar(work, progress, len(paths)))
-        # Now it is known how many bits the 16-bit files use together; decode them again if fewer.
+        # Only now is the largest value of the 16-bit files known; decode them again if it is lower.
         deep = [i for i, row in enumerate(rows) if row["depth"] > 0]
-        used = max((rows[i]["depth"] for i in deep), default=16)
-        if bits is None and used < 16:
-            for i, error in zip(deep, pool.map(lambda i: load(i, used), deep)):
+        needed = max((rows[i]["depth"] for i in deep), default=16)
+        if bits is None and needed < 16:
+            for i, error in zip(deep, pool.map(lambda i: load(i, needed), deep)):
                 errors[i] = error
     return images, pd.DataFrame(rows, columns=list(COLUMNS), dtype=float).round(4), errors
 
@@ -288,7 +283,7 @@ FORMAT = 7  # of the cache; raise it when decoding changes
 def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None):
     """The slices of N files as uint8 (N, H, W), where (H, W) is what `find_size()` returns.
 
-    With the folder `root` they are cached: one .npy file a folder, memory-mapped, so that a set
+    With the folder `root` they are cached: one .npy file per folder, memory-mapped, so that a set
     larger than memory trains as well; and a .json with their table. The cache is used as long as
     path, size and times of change of each file stay the same. If it cannot be written, a line says
     so and the slices are decoded into memory.
@@ -304,7 +299,7 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
             if cached is None:
                 return write_cache(file, state, paths, find_size(), progress)
             images, table = cached
-            return images, table, [None] * len(paths)
+            return images, table, [None for _ in paths]  # a set with errors is never cached
         except OSError as problem:
             print(
                 f"the cache cannot be written ({problem}); slices are decoded into memory",
@@ -418,10 +413,9 @@ def out_of_range(stats, training, reference="in training"):
         else:
             least, most = low / SCALE, high * SCALE
         outside = (stats[name] < least) | (stats[name] > most)
-        text = stats[name].map(
-            f"; {WORDS[name]} {{:.3g}}, {reference} {low:.3g} to {high:.3g}".format
-        )
-        texts += text.where(outside, "")
+        for i in stats.index[outside]:
+            value = stats.at[i, name]
+            texts[i] += f"; {WORDS[name]} {value:.3g}, {reference} {low:.3g} to {high:.3g}"
     return texts.mask(texts == "").str.removeprefix("; ")
 
 

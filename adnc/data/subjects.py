@@ -28,15 +28,15 @@ def assign_groups(table):
         return table.assign(group=groups)
 
     # A graph of groups and pictures: every connected component is one group.
-    names, group = np.unique(groups, return_inverse=True)
+    names, group_number = np.unique(groups, return_inverse=True)
     pictures = table.pixel_hash.where(table.pixel_hash != "", table.path)
-    pictures, picture = np.unique(pictures, return_inverse=True)
+    pictures, picture_number = np.unique(pictures, return_inverse=True)
     n_nodes = len(names) + len(pictures)
-    edges = (np.ones(len(table)), (group, len(names) + picture))
+    edges = (np.ones(len(table)), (group_number, len(names) + picture_number))
     graph = coo_array(edges, shape=(n_nodes, n_nodes))
     component = connected_components(graph, directed=False)[1][: len(names)]
     _, first = np.unique(component, return_index=True)
-    return table.assign(group=names[first[component[group]]])
+    return table.assign(group=names[first[component[group_number]]])
 
 
 # ---------------------------------------------------------------- split
@@ -49,9 +49,8 @@ def drop_test_subjects(index):
     """
     if index.subject.isna().all():
         raise InputError(
-            "which subjects are in both train and test is unknown without "
-            "meta_data_with_label.json or subjects.csv; provide one, or leave out "
-            "--drop-test-subjects"
+            "no subject is known, so none can be dropped; add meta_data_with_label.json or "
+            "subjects.csv, name a --subject-pattern, or leave out --drop-test-subjects"
         )
     in_test = index.group.isin(index.group[index.split == "test"])
     dropped = (index.split == "train") & in_test
@@ -67,6 +66,8 @@ def take_subjects(index, n, seed=0):
     label = index[index.split == "train"].groupby("group").label.first()
     if n > len(label):
         raise InputError(f"--subjects is {n}, but train/ has {len(label)}; expected no more")
+    # In a random order, the r-th subject of a class gets the position (r + 0.5) / (share of the
+    # class); the first n positions then hold the classes in their proportion.
     order = np.random.default_rng(seed).permutation(len(label))
     rank = label.iloc[order].groupby(label.iloc[order]).cumcount()
     share = label.map(label.value_counts()) / len(label)
@@ -247,9 +248,9 @@ def describe_split(index, by, dropped=None):
     n_shared = len(shared_subjects(index))
     if n_shared:
         yield (
-            f"LEAK IN THE DATA: {n_shared} test subjects are also in train; scores on test "
-            "subjects known to be unseen are reported apart (--drop-test-subjects trains without "
-            "the shared ones)"
+            f"LEAK IN THE DATA: {n_shared} test subjects are also in train; scores on the other "
+            "test subjects are reported separately (--drop-test-subjects trains without the shared "
+            "ones)"
         )
     if dropped is not None:
         yield f"left out of train: {dropped} scans of subjects that are also in test"
@@ -290,8 +291,8 @@ def describe_copies(index):
     one, other = part[part.pixel_hash == part.pixel_hash.iloc[0]].path.iloc[:2]
     yield (
         f"{where}: {part.pixel_hash.nunique()} slices of {part.scan.nunique()} scans, first {one} "
-        f"and {other}; these scans are kept on one side of a split, and in test they count as seen "
-        "in training"
+        f"and {other}; train and val are split so that these scans stay together, and those in "
+        "test count as seen in training"
     )
 
 

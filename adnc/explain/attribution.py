@@ -30,11 +30,11 @@ from adnc.files import new_folder, write_atomically, write_csv, write_json
 from adnc.scoring import plots
 
 STEPS = 32  # of integrated gradients
-WINDOW = 7  # side of the input over side of the occluded square, which moves by half its side
-LIMIT = 0.5  # a method whose maps correlate this much with those of random weights is unusable
+WINDOW = 7  # the occluded square has 1/7 of the side of the input, and moves by half of its own
+LIMIT = 0.5  # from this correlation with maps of random weights on, a method is unusable
 N_CHECKED = 8  # slices used in the check
 N_DRAWS = 3  # draws of random weights for the whole model; their mean decides
-SMOOTH = 64  # side of a map over SD of the Gaussian that smooths pictures (arrays are not smoothed)
+SMOOTH = 64  # pictures, not arrays, are smoothed by a Gaussian with an SD of 1/64 of their side
 MAX_AT_ONCE = 256  # images
 
 # ---------------------------------------------------------------- methods
@@ -329,8 +329,9 @@ class Explainer:
         """
         out = new_folder(out)
         index = slices.index.reset_index(drop=True)
-        index = index.assign(number=index.index + 1)[index.error.isna()]
-        some = index.iloc[np.unique(np.linspace(0, len(index) - 1, N_CHECKED).round().astype(int))]
+        index["number"] = index.index + 1
+        index = index[index.error.isna()]
+        some = index.loc[plots.evenly(index.index.to_numpy(), N_CHECKED)]
         method, usable, sentence = self.choose(slices.images[some.row.to_numpy(np.int64)], out)
 
         random_model = randomise(self.model, self.fresh_model, len(model_parts(self.model)))

@@ -193,18 +193,19 @@ def data_address(data, kind):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def strip(rows, threshold):
+def probability_plot(rows, threshold):
     """The plot of p_AD by slice number, as SVG paths in a box of WIDTH x HEIGHT.
 
-    line: through all points. dots, rings: slices within and out of the training range. ticks:
-    slices that could not be read. Unless all slices have numbers, the x axis is their order.
+    line: through all points. dots, rings: slices within and out of the training range, as lines of
+    no length with round ends. ticks: slices that could not be read. Unless all slices have numbers,
+    the x axis is their order.
     """
     numbered = bool(rows.slice.notna().all())
     at = rows.slice.to_numpy(float) if numbered else np.arange(1.0, len(rows) + 1)
     inner = WIDTH - 2 * EDGE
     span = max(np.ptp(at), 1)
     x = (WIDTH - np.ptp(at) / span * inner) / 2 + (at - at.min()) / span * inner
-    y = strip_height(rows.p_AD.to_numpy(float))
+    y = plot_height(rows.p_AD.to_numpy(float))
     predicted = rows.p_AD.notna().to_numpy()
     outside = rows.out_of_range.notna().to_numpy()
 
@@ -224,15 +225,15 @@ def strip(rows, threshold):
         "dots": dots(predicted & ~outside),
         "rings": dots(predicted & outside),
         "ticks": "".join(f"M{a:.1f} {HEIGHT - EDGE}v-6" for a in x[~predicted]),
-        "threshold": f"{strip_height(threshold):.1f}",
+        "threshold": f"{plot_height(threshold):.1f}",
         "label": label,
         "low": low,
         "high": high,
     }
 
 
-def strip_height(p):
-    """The y coordinate of p_AD in `strip`."""
+def plot_height(p):
+    """The y coordinate of p_AD in `probability_plot`."""
     return EDGE + (1 - p) * (HEIGHT - 2 * EDGE)
 
 
@@ -250,8 +251,11 @@ def describe_page(report, sources, linked):
     both = None  # the interval of p_AD with the verdict AD|NC
     if calibration and report.coverage is not None:
         quantile = conformal_quantile(calibration, report.coverage)
-        if 0.5 <= quantile < 1:
-            both = (1 - quantile, quantile)  # see calibration.prediction_sets
+        # The prediction, AD from the threshold on, is always in the set: see prediction_sets.
+        low = min(1 - quantile, calibration["threshold"])
+        high = max(quantile, calibration["threshold"])
+        if low < high < 1:
+            both = (low, high)
 
     curves = {}
     if report.scores:
@@ -287,7 +291,7 @@ def describe_page(report, sources, linked):
 
 
 def describe_scans(report, sources):
-    """A dict a scan, the least certain first.
+    """One dict per scan, the least certain first.
 
     Scans without a verdict or a readable slice come first, then AD|NC, then the others by the
     distance of p_AD from the threshold.
@@ -348,7 +352,7 @@ def describe_scan(scan, rows, row, sources):
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
         "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
-        "strip": strip(rows, first.threshold),
+        "strip": probability_plot(rows, first.threshold),
         "certainty": (RANKS[decision], distance),
     }
 

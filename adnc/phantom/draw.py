@@ -176,8 +176,9 @@ def metadata(scans, seed=0):
     used = [scan.scan for scan in scans]
     free = rng.choice(np.setdiff1d(SCAN_IDS, used), round(NEITHER * len(scans)), replace=False)
     others = [f"{rng.integers(2, 142):03d}_S_{8000 + n:04d}" for n in rng.permutation(1999)]
-    # as many scans per subject as in the real set
-    rows += [(int(i), others[k * 680 // 1526 % 1999], 1) for k, i in enumerate(free)]
+    for k, i in enumerate(free):
+        subject = others[k * 680 // 1526 % len(others)]  # 1,526 scans of 680 subjects, as in AD_NC
+        rows.append((int(i), subject, 1))
 
     entries = {}
     for scan, name, label in sorted(rows):

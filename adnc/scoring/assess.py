@@ -39,7 +39,7 @@ def statements(checkpoint):
     """
     leaks, notes = [], []
     if checkpoint["split_by"] == "slice":
-        leaks.append("of a run split by slice")
+        leaks.append("trained with --split-by slice")
     init = checkpoint["init"]
     if init and not init["exposure"]:
         notes.append(f"starts from {init['file']}, which does not record its training subjects")
@@ -131,7 +131,7 @@ def format_difference(part):
 def format_table(rows):
     """Lines of a Markdown table, padded for a terminal. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    rows = [rows[0], ["".ljust(width, "-") for width in widths], *rows[1:]]
     lines = []
     for row in rows:
         cells = [text.ljust(width) for text, width in zip(row, widths)]

@@ -17,9 +17,9 @@ from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, interval, with
 def calibrate(val, threshold="0.5"):
     """Fit the calibration of a model; returns plain values for its checkpoint.
 
-    `val` holds labelled slice-level predictions with the column logit (z_AD - z_NC). `threshold` is
-    "0.5" or "youden". For prediction sets, `scores` holds 1 - p(label) of each validation scan, and
-    `weights` gives every group the same weight.
+    `val` is a table of labelled slices with the columns metrics.PREDICTIONS. `threshold` is "0.5"
+    or "youden". The temperature fits slices. For prediction sets, `scores` holds 1 - p(label) of
+    each validation scan, and `weights` gives every group the same weight.
     """
     is_ad = (val.label == "AD").to_numpy()
     temperature = fit_temperature(val.logit.to_numpy(), is_ad, val.group)

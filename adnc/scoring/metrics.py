@@ -79,9 +79,9 @@ def aggregate(predictions, unit):
     if unit == "slice":
         return with_predictions(counts)
 
-    carried = ["label", "threshold", "exposure", "group", "prediction_set"]
+    carried = ["label", "threshold", "exposure", "group"]
     if unit == "scan":
-        carried.append("subject")
+        carried += ["subject", "prediction_set"]
     columns = {
         "p_AD": "mean",
         "n_slices": "sum",
@@ -93,7 +93,7 @@ def aggregate(predictions, unit):
     # The means of 19 and of 20 equal numbers may differ in the last bit, which would rank them.
     table = with_predictions(table.assign(p_AD=table.p_AD.round(12)))
     if unit == "subject":
-        table["prediction_set"] = pd.array([None] * len(table), "string")
+        table["prediction_set"] = pd.Series(None, table.index, dtype="string")
     return table
 
 
@@ -142,15 +142,13 @@ class Bootstrap:
         return self.counts @ np.bincount(self.group, values, self.counts.shape[1])
 
     def curves(self, y, p):
-        """For chunks of resamples, how many AD and NC have a p at or above each distinct value.
-
-        The values go from the highest to the lowest. Yields two arrays (chunk, values).
-        """
+        """For chunks of resamples, the number of AD and of NC whose p is at or above each distinct
+        value of p, from the highest value to the lowest: two arrays (chunk, values)."""
         order = np.argsort(-p, kind="stable")
-        last = np.flatnonzero(np.diff(p[order], append=-np.inf))  # of each run of equal values
-        ad, row = y[order].astype(float), self.group[order]
+        last = np.flatnonzero(np.diff(p[order], append=-np.inf))  # the last of equal values
+        ad, group = y[order].astype(float), self.group[order]
         for start in range(0, len(self.counts), 100):
-            times = self.counts[start : start + 100, row]
+            times = self.counts[start : start + 100, group]
             yield np.cumsum(times * ad, 1)[:, last], np.cumsum(times * (1 - ad), 1)[:, last]
 
 
@@ -170,7 +168,7 @@ def resampled_scores(y, p, predicted, bootstrap):
     n, ad, nc = total(np.ones(len(y))), total(y), total(~y)
     hit_ad, hit_nc = total(predicted & y), total(~predicted & ~y)
     bins = which_bin(p)
-    error = sum(np.abs(total((p - y) * (bins == b))) for b in np.unique(bins))
+    error = sum(np.abs(total(np.where(bins == b, p - y, 0))) for b in np.unique(bins))
     areas = [areas_under_curves(*curve) for curve in bootstrap.curves(y, p)]
 
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -207,7 +205,8 @@ def point_scores(y, p, predicted):
 
     A score that is not defined, because a class is absent, is None.
     """
-    once = Bootstrap(np.zeros(len(y)), resamples=1)  # one group, drawn once
+    # One group that is drawn once is the sample itself.
+    once = Bootstrap(np.zeros(len(y)), resamples=1)
     scores = {}
     for name, values in resampled_scores(y, p, predicted, once).items():
         value = float(values[0])
@@ -305,8 +304,8 @@ def compare(a, b):
 
     Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95",
     "p"} of a paired bootstrap: both models are scored on the same resamples. p is two-sided: twice
-    the share of resamples on the rarer side of 0. Both tables need the same groups, else the
-    resamples are not paired.
+    the share of resamples on the rarer side of 0, with one added to both numbers, so that it is
+    never 0. Both tables need the same groups, else the resamples are not paired.
     """
     differences = dict.fromkeys(UNITS)
     for unit in UNITS:

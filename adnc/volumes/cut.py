@@ -71,14 +71,15 @@ def look_of(checkpoint, flags):
     differences = []
     if trained is not None:
         for name in ("plane", "turn", "spacing", "step"):
-            if name in flags and flags[name] != getattr(trained, name):
-                differences.append(
-                    f"--{name} {flags[name]}, those in training with {getattr(trained, name)}"
-                )
+            before = getattr(trained, name)
+            if name == "step" and before is None:
+                before = trained.spacing
+            if name in flags and flags[name] != before:
+                differences.append(f"--{name} {flags[name]}, those in training with {before}")
     warnings = []
     if differences:
         warnings.append(
-            f"the slices are cut with {'; with '.join(differences)}: p_AD may mean nothing"
+            f"the slices are cut with {'; with '.join(differences)}: p_AD may be meaningless"
         )
     if flags:
         origin += f", with the flags that are given ({', '.join(flags)})"
@@ -148,7 +149,7 @@ def cut(volume, affine, look, middle, black):
     volume is `black`.
     """
     nib = read.import_nibabel()
-    across, (down, down_way), (along, along_way) = PLANES[look.plane]
+    across, (down, down_sign), (along, along_sign) = PLANES[look.plane]
     grid = np.full(3, look.spacing)
     grid[across] = look.step or look.spacing
     shape, world = nib.spaces.vox2out_vox((volume.shape, affine), grid)
@@ -170,14 +171,15 @@ def cut(volume, affine, look, middle, black):
     to_grid = np.diag([0.0, 0.0, 0.0, 1.0])
     to_grid[across, 0] = 1
     to_grid[across, 3] = numbers[0]
-    for column, axis, way, side in ((1, down, down_way, height), (2, along, along_way, width)):
+    rows_and_columns = ((1, down, down_sign, height), (2, along, along_sign, width))
+    for column, axis, sign, side in rows_and_columns:
         if look.size:
-            first = centre[axis] - way * (side // 2)
-        elif way > 0:
+            first = centre[axis] - sign * (side // 2)
+        elif sign > 0:
             first = 0
         else:
             first = shape[axis] - 1
-        to_grid[axis, column] = way
+        to_grid[axis, column] = sign
         to_grid[axis, 3] = first
 
     slices = resample(volume, affine, world @ to_grid, (len(numbers), height, width), black)
@@ -188,8 +190,8 @@ def cut(volume, affine, look, middle, black):
 def resample(volume, affine, to_affine, shape, black):
     """The volume on another grid of the world, by linear interpolation; outside is `black`."""
     nib = read.import_nibabel()
-    # In coordinates of voxels, rounded. Digits beyond the ninth decide whether the outermost row of
-    # voxels counts as outside, and becomes black; rounding keeps the slices of earlier versions.
+    # In coordinates of voxels, rounded: else rounding errors decide whether the outermost row of
+    # voxels counts as outside, and becomes black. Another number of digits would change slices.
     to_voxels = (np.linalg.inv(affine) @ to_affine).round(9)
     image = nib.Nifti1Image(volume, np.eye(4))
     image = nib.processing.resample_from_to(image, (shape, to_voxels), order=1, cval=black)
@@ -311,9 +313,8 @@ def describe_mixed(table):
     if inside.all() or not inside.any():
         return None
     return (
-        f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/ (of train/ and "
-        f"test/), and others are not, such as {table.source[~inside].iloc[0]}, so that the classes "
-        "of all would be lost"
+        f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/, the others, such "
+        f"as {table.source[~inside].iloc[0]}, are not: then no slice gets a class"
     )
 
 
@@ -358,7 +359,7 @@ def add_table_subjects(table, inputs):
     return table.assign(subject=column), used, lines
 
 
-def extract(table, look, out, workers=None, progress="extracting"):
+def extract(table, look, out, workers=None):
     """Cut the volumes of `find_all`, in parallel, into out/slices/<scan>_<slice>.png.
 
     If all volumes are in folders AD/ and NC/ (or in those of train/ and test/), so are the slices.
@@ -392,10 +393,10 @@ def extract(table, look, out, workers=None, progress="extracting"):
         workers = 1  # deepbet uses every core by itself
     elif workers is None:
         workers = min(os.cpu_count() or 1, 8)
-    bar = {"unit": " volumes", "leave": False, "disable": None if progress else True}
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(work, table.itertuples(index=False))
-        rows = list(tqdm(done, progress, len(table), **bar))
+        bar = tqdm(done, "extracting", len(table), unit=" volumes", leave=False, disable=None)
+        rows = list(bar)
 
     table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
     whole_numbers = {name: "Int64" for name in ("n_slices", "first_slice", "last_slice")}
@@ -473,47 +474,47 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
     and no volume, or if no volume can be cut and there is no other input.
     """
     volumes = [given for given in inputs if holds_volumes(given)]
-    cut = CutInputs(given for given in inputs if given not in volumes)
+    result = CutInputs(given for given in inputs if given not in volumes)
     if not volumes:
         if keep or flags:
             raise InputError(
                 "--keep-slices and the flags on how volumes are cut need a volume among the "
                 "inputs, or a folder of volumes without slices beside them"
             )
-        return cut
+        return result
 
     look, origin, warnings = look_of(checkpoint, flags)
-    cut.notes += warnings
+    result.notes += warnings
     table = find_all(volumes)
     mixed = describe_mixed(table)
     if mixed:
-        cut.notes.append(mixed)
+        result.notes.append(mixed)
     tables = []
     try:
         table, tables, lines = add_table_subjects(table, volumes)
-        cut.notes += lines
+        result.notes += lines
     except InputError as problem:  # the prediction only loses its subjects
-        cut.notes.append(f"subjects are unknown: {problem}")
+        result.notes.append(f"subjects are unknown: {problem}")
 
     if keep:
         folder = new_folder(keep, "--keep-slices")
     else:
-        cut.temporary = tempfile.TemporaryDirectory(prefix="slices-")
-        folder = Path(cut.temporary.name)
-    cut.table = extract(table, look, folder)
-    cut.notes += remarks(cut.table, table, volumes, tables)
+        result.temporary = tempfile.TemporaryDirectory(prefix="slices-")
+        folder = Path(result.temporary.name)
+    result.table = extract(table, look, folder)
+    result.notes += remarks(result.table, table, volumes, tables)
 
-    bad = cut.table[cut.table.error.notna()]
-    cut.failed = dict(zip(bad.source, bad.error))
-    n_cut = len(cut.table) - len(bad)
-    if n_cut == 0 and not cut.inputs:
-        reasons = [f"{source} {error}" for source, error in cut.failed.items()]
+    bad = result.table[result.table.error.notna()]
+    result.failed = dict(zip(bad.source, bad.error))
+    n_cut = len(result.table) - len(bad)
+    if n_cut == 0 and not result.inputs:
+        reasons = [f"{source} {error}" for source, error in result.failed.items()]
         raise InputError("; ".join(reasons))
     slices = folder / "slices"
     parts = [slices / name for name in ("train", "test") if (slices / name).is_dir()]
     if parts:
-        cut.inputs += map(str, parts)
+        result.inputs += map(str, parts)
     elif n_cut:
-        cut.inputs.append(str(slices))
-    cut.lines.append(f"{n_cut} of {len(cut.table)} volumes cut: {look} ({origin})")
-    return cut
+        result.inputs.append(str(slices))
+    result.lines.append(f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin})")
+    return result

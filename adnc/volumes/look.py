@@ -9,8 +9,8 @@ from adnc.cli import number
 from adnc.errors import InputError
 from adnc.files import read_json
 
-# World axes of slices, of rows and of columns; rows and columns with the direction in which they
-# are counted.
+# For each plane: the world axis across the slices, that along which rows are counted, and that of
+# the columns; with -1 if they are counted against the axis.
 PLANES = {
     "axial": (2, (1, -1), (0, 1)),
     "coronal": (1, (2, -1), (0, 1)),
@@ -50,7 +50,7 @@ class Look:
         if self.size:
             size = f"{self.size[0]} x {self.size[1]}"
         step = self.step or self.spacing
-        parts = [self.plane, f"{where} every {step:g} mm", size, f"{self.spacing:g} mm a pixel"]
+        parts = [self.plane, f"{where} every {step:g} mm", size, f"{self.spacing:g} mm per pixel"]
         if self.turn:
             parts.append(f"turned by {self.turn} degrees")
         if self.strip:
@@ -64,7 +64,7 @@ class Look:
 ADNI = Look("sagittal", size=(256, 240), step=1.2)
 
 
-def span(word):
+def parse_range(word):
     """A `type` for argparse: FROM:TO as (from, to, "index" or "mm").
 
     81:100 are numbers of slices, -10mm:10mm are positions.
@@ -83,12 +83,12 @@ def span(word):
     return low, high, "index" if index else "mm"
 
 
-def size(word):
+def parse_size(word):
     """A `type` for argparse: WIDTHxHEIGHT in pixels, as (width, height)."""
     match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", word)
     if not match or not all(16 <= int(side) <= 4096 for side in match.groups()):
         raise argparse.ArgumentTypeError(
-            f"{word} is not WIDTHxHEIGHT with 16 to 4096 pixels a side, as 256x240 is"
+            f"{word} is not WIDTHxHEIGHT with sides of 16 to 4096 pixels, as 256x240 is"
         )
     return int(match[1]), int(match[2])
 
@@ -102,7 +102,7 @@ def add_look_flags(parser, default="the defaults in brackets"):
         help="left is on the left; a sagittal face looks to the left (axial)",
     )
     add(
-        "--slices", type=span, metavar="FROM:TO",
+        "--slices", type=parse_range, metavar="FROM:TO",
         help="numbers, as in 81:100; positions need an =, as in --slices=-10mm:10mm",
     )
     add(
@@ -110,7 +110,7 @@ def add_look_flags(parser, default="the defaults in brackets"):
         help="the N slices in the middle of the head (20)",
     )
     add(
-        "--size", type=size, metavar="WxH",
+        "--size", type=parse_size, metavar="WxH",
         help="pixels of a slice, about the middle of the head (the whole volume)",
     )
     add("--turn", type=int, choices=(0, 90, 180, 270), help="degrees, counter-clockwise (0)")

@@ -22,7 +22,7 @@ INSTALL = "python -m pip install -r requirements-extra.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")
 MIN_SIDE, MAX_SIDE = 8, 1024  # voxels
 MAX_VOXELS = 2**28  # 1 GB as float32
-MIN_FIELD, MAX_FIELD = 30, 1000  # mm a side: outside is no head, or not in millimetres
+MIN_FIELD, MAX_FIELD = 30, 1000  # mm: beyond these it is no head, or not in millimetres
 
 # ---------------------------------------------------------------- files
 
@@ -182,11 +182,11 @@ def open_volume(path):
             f"side and at most {MAX_VOXELS:,}"
         )
     if dtype.fields:
-        raise Unfit("has voxels in colour; expected one real number a voxel")
+        raise Unfit("has voxels in colour; expected one real number per voxel")
     if dtype.kind == "c":
-        raise Unfit("has voxels that are complex; expected one real number a voxel")
+        raise Unfit("has voxels that are complex; expected one real number per voxel")
     if dtype.kind not in "iufb":
-        raise Unfit(f"has voxels of type {dtype}; expected one real number a voxel")
+        raise Unfit(f"has voxels of type {dtype}; expected one real number per voxel")
     if not (np.isfinite(affine).all() and orthogonality > 0.1):
         raise Unfit(
             "has an affine that cannot be inverted, so its voxels have no place; fix its header"
@@ -195,8 +195,8 @@ def open_volume(path):
     if not (MIN_FIELD <= field.min() and field.max() <= MAX_FIELD):
         sides = " x ".join(f"{side:.3g}" for side in field)
         raise Unfit(
-            f"is {sides} mm large; expected {MIN_FIELD} to {MAX_FIELD} mm a side, with the header "
-            "in millimetres"
+            f"measures {sides} mm; expected sides of {MIN_FIELD} to {MAX_FIELD} mm: is its header "
+            "in another unit?"
         )
 
     notes = []
