@@ -67,9 +67,6 @@ class DropPath(nn.Module):
         keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.p)
         return x * (keep / (1.0 - self.p))
 
-    def extra_repr(self):
-        return f"p={self.p:.3f}"
-
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the channels (Ba et al. 2016, arXiv 1607.06450), epsilon 1e-6.

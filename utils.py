@@ -147,8 +147,8 @@ def save_checkpoint(path, **content):
     def write(temporary):
         try:
             torch.save({**content, "format": FORMAT}, temporary)
-        except RuntimeError as problem:  # PyTorch's own writer, on a full disk
-            raise OSError(f"no space left, or {str(problem).splitlines()[0]}") from None
+        except RuntimeError as problem:  # what PyTorch's writer raises, as on a full disk
+            raise OSError(str(problem).splitlines()[0]) from None
 
     write_atomically(path, write)
 

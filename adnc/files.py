@@ -76,33 +76,10 @@ def read_csv(path):
 
 # Words in a table of subjects that stand for "not known", in lower case.
 MISSING = {
-    "",
-    "na",
-    "n/a",
-    "#n/a",
-    "<na>",
-    "n.a.",
-    "nan",
-    "none",
-    "null",
-    "not available",
-    "unknown",
-    "unk",
-    "missing",
-    "?",
-    "-",
-    "--",
-    ".",
-    "tbd",
-    "tba",
-    "to be determined",
-    "anonymous",
-    "anonymised",
-    "anonymized",
-    "-9",
-    "-99",
-    "-999",
-}
+    "", "?", "-", "--", ".", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "none", "null", "missing",
+    "unknown", "unk", "not available", "tbd", "tba", "to be determined",
+    "anonymous", "anonymised", "anonymized", "-9", "-99", "-999",
+}  # fmt: skip
 
 
 def read_table(path, columns):

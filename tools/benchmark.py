@@ -35,7 +35,7 @@ from adnc.cli import COUNT, SIDE, Parser, number, run_script
 from adnc.cpu_engine import make_engine
 from adnc.data.augment import eval_transform
 from adnc.errors import InputError
-from adnc.files import write_json
+from adnc.files import require_new, write_json
 from adnc.phantom.anatomy import SLICES, Scan, render
 from adnc.phantom.draw import draw
 from dataset import Batches, decode_set
@@ -417,6 +417,8 @@ def parse_args(argv=None):
 
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.json:
+        require_new(args.json, "--json")
     return args
 
 
