@@ -153,8 +153,8 @@ def check_classes(index, root):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
             raise InputError(
-                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected two or "
-                "more subjects of each class in train/, and a --val-fraction above 0"
+                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected subjects "
+                "of both classes in train and in val (see --val-fraction, --subjects, --split)"
             )
 
 

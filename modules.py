@@ -121,7 +121,9 @@ class ConvNeXtBlock(nn.Module):
         y = self.norm(self.dwconv(x))
         y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         y = self.pwconv2(self.act(self.pwconv1(y)))
-        y = self.gamma.to(y.dtype) * y
+        # gamma is float32, so that the residual stream is float32 under autocast, too. In 16 bits a
+        # branch scaled by 1e-6 would change nothing.
+        y = self.gamma * y
         y = y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return x + self.drop_path(y)
 

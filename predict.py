@@ -31,11 +31,11 @@ from adnc.cpu_engine import make_engine
 from adnc.data.augment import MEAN, STD, eval_transform
 from adnc.data.index import list_inputs
 from adnc.data.pixels import out_of_range
-from adnc.data.subjects import find_exposure
+from adnc.data.subjects import describe_same_names, find_exposure
 from adnc.errors import InputError, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
-from adnc.scoring.assess import format_assessment, statements, write_results
+from adnc.scoring.assess import WORKS, format_assessment, statements, write_results
 from adnc.scoring.baselines import predict_baselines
 from adnc.scoring.calibration import apply_calibration, max_coverage
 from adnc.volumes.look import add_look_flags, given_look_flags
@@ -140,6 +140,9 @@ def warn_of_rows(predictions, column, what, begin=""):
 def warnings_about(predictions, checkpoint, coverage):
     """Warnings about calibrated predictions, as lines of text."""
     readable = predictions[predictions.p_AD.notna()]
+    conclusion = checkpoint.get("conclusion")
+    if conclusion and conclusion["verdict"] != WORKS:
+        yield f"this model: {conclusion['verdict']}. {' '.join(conclusion['sentences'][:2])}"
     for leak in statements(checkpoint)["leaks"]:
         yield f"the model is LEAKY: {leak}"
     if "calibration" not in checkpoint:
@@ -197,7 +200,7 @@ def parse_args(argv=None):
         "inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either"
     )
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="best_model.pth of a run (default: newest in runs/)"
+        "--checkpoint", metavar="RUN", help="a run or its best_model.pth (default: the newest)"
     )
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)"
@@ -236,7 +239,9 @@ def main(argv=None):
     args = parse_args(argv)
     out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
-    path = args.checkpoint or newest_checkpoint()
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    if path.is_dir():
+        path = path / "best_model.pth"
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
         raise InputError(
@@ -250,7 +255,7 @@ def main(argv=None):
     if args.report:
         from adnc.explain import report
 
-        report.require_writable(args.report)
+        report.require_writable(args.report, out)
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
 
@@ -295,7 +300,12 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
         calibration=checkpoint.get("calibration"),
     )  # fmt: skip
-    warnings = [*cut.notes, *slices.notes, *warnings_about(predictions, checkpoint, args.coverage)]
+    warnings = [
+        *cut.notes,
+        *slices.notes,
+        *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
+        *warnings_about(predictions, checkpoint, args.coverage),
+    ]
     for warning in warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     scans = metrics.aggregate(predictions[predictions.p_AD.notna()], "scan")

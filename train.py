@@ -12,6 +12,7 @@ written after each epoch: `--resume` repeats the epoch that was lost, and ends w
 run without the stop would have had.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -50,8 +51,13 @@ from adnc.files import fingerprint, new_folder, require_new, unused_name, write_
 from adnc.phantom.draw import draw
 from adnc.pretrained import find_state_dict, load_tensors
 from adnc.scoring import assess
-from adnc.scoring.baselines import fit_baselines
-from adnc.scoring.calibration import apply_calibration, calibrate, max_coverage
+from adnc.scoring.baselines import describe_background, fit_baselines
+from adnc.scoring.calibration import (
+    apply_calibration,
+    calibrate,
+    fit_with_dark_share,
+    max_coverage,
+)
 from adnc.volumes.look import recorded_look
 from dataset import Batches, load_set
 from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_weights, make_model
@@ -526,7 +532,8 @@ def validate(state, slices, *, image_size, batch_size):
 
 # ---------------------------------------------------------------- all epochs
 
-HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc   AUROC    img/s"
+# All of slices, except for the last score.
+HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc  scan AUROC    img/s"
 
 
 def format_epoch(row, best, remark):
@@ -540,7 +547,7 @@ def format_epoch(row, best, remark):
         f"{row['val_loss']:>8.4f}",
         f"{row['val_accuracy']:>7.3f}",
         f"{row['val_balanced_accuracy']:>7.3f}",
-        f"{auroc:>6}",
+        f"{auroc:>10}",
         f"{row['images_per_s']:>7.1f}",
     ]
     if best:
@@ -549,6 +556,8 @@ def format_epoch(row, best, remark):
         cells.append(f"{row['skipped_steps']} steps skipped, not finite")
     if remark:
         cells.append(remark)
+    if row["epoch"] >= 3 and not row["train_loss"] < math.log(2) - 0.01:
+        cells.append("training loss not below ln 2: not learning")
     return "  ".join(cells)
 
 
@@ -605,6 +614,13 @@ def fit(state, slices, args, out, card, log):
         if best is not None and 0 < args.patience <= state.epoch - best["epoch"]:
             log(f"stopped early: no better validation in {args.patience} epochs")
             break
+        if card["test_read"]:
+            log(
+                f"test was read after epoch {state.epoch}, and the run now trains on: all later "
+                "scores on test say so"
+            )
+            card["test_read_after"] = [*card["test_read_after"], state.epoch]
+            card["test_read"] = False
         order.manual_seed(seed_of(args.seed, state.epoch + 1))
         row = train_one_epoch(
             state,
@@ -664,7 +680,11 @@ def draw_demo():
     """The phantom set of --demo, drawn on the first call."""
     folder = pixels.cache_folder() / f"phantom-{DEMO_SUBJECTS}-v{DEMO_VERSION}"
     if not folder.is_dir():
-        print(f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once", flush=True)
+        print(
+            f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once; this takes a "
+            "minute or two",
+            flush=True,
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             draw(Path(temporary) / "set", DEMO_SUBJECTS)
@@ -700,7 +720,9 @@ def load_init(model, path, log):
 def model_card(args, slices, state, model_args, init):
     """What a checkpoint records beside the weights: everything that predict.py needs.
 
-    `exposure` holds the subjects and scans that the weights were trained and chosen on.
+    `exposure` holds the subjects and scans that the weights were trained and chosen on. `test_read`
+    is whether test was evaluated after the last epoch; `test_read_after` are the epochs after which
+    it was, and the run then trained on.
     """
     index = slices.index
     train = index[index.split == "train"]
@@ -727,6 +749,8 @@ def model_card(args, slices, state, model_args, init):
         "data_hash": fingerprint("\n".join(sorted(names + " " + index.pixel_hash))),
         "exposure": exposure,
         "init": init,
+        "test_read": False,
+        "test_read_after": [],
         "data": os.path.abspath(slices.root),
         "flags": vars(args),
         "precision": precision_name(state.amp),
@@ -776,10 +800,10 @@ def restore(state, last, card, args, out, log):
     if kept and kept["epoch"] < last["epoch"] and not (out / "best_model.pth").exists():
         raise InputError(f"{out / 'best_model.pth'} is gone; restore it, or start a new run")
     state.load_state_dict(last, same_precision=last["precision"] == card["precision"])
+    for name in ("test_read", "test_read_after"):
+        card[name] = last[name]
 
     log(f"resumed after epoch {state.epoch}")
-    if (out / "test" / "metrics.json").exists():
-        log("this run was evaluated on test before: if it trains on, test is read a second time")
     if last["flags"]["epochs"] != args.epochs:
         log(
             f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, "
@@ -803,6 +827,8 @@ def check_batches(state, n_slices, batch_size):
             f"a batch needs {state.min_batch} slices or more (BatchNorm, or one for each process); "
             f"--batch-size is {batch_size}, and there are {n_slices:,} training slices"
         )
+    if batch_size > n_slices:
+        yield f"--batch-size is {batch_size}, and there are {n_slices:,} training slices: one step"
     rest = n_slices % batch_size
     if 0 < rest < state.min_batch:
         yield (
@@ -826,15 +852,19 @@ def command(*words):
 # ---------------------------------------------------------------- the final evaluation
 
 
-def evaluate_kept_model(slices, args, out, *, device, amp, log):
+def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log):
     """Calibrate the kept model on val, then evaluate it on val and, once, on test, along the path
     of predict.py.
 
     What is learned here, from train and val alone, goes into best_model.pth: baselines and
-    calibration.
+    calibration. So does the conclusion from test. Returns the last lines of the log: the three
+    sentences of the conclusion, and before them a warning if the model failed on val.
     """
     path = out / "best_model.pth"
     checkpoint = load_checkpoint(path)
+    checkpoint["test_read_after"] = test_read_after
+    for line in describe_background(slices.index):
+        log(line)
     checkpoint["baselines"] = fit_baselines(slices)
     titles = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
     if args.keep == "last":
@@ -845,6 +875,7 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
     if args.folds is not None:
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
 
+    warning = None
     inherited = (checkpoint["init"] or {}).get("exposure")
     for split, title in titles.items():
         part = slices.part(split)
@@ -862,7 +893,9 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
             checkpoint, part, device=device, amp=amp, batch_size=args.batch_size, exposure=exposure
         )
         if split == "val":
-            checkpoint["calibration"] = calibration = calibrate(predictions, args.threshold)
+            calibration = calibrate(predictions, args.threshold)
+            calibration["with_dark_share"] = fit_with_dark_share(predictions)
+            checkpoint["calibration"] = calibration
             save_checkpoint(path, **checkpoint)
             log(describe_calibration(calibration, predictions))
         predictions = apply_calibration(predictions, calibration, assess.COVERAGE)
@@ -881,8 +914,18 @@ def evaluate_kept_model(slices, args, out, *, device, amp, log):
                 f"{assess.cell(scores['slice'], 'accuracy')}, scan-level "
                 f"{assess.cell(scores['scan'], 'accuracy')}"
             )
-        else:
-            log("\n".join(assess.format_assessment(scores)))
+            share_ad = part.is_ad.mean()
+            larger = max(share_ad, 1 - share_ad)
+            if scores["slice"]["accuracy"] <= larger:
+                warning = (
+                    "on validation the kept model is no better than the larger class: slice-level "
+                    f"accuracy {scores['slice']['accuracy']:.3f}, larger class {larger:.3f}"
+                )
+    *lines, first, second, third = assess.format_assessment(scores)
+    log("\n".join(lines))
+    checkpoint["conclusion"] = scores["conclusion"]  # of test, for the report of a prediction
+    save_checkpoint(path, **checkpoint)
+    return [line for line in (warning, first, second, third) if line]
 
 
 def describe_calibration(calibration, predictions):
@@ -989,8 +1032,12 @@ def train(args, world, device, amp):
         log(line)
     for line in subjects.describe_split(slices.index, args.split_by, slices.dropped):
         log(line)
+    for line in subjects.describe_validation(slices.index):
+        log(line)
     for line in subjects.describe_transfer(slices.index, init):
         log(line)
+    if device.type == "cpu" and is_busy():
+        log("this machine is busy: set OMP_NUM_THREADS=1, or training may take many times as long")
     for line in lines:
         log(line)
     if args.skip_bad:
@@ -1002,16 +1049,37 @@ def train(args, world, device, amp):
         fit(state, slices, args, out, card, log)
         world.leave()
         if world.is_main:
-            evaluate_kept_model(slices, args, out, device=device, amp=amp, log=log)
+            card["test_read"] = True
+            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+            last_lines = evaluate_kept_model(
+                slices, args, out, card["test_read_after"], device=device, amp=amp, log=log
+            )
     except KeyboardInterrupt:
         log(f"stopped by Ctrl-C; {resume}")
         sys.exit(130)
     except OSError as problem:
         raise OSError(f"{problem}\n{resume}") from None
 
+    if not world.is_main:
+        return
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
         log(f"predict again with:\n  {how_to_predict(slices.root, out)}")
+    loss = state.history[-1]["train_loss"]
+    if not loss < math.log(2):
+        log(
+            f"the training loss ended at {loss:.4g}, not below ln 2 = 0.693, that of guessing: the "
+            "model has not learned; try a lower --lr"
+        )
+    for line in last_lines:
+        log(line)
+
+
+def is_busy():
+    """Whether other processes use the cores, and PyTorch was not told to use one thread."""
+    if torch.get_num_threads() == 1 or not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def how_to_predict(root, out):

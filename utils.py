@@ -138,7 +138,7 @@ def lr_at(step, *, steps_per_epoch, epochs, warmup_epochs, lr):
 
 # ---------------------------------------------------------------- checkpoints
 
-FORMAT = 4  # raise it when an older checkpoint can no longer be read
+FORMAT = 5  # raise it when an older checkpoint can no longer be read
 
 
 def save_checkpoint(path, **content):

@@ -28,7 +28,9 @@ def number(low, high, kind=float):
 
     def read(word):
         what = "whole number" if kind is int else "number"
-        message = f"{word} is not a {what} from {low:.10g} to {high:.10g}"
+        lowest = "above 0" if 0 < low < 1e-5 else f"of at least {low:.10g}"
+        highest = "below 1" if 0.999 < high < 1 else f"at most {high:.10g}"
+        message = f"{word} is not a {what} {lowest} and {highest}"
         try:
             value = kind(word)
         except ValueError:

@@ -89,6 +89,10 @@ def read_table(path, columns):
     Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if
     the file cannot be read or lacks one of the `columns`.
     """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}; expected a table of {' and '.join(columns)}")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path} is empty; expected the columns {' and '.join(columns)}")
     try:
         table = pd.read_csv(
             path,

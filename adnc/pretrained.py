@@ -22,6 +22,8 @@ def load_tensors(path):
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; expected a file of torch.save or .safetensors")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path} is empty; expected a file of torch.save or .safetensors")
     try:
         if str(path).endswith(".safetensors"):
             return load_safetensors(path)
@@ -39,8 +41,8 @@ def load_tensors(path):
                 "the file was made, save the weights alone: torch.save(model.state_dict(), FILE)"
             ) from None
         raise InputError(
-            f"{path} cannot be read as tensors ({type(problem).__name__}); expected a file of "
-            "torch.save, or .safetensors"
+            f"{path} cannot be read as tensors ({type(problem).__name__}): it is damaged, or not a "
+            "file of torch.save or .safetensors"
         ) from None
 
 

@@ -201,7 +201,7 @@ def without_evaluation():
     """A context in which train.py does not evaluate the model at the end."""
     import train
 
-    return mock.patch.object(train, "evaluate_kept_model", lambda *args, **kwargs: None)
+    return mock.patch.object(train, "evaluate_kept_model", lambda *args, **kwargs: [])
 
 
 @pytest.fixture(scope="session")

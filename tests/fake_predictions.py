@@ -61,6 +61,8 @@ def complete(table, coverage=0.9):
         majority_class=0.52,
         window_vote=np.where(table.slice < 2, 0.4, 0.6),
         logistic_regression=expit(table.logit / 2 + 0.1).round(7),
+        dark_share=expit(table.logit / 3 - 0.1).round(7),
+        with_dark_share=expit(table.logit / 1.5).round(7),
     )
     types = {**dict.fromkeys(metrics.PREDICTIONS, "string"), **metrics.NUMBERS}
     return table.reindex(columns=metrics.PREDICTIONS).astype(types)

@@ -30,13 +30,14 @@ def results(finished, tmp_path):
 
 
 def test_a_split_by_slice_and_an_unknown_init_are_stated():
-    checkpoint = {"split_by": "subject", "init": None}
+    checkpoint = {"split_by": "subject", "init": None, "test_read_after": []}
     assert assess.statements(checkpoint) == {"leaks": [], "notes": []}
     init = {"file": "other.pth", "exposure": None}
-    stated = assess.statements({"split_by": "slice", "init": init})
+    stated = assess.statements({"split_by": "slice", "init": init, "test_read_after": [3]})
     assert stated["leaks"] == ["trained with --split-by slice"]
     note = "starts from other.pth, which does not record its training subjects"
-    assert stated["notes"] == [note]
+    read = "test was read before, after epoch 3, and the run then trained on"
+    assert stated["notes"] == [read, note]
 
 
 def test_the_title_names_leaks_unknown_exposure_and_slices_out_of_range():
@@ -74,7 +75,7 @@ def test_subjects_not_seen_in_training_are_also_scored_apart():
 def test_the_model_beats_a_baseline_if_the_whole_interval_of_the_difference_is_above_zero():
     scores = score(complete(random_predictions(60)), "test", coverage=0.9)
     *_, sentence = assess.format_baselines(scores)
-    beaten, not_beaten = sentence.split("the model is NOT shown to beat: ")
+    beaten, _, not_beaten = sentence.partition("the model is NOT shown to beat: ")
     for name, label in metrics.BASELINES.items():
         low, _ = scores["minus_baseline"][name]["scan"]["accuracy"]["ci95"]
         assert (label in beaten) == (low > 0) and (label in not_beaten) == (low <= 0)
@@ -91,6 +92,83 @@ def test_without_subjects_the_scores_say_so():
     table = without_subjects(random_predictions())
     lines = assess.format_assessment(score(complete(table), "test", coverage=0.9))
     assert "subject-level: subjects unknown" in lines
+
+
+# ---------------------------------------------------------------- the conclusion
+
+
+def conclude(table, **changes):
+    """The conclusion on predictions with some columns replaced."""
+    return score(complete(table).assign(**changes), "test", coverage=0.9)["conclusion"]
+
+
+def test_a_good_model_is_shown_to_beat_guessing_and_the_last_three_lines_say_so():
+    table = random_predictions(80)
+    scores = score(complete(table), "test", coverage=0.9)
+    conclusion = scores["conclusion"]
+    assert (conclusion["verdict"], conclusion["unit"]) == (assess.WORKS, "subject")
+    assert assess.format_assessment(scores)[-3:] == conclusion["sentences"]
+    auroc = assess.cell(scores["subject"], "auroc")
+    assert conclusion["sentences"][0].startswith(
+        f"On the 80 subjects not seen in training: AUROC {auroc}, accuracy "
+    )
+    assert "shown to beat guessing" in conclusion["sentences"][1]
+
+
+@pytest.mark.parametrize("logit", [
+    lambda table: np.zeros(len(table)),
+    lambda table: np.random.default_rng(0).normal(size=len(table)),
+    lambda table: np.full(len(table), 50.0),
+])  # fmt: skip
+def test_a_useless_model_is_not_shown_to_work(logit):
+    table = random_predictions(80)
+    conclusion = conclude(table.assign(logit=logit(table)))
+    assert conclusion["verdict"] == assess.NOT_SHOWN
+    assert "NOT shown to beat guessing" in conclusion["sentences"][1]
+    assert "Do not use its predictions" in conclusion["sentences"][2]
+
+
+def test_swapped_classes_end_in_a_question():
+    table = random_predictions(80)
+    table["label"] = np.where(table.label == "AD", "NC", "AD")
+    conclusion = conclude(table)
+    assert conclusion["verdict"] == assess.SWAPPED
+    assert "WORSE THAN CHANCE: are AD and NC swapped" in conclusion["sentences"][1]
+
+
+def test_subjects_of_training_are_no_test_and_few_subjects_no_verdict():
+    table = random_predictions(40)
+    assert conclude(table, exposure="yes")["verdict"] == assess.NO_TEST
+    assert conclude(random_predictions(9))["verdict"] == assess.TOO_FEW
+    one_class = random_predictions(40).query("label == 'AD'")
+    assert conclude(one_class)["verdict"] == assess.TOO_FEW
+    unknown = conclude(table, exposure="unknown")
+    assert "unknown whether training saw them" in unknown["sentences"][0]
+
+
+def test_subjects_not_seen_in_training_are_printed_first_and_decide():
+    table = complete(random_predictions(80))
+    seen = table.subject.isin([f"p{i}" for i in range(20)])
+    scores = score(table.assign(exposure=np.where(seen, "yes", "no")), "test", coverage=0.9)
+    assert scores["exposure"]["yes"] and scores["exposure"]["no"]
+    assert assess.format_assessment(scores)[0] == "only subjects not seen in training"
+    assert scores["conclusion"]["sentences"][0].startswith("On the 60 subjects not seen")
+
+
+def test_what_the_network_knows_beyond_the_dark_share_is_a_paired_interval():
+    table = complete(random_predictions(80))
+    same = score(table.assign(with_dark_share=table.dark_share), "test", coverage=0.9)
+    beyond = same["beyond_dark_share"]["both_minus"]["subject"]["auroc"]
+    assert beyond["difference"] == 0 and not assess.knows_more(same, "subject")
+    assert "take that number" in same["conclusion"]["sentences"][2]
+    noise = np.random.default_rng(0).uniform(size=len(table))
+    more = score(table.assign(dark_share=noise), "test", coverage=0.9)
+    assert assess.knows_more(more, "subject")
+    assert "it does." in "\n".join(assess.format_beyond(more))
+    assert "that is not shown." in "\n".join(assess.format_beyond(same))
+
+
+# ---------------------------------------------------------------- cells
 
 
 def test_cells_show_the_interval_or_that_a_score_is_undefined():

@@ -191,6 +191,21 @@ def test_more_coverage_means_larger_sets():
     assert uncertain == sorted(uncertain) and uncertain[0] < uncertain[-1]
 
 
+def test_scans_out_of_range_do_not_count_as_covered():
+    table = random_predictions()
+    strange = table.scan.str.endswith("s0")
+    table["out_of_range"] = np.where(strange, "too dark", None)
+    table["prediction_set"] = np.where(strange, "AD|NC", "NC")
+    scores, scans = score_sets(table, 0.9), table[~strange].drop_duplicates("scan")
+    assert scores["n_out_of_range"] == table.scan[strange].nunique()
+    assert scores["n"] == len(scans) and scores["uncertain"] == 0
+    assert scores["covered"] == pytest.approx((scans.label == "NC").mean())
+    low, high = scores["ci95"]["uncertain"]
+    assert low == 0 < high < 0.3  # exact, not a point
+    nothing = score_sets(table.assign(out_of_range="too dark"), 0.9)
+    assert nothing["n"] == 0 and nothing["covered"] is None and nothing["ci95"]["covered"] is None
+
+
 def test_sets_are_scored_at_scan_level():
     table = random_predictions()
     uncertain = table.scan.str.endswith("s0")

@@ -66,7 +66,7 @@ def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
         whole[:-1000],
     ):
         file.write_bytes(part)
-        with pytest.raises(InputError, match="cannot be read as tensors"):
+        with pytest.raises(InputError, match="cannot be read as tensors|is empty"):
             load_checkpoint(file)
     torch.save({"a": torch.zeros(1)}, file)
     with pytest.raises(InputError, match="not a checkpoint of this project"):

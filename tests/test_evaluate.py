@@ -142,9 +142,11 @@ def test_pooled_folds_count_every_scan_once(folds, tmp_path, capsys):
     assert sorted(scans.scan) == sorted(table.scan.unique())
     assert "subjects (n = 30)" in text and "warning" not in text
 
-    accuracies = [read_scores(run / "test")["scan"]["accuracy"] for run in folds]
-    each = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-    assert f"scan-level accuracy of each run: {each} (mean {np.mean(accuracies):.3f}" in text
+    for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC")):
+        values = [read_scores(run / "test")["subject"][name] for run in folds]
+        each = ", ".join(f"{value:.3f}" for value in values)
+        line = f"subject-level {label} of each run: {each}; their mean, each model on its own scale"
+        assert f"{line}: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f})" in text
 
 
 def test_missing_folds_are_reported(folds, capsys):

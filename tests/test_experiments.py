@@ -207,7 +207,7 @@ def test_a_table_of_runs_has_the_scores_that_each_run_wrote(run_folder):
         " test ",
         " slice   ",
         " 30 ",
-        " 1.000 [1.000, 1.000] ",
+        " 1.000 [0.541, 1.000] ",
     ]
 
 

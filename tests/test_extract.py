@@ -227,11 +227,14 @@ def test_a_table_beside_the_volumes_names_their_subjects(tmp_path, capsys):
 def test_exposure_of_a_volume_comes_from_the_table_beside_it(run_folder, tmp_path, capsys):
     words = ["--plane", "axial", "--spacing", "4", "--count", "2"]
     nib.save(head(), tmp_path / "999.nii")
-    (tmp_path / "subjects.csv").write_text("scan,subject\n999,a0\n")  # seen in training
+    (tmp_path / "subjects.csv").write_text("scan,subject\n999,a0\n")  # a name of training
     for out, given in (("file", tmp_path / "999.nii"), ("folder", tmp_path)):
         table = run_predict(run_folder, tmp_path / "out" / out, given, *words)
-        assert table.subject.tolist() == ["a0"] * 2 and table.exposure.tolist() == ["yes"] * 2
-        assert "subjects.csv" not in capsys.readouterr().err
+        assert table.subject.tolist() == ["a0"] * 2
+        assert table.exposure.tolist() == ["unknown"] * 2  # which in another folder is no identity
+        printed = capsys.readouterr().err
+        assert "subjects.csv" not in printed
+        assert "1 scans have the name of a subject or scan in training, such as a0" in printed
 
 
 def test_tables_that_contradict_each_other_are_refused_or_cost_the_subjects(tmp_path):
@@ -306,7 +309,7 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(
     assert "bad.nii cannot be read as a volume" in capsys.readouterr().err
     with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
         run_predict(run_folder, tmp_path / "b", tmp_path / "in" / "bad.nii", *words)
-    with pytest.raises(InputError, match="need a volume among the inputs"):
+    with pytest.raises(InputError, match="--plane: for volumes only"):
         run_predict(run_folder, tmp_path / "c", slice_file, "--plane", "axial")
 
 

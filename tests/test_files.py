@@ -77,14 +77,14 @@ def test_tables_of_spreadsheets_are_read_and_missing_is_missing(tmp_path, text):
 @pytest.mark.parametrize("content, sentence", [
     (b"image,patient\n1,2\n", "has the columns image, patient; expected scan and subject"),
     (b"scan,subject,Subject\n1,2,3\n", "expected scan and subject, each once"),
-    (b"", "cannot be read as a table"),
+    (b"", "is empty; expected the columns scan and subject"),
     (b"PK\3\4\0\0\xff\xfe" * 9, "expected"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_read_or_lacks_a_column_gets_a_sentence(tmp_path, content, sentence):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         files.read_table(tmp_path / "t.csv", ("scan", "subject"))
-    with pytest.raises(InputError, match="none.csv cannot be read"):
+    with pytest.raises(InputError, match="there is no file .*none.csv"):
         files.read_table(tmp_path / "none.csv", ("scan", "subject"))
 
 

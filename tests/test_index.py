@@ -398,7 +398,7 @@ def test_an_input_that_cannot_be_predicted_has_a_reason(tmp_path):
     index = list_inputs([path, tmp_path / "gone", tmp_path / "x.txt"], failed=failed).index
     errors = {Path(row.path).name: row.error for row in index[index.error.notna()].itertuples()}
     assert errors["gone"].startswith("does not exist; expected")
-    assert errors["x.txt"].startswith("is not an image that can be read; expected .jpeg, ")
+    assert errors["x.txt"].startswith("is neither an image (.jpeg, ")
     assert errors["b.nii"] == "is empty" and len(errors) == 3
     with pytest.raises(InputError, match=r"gone does not exist.* \(and 1 more that cannot"):
         list_inputs([tmp_path / "gone", tmp_path / "x.txt"])

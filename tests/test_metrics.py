@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fake_predictions import random_predictions, slice_arrays, without_subjects
+from scipy.stats import norm
 from sklearn import metrics as sk
 
 from adnc.scoring import metrics
@@ -147,11 +148,42 @@ def test_scores_of_one_class_leave_undefined_scores_and_intervals_empty():
     assert scores["accuracy"] == scores["sensitivity"]
 
 
-def test_an_interval_of_a_single_subject_is_none():
+def test_the_interval_of_a_single_subject_is_none_or_exact():
     table = random_predictions(5)
-    scores = metrics.summarise(metrics.bootstrap_scores(table[table.subject == "p0"]))
-    assert scores["scan"]["groups"] == 1
-    assert scores["scan"]["ci95"]["accuracy"] is None
+    for n_right, expected in ((5, [0.025, 1]), (3, None), (0, [0, 0.975])):
+        one = table[table.scan == "0s0"].assign(p_AD=np.where(np.arange(5) < n_right, 0.1, 0.9))
+        scores = metrics.summarise(metrics.bootstrap_scores(metrics.with_predictions(one)))
+        assert scores["slice"]["groups"] == 1
+        assert scores["slice"]["ci95"]["accuracy"] == pytest.approx(expected)
+
+
+def test_an_interval_is_never_a_point():
+    """20 right of 20, and 8 AD of 8 missed."""
+    table = random_predictions(20)
+    right = metrics.with_predictions(table.assign(p_AD=np.where(table.label == "AD", 0.9, 0.1)))
+    ci95 = metrics.summarise(metrics.bootstrap_scores(right))["subject"]["ci95"]
+    assert ci95["accuracy"] == pytest.approx([0.8316, 1], abs=1e-4)  # Clopper-Pearson, 20 of 20
+    for name in ("sensitivity", "specificity", "auroc", "balanced_accuracy", "f1"):
+        assert ci95[name] == pytest.approx([0.6915, 1], abs=1e-4)  # 10 of 10
+    missed = metrics.with_predictions(table.assign(p_AD=0.1))
+    ci95 = metrics.summarise(metrics.bootstrap_scores(missed))["subject"]["ci95"]
+    assert ci95["sensitivity"] == pytest.approx([0, 0.3085], abs=1e-4)
+    assert ci95["auroc"] is None  # every subject gets the same
+
+
+def test_the_exact_interval_of_a_perfect_auroc_holds_the_true_value_in_95_of_100_samples():
+    """Of samples from normal classes in which AD and NC are separated without a mistake."""
+    rng = np.random.default_rng(0)
+    true = 0.97
+    shift = np.sqrt(2) * norm.ppf(true)
+    covered = []
+    for _ in range(20_000):
+        ad, nc = rng.normal(shift, 1, 8), rng.normal(0, 1, 6)
+        low = 0.0
+        if ad.min() > nc.max():
+            low, _ = metrics.edge_interval("auroc", 1, {"AD": 8, "NC": 6, "all": 14})
+        covered.append(low <= true)
+    assert np.mean(covered) >= 0.95
 
 
 def test_a_scan_gets_the_mean_over_its_slices():
@@ -234,7 +266,8 @@ def test_five_subjects_are_too_few_to_be_better():
     right = metrics.bootstrap_scores(table)
     wrong = metrics.bootstrap_scores(table.assign(p_AD=1 - table.p_AD))
     comparison = metrics.compare(right, wrong)["scan"]
-    assert comparison["groups"] == 5 and comparison["accuracy"]["ci95"] == [1, 1]
+    assert comparison["groups"] == 5 and comparison["accuracy"]["p"] is None
+    assert comparison["accuracy"]["ci95"] == pytest.approx([-0.0436, 1], abs=1e-4)
     assert not metrics.is_better(comparison, "accuracy")
 
 
@@ -247,7 +280,8 @@ def test_equally_good_models_differ_significantly_in_at_most_one_of_ten_samples(
         for _ in range(2):
             p = np.where((rng.random(40) < 0.75) == y, 0.9, 0.1)
             resampled = resampled_scores(y, p, p >= 0.5, Bootstrap(np.arange(40), 400, seed))
-            sample = metrics.Sample(40, 40, point_scores(y, p, p >= 0.5), resampled)
+            groups = {"AD": 20, "NC": 20, "all": 40}
+            sample = metrics.Sample(40, 40, point_scores(y, p, p >= 0.5), resampled, groups)
             sides.append({"slice": sample, "scan": None, "subject": None})
         low, high = metrics.compare(*sides)["slice"]["accuracy"]["ci95"]
         hits += not low <= 0 <= high

@@ -233,3 +233,25 @@ def test_a_slice_gets_the_same_answer_alone_and_in_a_batch_also_with_batch_norm(
             together = model.eval()(x)
             alone = torch.cat([model(part) for part in x.split(1)])
         assert together.std() > 0.01 and torch.allclose(together, alone, atol=1e-5)
+
+
+def test_under_autocast_the_outputs_are_torchvisions():
+    """Bit for bit: the residual stream is float32, as theirs."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.convnext_tiny(num_classes=5).eval()
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("layer_scale"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    ours = convnext("tiny", in_chans=3, num_classes=5).eval()
+    load_weights(ours, theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_under_autocast_a_block_with_a_layer_scale_of_1e_6_changes_its_input():
+    block = ConvNeXtBlock(8).eval()
+    x = torch.randn(1, 8, 8, 8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.float32 and not torch.equal(x, y)

@@ -79,7 +79,7 @@ def test_metrics_json_has_each_unit_with_scores_and_intervals(run_folder, ad_nc,
             and set(scores[unit]["ci95"]) == names
         )
     assert "LEAKY" not in scores["title"] and scores["leaks"] == []
-    assert set(scores["baselines"]) == {"majority_class", "window_vote", "logistic_regression"}
+    assert set(scores["baselines"]) == set(metrics.BASELINES)
 
 
 def test_a_flat_folder_and_a_single_slice_get_the_same_p_ad(run_folder, ad_nc, tmp_path):

@@ -1,6 +1,7 @@
 """A run that is stopped at any moment, by anything, resumes and ends with the bits of a run without
 the stop."""
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps
 
 import train
 from adnc.errors import InputError
+from adnc.scoring import assess
 from utils import load_checkpoint, save_checkpoint
 
 FLAGS = ["--epochs", "4", "--ema", "0.9", "--mixup", "0.2", "--drop-path", "0.2"]
@@ -139,28 +141,33 @@ def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout
 
 
+@pytest.fixture(scope="module")
+def two_epochs(ad_nc, tmp_path_factory):
+    return train_steps(ad_nc, tmp_path_factory.mktemp("two") / "run", *KEEP_LAST)
+
+
+KEEP_LAST = ["--epochs", "2", "--ema", "0.9", "--keep", "last"]
+
+
 @pytest.mark.parametrize("lost", ["training_history.csv", "best_model.pth"])
 def test_a_kill_after_the_last_checkpoint_leaves_no_file_an_epoch_behind(
-    ad_nc, tmp_path, monkeypatch, lost
+    ad_nc, two_epochs, tmp_path, monkeypatch, lost
 ):
-    flags = [*FLAGS, "--keep", "last"]
-    expected = train_steps(ad_nc, tmp_path / "whole", *flags)
     name = {"training_history.csv": "write_csv", "best_model.pth": "save_model"}[lost]
     original = getattr(train, name)
 
     def killed(*args, **kwargs):
         last = tmp_path / "run" / "last.pth"
-        if last.exists() and load_checkpoint(last)["epoch"] == 2:
+        if last.exists() and load_checkpoint(last)["epoch"] == 1:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, name, killed)
         with pytest.raises(SystemExit):
-            train_steps(ad_nc, tmp_path / "run", *flags)
-    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
-    run = resume(tmp_path / "run")
-    assert_same(expected, run)
+            train_steps(ad_nc, tmp_path / "run", *KEEP_LAST)
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
+    assert_same(two_epochs, resume(tmp_path / "run"))
 
 
 def test_a_run_that_a_kill_left_without_its_newest_model_gets_it_from_the_checkpoint(
@@ -239,7 +246,26 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path)
     run = shutil.copytree(run_folder, tmp_path / "run")
     train.main(["--out", str(run), "--resume"])
     assert_same(run_folder, run)
-    assert "this run was evaluated on test before" in (run / "training_log.txt").read_text()
+    assert read_test_notes(run) == []  # it was read twice, but nothing changed in between
+
+
+def read_test_notes(run):
+    notes = json.loads((run / "test" / "metrics.json").read_text())["notes"]
+    return [note for note in notes if note.startswith("test was read before")]
+
+
+def test_a_run_that_trains_on_after_test_was_read_says_so_everywhere(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    train.main(["--out", str(run), "--resume", "--epochs", "7"])
+    note = "test was read before, after epoch 6, and the run then trained on"
+    assert read_test_notes(run) == [note]
+    log = (run / "training_log.txt").read_text()
+    assert "test was read after epoch 6, and the run now trains on" in log
+    assert f"test; {note}" in log
+    assert assess.statements(load_checkpoint(run / "best_model.pth"))["notes"] == [note]
+    with without_evaluation():  # also if it stopped before the second reading
+        train.main(["--out", str(run), "--resume", "--epochs", "8"])
+    assert load_checkpoint(run / "last.pth")["test_read_after"] == [6, 7]
 
 
 def test_a_run_is_resumed_with_its_own_files_or_not_at_all(run_folder, tmp_path):

@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SCANS, write_set
+from conftest import SCANS, write_set, write_slice
 
 import dataset
 from adnc.data import subjects
-from adnc.data.index import read_index
+from adnc.data.index import list_inputs, read_index
 from adnc.data.subjects import assign_groups, fold_index, read_split, split_hash, split_index
 from adnc.errors import InputError
 from adnc.scoring import calibration, metrics
@@ -382,3 +382,48 @@ def test_two_records_of_exposure_are_merged():
 def test_a_record_of_exposure_holds_no_id():
     recorded = subjects.record_exposure(table_of(["100"], ["002_S_0001"], ["e"]))
     assert "002_S_0001" not in str(recorded) and "'100'" not in str(recorded)
+
+
+def at(paths, names):
+    """A table of scans in files of other sets."""
+    return table_of(names, names, [f"h{path}" for path in paths]).assign(path=paths)
+
+
+def test_a_name_is_no_identity_in_another_set_unless_it_is_an_id_of_an_archive():
+    train = at(["/one/train/AD/a.png", "/one/train/NC/b.png"], ["sub-1", "002_S_6795"])
+    recorded = subjects.record_exposure(train)
+    other = at(["/two/x.png", "/two/y.png", "/two/z.png"], ["sub-1", "002_S_6795", "sub-2"])
+    assert subjects.find_exposure(other, recorded).tolist() == ["unknown", "yes", "no"]
+    (line,) = subjects.describe_same_names(other, recorded)
+    assert "1 scans have the name of a subject or scan in training, such as sub-1" in line
+    same = at(["/one/test/AD/x.png"], ["sub-1"])
+    assert subjects.find_exposure(same, recorded).tolist() == ["yes"]
+    assert list(subjects.describe_same_names(same, recorded)) == []
+    copies = other.assign(pixel_hash=train.pixel_hash.tolist() + ["c"])
+    assert subjects.find_exposure(copies, recorded).tolist() == ["yes", "yes", "no"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("002_S_6795", "002_S_6795"), ("sub-ADNI002S6795", "002_S_6795"),
+    ("sub-002S6795", "002_S_6795"), ("OAS1_0001", "OAS1_0001"), ("sub-OAS10001", "OAS1_0001"),
+    ("OAS30001", "OAS30001"), ("sub-OAS30001", "OAS30001"), ("sub-1", None), ("6795", None),
+])  # fmt: skip
+def test_ids_of_archives_have_one_form(name, expected):
+    assert subjects.archive_id(name) == expected
+
+
+def test_two_spellings_of_an_archives_id_are_one_subject(tmp_path):
+    for scan in ("sub-ADNI002S6795_ses-M00_T1w", "002_S_6795_scan2"):
+        write_slice(tmp_path / f"{scan}_80.png", True, 0)
+    index = list_inputs([tmp_path]).index
+    assert index.subject.tolist() == ["002_S_6795"] * 2 and index.group.nunique() == 1
+
+
+def test_few_subjects_in_validation_are_a_warning():
+    few = [(f"a{i}", "AD", 1) for i in range(8)] + [(f"n{i}", "NC", 1) for i in range(8)]
+    few = fake_index(few)
+    few["split"] = np.where(few.subject.isin(["a0", "a1", "n0", "n1", "n2"]), "val", "train")
+    (line,) = subjects.describe_validation(few)
+    assert "only 2 AD, 3 NC subjects" in line and "--val-fraction" in line
+    few["split"] = np.where(few.subject.str[1].astype(int) < 5, "val", "train")
+    assert list(subjects.describe_validation(few)) == []

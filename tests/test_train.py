@@ -153,10 +153,10 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--epochs", "0"], "--epochs: 0 is not a whole number from 1 to 1000000"),
-    (["--lr", "inf"], "--lr: inf is not a number from 1e-30 to 1000000"),
-    (["--lr", "fast"], "--lr: fast is not a number from 1e-30"),
-    (["--drop-path", "1"], "--drop-path: 1 is not a number from 0 to 0.999999"),
+    (["--epochs", "0"], "--epochs: 0 is not a whole number of at least 1 and at most 1000000"),
+    (["--lr", "inf"], "--lr: inf is not a number above 0 and at most 1000000"),
+    (["--lr", "fast"], "--lr: fast is not a number above 0"),
+    (["--drop-path", "1"], "--drop-path: 1 is not a number of at least 0 and below 1"),
     (["--warmup-epochs", "3.5", "--epochs", "3"], "--warmup-epochs is 3.5, longer than --epochs 3"),
     (["--fold", "1"], "--fold and --folds go together"),
     (

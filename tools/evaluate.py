@@ -206,7 +206,12 @@ def format_comparison(comparison):
         row = [label]
         for unit in units:
             part = comparison[unit][name]
-            row.append(f"{format_difference(part)}, p = {part['p']:.3f}" if part else "undefined")
+            if part is None:
+                row.append("undefined")
+            elif part["p"] is None:
+                row.append(format_difference(part))
+            else:
+                row.append(f"{format_difference(part)}, p = {part['p']:.3f}")
         rows.append(row)
 
     scans = comparison["scan"]
@@ -244,11 +249,27 @@ def evaluate_pool(one, part, out=None):
 
     lines = [*check_flags([one]), *assess.format_assessment(scores)]
     if len(one.runs) > 1:
-        accuracies = [run["scan"]["accuracy"] for run in one.runs]
-        each = ", ".join(f"{accuracy:.3f}" for accuracy in accuracies)
-        mean, sd = np.mean(accuracies), np.std(accuracies, ddof=1)
-        lines += ["", f"scan-level accuracy of each run: {each} (mean {mean:.3f}, SD {sd:.3f})"]
+        lines += ["", *format_each_run(one.runs)]
     return lines
+
+
+def format_each_run(runs):
+    """Lines with accuracy and AUROC of each pooled run, and their mean.
+
+    Pooling ranks the scans of all runs together, although each model has a scale of its own; the
+    mean over runs does not.
+    """
+    unit = "subject" if all(run["subject"] for run in runs) else "scan"
+    for name in ("accuracy", "auroc"):
+        values = [run[unit][name] for run in runs if run[unit][name] is not None]
+        if len(values) < 2:
+            continue
+        each = ", ".join(f"{value:.3f}" for value in values)
+        yield (
+            f"{unit}-level {METRICS[name]} of each run: {each}; their mean, each model on its own "
+            f"scale: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f}); the scores above are "
+            "pooled"
+        )
 
 
 def evaluate_seeds(pools):

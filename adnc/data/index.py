@@ -14,7 +14,7 @@ import pandas as pd
 
 from adnc import CLASSES
 from adnc.data.pixels import EXTENSIONS, is_junk, parse_name
-from adnc.data.subjects import assign_groups
+from adnc.data.subjects import archive_id, assign_groups, set_root
 from adnc.errors import InputError, printable
 from adnc.files import MISSING, read_json, read_table
 
@@ -97,6 +97,8 @@ def find_beside(name, folders):
         for place in (folder, Path(os.path.abspath(folder)).parent, folder.resolve().parent):
             if (place / name).is_file():
                 return place / name
+            if os.path.lexists(place / name):
+                raise InputError(f"{place / name} is not a file that can be read; fix or remove it")
     return None
 
 
@@ -303,7 +305,8 @@ def tabulate(rows):
 
 def complete(table, subjects, order):
     """The table with subject and group, sorted by the columns `order`."""
-    table["subject"] = table.scan.map(subjects).astype("string")
+    names = table.scan.map(subjects)
+    table["subject"] = names.map(archive_id).fillna(names).astype("string")
     table = assign_groups(table.assign(pixel_hash=""))  # again when the pixels are known
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
@@ -373,9 +376,11 @@ def list_set(root, pattern=None):
         if known:  # one of two tables may name no subject
             check_match(table.scan, known, [path])
     subjects, notes = add_subjects_from_names(table.scan, subjects, pattern)
+    if root != named:
+        notes.insert(0, f"{named} holds AD_NC, which is used")
     if pattern and not table.scan.isin(subjects.keys()).any():
         raise InputError(
-            f"{notes[0]}; expected a regular expression with a group, as in '(sub\\d+)_'"
+            f"{notes[-1]}; expected a regular expression with a group, as in '(sub\\d+)_'"
         )
     notes += describe_unused(root, [*table.path, *sources])
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
@@ -477,11 +482,12 @@ def list_inputs(inputs, pattern=None, failed=None):
 def list_input(given):
     """The (path, label or None, error or None) of each image of one INPUT."""
     if not os.path.exists(given):
-        return [(str(given), None, "does not exist; expected an image or a folder of images")]
+        error = "does not exist; expected an image, a volume, or a folder of them"
+        return [(str(given), None, error)]
     if not given.is_dir():
         error = None
         if given.suffix.lower() not in EXTENSIONS:
-            error = f"is not an image that can be read; expected {', '.join(EXTENSIONS)}"
+            error = f"is neither an image ({', '.join(EXTENSIONS)}) nor a volume"
         return [(str(given), None, error)]
 
     images, folders = list_folder(given)
@@ -508,17 +514,6 @@ def list_input(given):
     if hints:
         error += f"; did you mean {hints[0]}?"
     return [(str(given), None, error)]
-
-
-def set_root(given):
-    """The folder whose metadata belong to an input: AD_NC for AD_NC/test/AD/x.jpeg, else the folder
-    itself."""
-    folder = Path(os.path.abspath(given))
-    if not folder.is_dir():
-        folder = folder.parent
-    while folder.name.lower() in ("train", "test", "ad", "nc"):
-        folder = folder.parent
-    return folder
 
 
 def subjects_of_inputs(inputs, scans, notes):

@@ -4,6 +4,8 @@ Functions of the index, a DataFrame with a row per slice.
 """
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -12,6 +14,39 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from adnc.errors import InputError
 from adnc.files import fingerprint, read_table
+
+MIN_VALIDATION_GROUPS = 5  # of each class; with fewer a warning
+
+# ---------------------------------------------------------------- names of subjects
+
+# The forms of a subject's id in the archives, and in BIDS versions of them, as one form each.
+ARCHIVES = (
+    (r"(?:sub-)?(?:ADNI)?(\d{3})_?S_?(\d{4,5})", r"\1_S_\2"),
+    (r"(?:sub-)?(OAS[12])_?(\d{4})", r"\1_\2"),
+    (r"(?:sub-)?(OAS[34]\d{4})", r"\1"),
+)
+
+
+def archive_id(subject):
+    """The id of a subject of ADNI or OASIS in the form of its archive, or None for any other name:
+    002_S_6795 for sub-ADNI002S6795. Such an id means the same person in every set of data."""
+    for form, template in ARCHIVES:
+        match = re.fullmatch(form, str(subject))
+        if match:
+            return match.expand(template)
+    return None
+
+
+def set_root(path):
+    """The folder of the set that a path belongs to: AD_NC for AD_NC/test/AD/x.jpeg, else its own
+    folder."""
+    folder = Path(os.path.abspath(path))
+    if not folder.is_dir():
+        folder = folder.parent
+    while folder.name.lower() in ("train", "test", "ad", "nc"):
+        folder = folder.parent
+    return folder
+
 
 # ---------------------------------------------------------------- groups
 
@@ -258,6 +293,18 @@ def describe_split(index, by, dropped=None):
     yield from describe_copies(index)
 
 
+def describe_validation(index):
+    """A line if validation has too few groups of a class to choose anything on."""
+    groups = index[index.split == "val"].drop_duplicates("group").label.value_counts()
+    if groups.min() < MIN_VALIDATION_GROUPS:
+        counts = ", ".join(f"{n} {label}" for label, n in groups.sort_index().items())
+        yield (
+            f"WARNING: validation has only {counts} subjects. The epoch, the temperature and the "
+            f"prediction sets rest on them; {MIN_VALIDATION_GROUPS} or more of each class are "
+            "better: raise --val-fraction, or use --fold and --folds with --keep last"
+        )
+
+
 def describe_both_classes(index):
     """A line on subjects with scans of both classes, if any; AD_NC has none."""
     n_classes = index.dropna(subset="subject").groupby("subject").label.nunique()
@@ -300,8 +347,8 @@ def describe_copies(index):
 
 
 def record_exposure(index):
-    """What training has seen, for the checkpoint: fingerprints of subjects, scans and slices, and
-    whether a subject is unknown.
+    """What training has seen, for the checkpoint: fingerprints of subjects, scans, slices and of
+    the folder of the set, and whether a subject is unknown.
 
     Fingerprints keep names out of the file. They are no encryption: a reader can try all ids.
     """
@@ -309,30 +356,62 @@ def record_exposure(index):
         "subjects": sorted(map(fingerprint, index.subject.dropna().unique())),
         "scans": sorted(map(fingerprint, index.scan.unique())),
         "slices": sorted(set(index.pixel_hash) - {""}),
+        "sets": sorted(set(set_fingerprints(index.path))),
         "unknown": bool(index.subject.isna().any()),
     }
 
 
+def set_fingerprints(paths):
+    """The fingerprint of the `set_root` of each of a Series of paths."""
+    folders = paths.map(os.path.dirname)
+    roots = {folder: fingerprint(str(set_root(folder or "."))) for folder in folders.unique()}
+    return folders.map(roots)
+
+
 def merge_exposure(one, other):
     """Two records of `record_exposure` as one."""
-    merged = {name: sorted({*one[name], *other[name]}) for name in ("subjects", "scans", "slices")}
+    names = ("subjects", "scans", "slices", "sets")
+    merged = {name: sorted({*one[name], *other[name]}) for name in names}
     return {**merged, "unknown": one["unknown"] or other["unknown"]}
+
+
+def same_names(table, recorded):
+    """Whether each row has the name of a subject or scan in training, (N,), and whether that name
+    identifies it: an id of an archive, or any name in the same set of data."""
+    known = table.subject.notna()
+    subject = known & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
+    same_set = set_fingerprints(table.path).isin(recorded["sets"])
+    identified = subject & (same_set | table.subject.map(archive_id).notna())
+    scan = table.scan.map(fingerprint).isin(recorded["scans"])
+    return subject | scan, identified | (scan & same_set)
 
 
 def find_exposure(table, recorded):
     """Whether training has seen each row of a table: an array of "yes", "no" or "unknown".
 
     `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan,
-    or any slice of its group is among them; it is unknown if its own subject, or that of any
-    training scan, is not known.
+    or any slice of its group is among them. It is unknown if its own subject, or that of any
+    training scan, is not known, and if it has only the name of one of them: sub-1 of another set of
+    data is another person.
     """
-    known = table.subject.notna()
-    seen = known & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
-    seen |= table.scan.map(fingerprint).isin(recorded["scans"])
-    seen |= table.pixel_hash.isin(recorded["slices"])
+    named, identified = same_names(table, recorded)
+    seen = identified | table.pixel_hash.isin(recorded["slices"])
     seen = table.group.isin(table.group[seen])
-    unknown = ~known | recorded["unknown"]
+    unknown = table.subject.isna() | recorded["unknown"] | named
     return np.select([seen.to_numpy(bool), unknown.to_numpy(bool)], ["yes", "unknown"], "no")
+
+
+def describe_same_names(table, recorded):
+    """A line on rows that have only the name of a subject or scan in training."""
+    named, identified = same_names(table, recorded)
+    doubtful = table[named & ~identified & (find_exposure(table, recorded) == "unknown")]
+    if len(doubtful):
+        row = doubtful.iloc[0]
+        name = row.subject if isinstance(row.subject, str) else row.scan
+        yield (
+            f"{doubtful.scan.nunique()} scans have the name of a subject or scan in training, such "
+            f"as {name}, but are of another folder: whether they are the same person is unknown"
+        )
 
 
 def describe_transfer(index, init):

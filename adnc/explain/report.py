@@ -75,16 +75,17 @@ class Report:
 # ---------------------------------------------------------------- files
 
 
-def require_writable(path):
+def require_writable(path, out=None):
     """InputError if no report can be written to `path`.
 
     Its name must end in .html, neither the file nor its folder of pictures may exist, its parent
-    must exist, and jinja2 must be installed.
+    must exist or be the folder `out` that is about to be made, and jinja2 must be installed.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report is {path}; expected a name that ends in .html")
-    if not path.parent.is_dir():
+    is_out = out is not None and os.path.abspath(path.parent) == os.path.abspath(out)
+    if not path.parent.is_dir() and not is_out:
         raise InputError(f"--report is {path}, but there is no folder {path.parent}; make it first")
     require_new(path, "--report")
     require_new(picture_folder(path), "--report")

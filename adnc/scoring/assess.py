@@ -40,6 +40,9 @@ def statements(checkpoint):
     leaks, notes = [], []
     if checkpoint["split_by"] == "slice":
         leaks.append("trained with --split-by slice")
+    if checkpoint["test_read_after"]:
+        epochs = ", ".join(map(str, checkpoint["test_read_after"]))
+        notes.append(f"test was read before, after epoch {epochs}, and the run then trained on")
     init = checkpoint["init"]
     if init and not init["exposure"]:
         notes.append(f"starts from {init['file']}, which does not record its training subjects")
@@ -72,6 +75,7 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None):
     parts = [title]
     if all_leaks:
         parts.append("LEAKY: " + ", ".join(all_leaks))
+    exposure = predictions.drop_duplicates("scan").exposure
     scores = {
         "title": "; ".join([*parts, *all_notes]),
         "what": title,
@@ -79,12 +83,14 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None):
         "notes": all_notes,
         "run_leaks": list(leaks),
         "run_notes": list(notes),
+        "exposure": {name: int((exposure == name).sum()) for name in ("no", "unknown", "yes")},
         **score_part(predictions, coverage),
     }
     unseen = predictions.exposure == "no"
     if (predictions.exposure == "yes").any() and unseen.any():
         part = score_part(predictions[unseen], coverage)
         scores["unseen_subjects"] = {"title": "only subjects not seen in training", **part}
+    scores["conclusion"] = conclude(scores)
     return scores
 
 
@@ -103,10 +109,137 @@ def score_part(predictions, coverage):
         for name, baseline in baselines.items():
             scores["baselines"][name] = summarise(baseline)
             scores["minus_baseline"][name] = metrics.compare(samples, baseline)
+    if "dark_share" in baselines and predictions.with_dark_share.notna().all():
+        both = bootstrap_scores(metrics.as_baseline(predictions, "with_dark_share"))
+        scores["beyond_dark_share"] = {
+            "network_minus": only_auroc(scores["minus_baseline"]["dark_share"]),
+            "both_minus": only_auroc(metrics.compare(both, baselines["dark_share"])),
+        }
 
     if predictions.prediction_set.notna().all():
         scores["prediction_sets"] = score_sets(predictions, coverage)
     return scores
+
+
+def only_auroc(comparison):
+    """A result of `metrics.compare` without the metrics other than AUROC."""
+    kept = {}
+    for unit, part in comparison.items():
+        kept[unit] = part and {"groups": part["groups"], "auroc": part["auroc"]}
+    return kept
+
+
+# ---------------------------------------------------------------- what the scores say
+
+# The verdicts of `conclude`. With all but "works" the report shows no verdicts on scans.
+WORKS, NOT_SHOWN, SWAPPED = "works", "not shown to work", "worse than chance"
+TOO_FEW, NO_TEST = "too few subjects", "no test"
+
+
+def conclude(scores):
+    """What scores as in metrics.json say about a model, in three sentences.
+
+    Returns {"verdict", "unit", "sentences"}: what the model got on subjects not seen in training,
+    whether that beats the baselines, and what to do next. The verdict is WORKS if the intervals of
+    AUROC and of the accuracy minus that of the larger class lie above 0.5 and above 0.
+    """
+    part = scores.get("unseen_subjects", scores)
+    unit = main_unit(part)
+    sample, exposure = part[unit], scores["exposure"]
+    who = f"the {sample['n']:,} {unit}s not seen in training"
+    if part is scores and exposure["no"] == 0:
+        who = f"{sample['n']:,} {unit}s of which it is unknown whether training saw them"
+    if part is scores and exposure["yes"]:
+        who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
+    first = (
+        f"On {who}: AUROC {cell(sample, 'auroc')}, accuracy {cell(sample, 'accuracy')} "
+        f"({unit}-level)."
+    )
+
+    if part is scores and exposure["yes"]:
+        verdict = NO_TEST
+        second = "That is no test: a model can recognise subjects that it has seen."
+        third = "Test it on other subjects, or train with --drop-test-subjects."
+    elif sample["auroc"] is None:
+        verdict = TOO_FEW
+        second = "Only one class is there, so that nothing can be said about telling them apart."
+        third = "Test it on subjects of both classes."
+    elif sample["groups"] < metrics.MIN_GROUPS:
+        verdict = TOO_FEW
+        second = (
+            f"{sample['groups']} independent subjects are too few to tell whether that beats "
+            f"guessing; {metrics.MIN_GROUPS} are needed."
+        )
+        third = "Add subjects, or let --fold and --folds predict each of them once."
+    elif sample["ci95"]["auroc"] and sample["ci95"]["auroc"][1] < 0.5:
+        verdict = SWAPPED
+        second = (
+            "That is WORSE THAN CHANCE: are AD and NC swapped, in the folders, in the metadata, or "
+            "in the training set of this checkpoint?"
+        )
+        third = "Find out before you use any of these numbers."
+    else:
+        beaten, not_beaten = beaten_baselines(part, unit)
+        second = describe_beaten(beaten, not_beaten)
+        verdict = NOT_SHOWN if CHANCE in not_beaten else WORKS
+        third = next_step(verdict, part, unit)
+    return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
+
+
+CHANCE = "guessing"
+
+
+def beaten_baselines(part, unit):
+    """(beaten, not_beaten): names of baselines whose AUROC the model is, and is not, shown to beat.
+
+    The majority class stands for guessing: it is beaten in accuracy, too.
+    """
+    differences = part.get("minus_baseline", {})
+    limits = part[unit]["ci95"]["auroc"]  # None if the model says the same of every scan
+    guessing = limits is not None and limits[0] > 0.5
+    if "majority_class" in differences:
+        guessing &= metrics.is_better(differences["majority_class"][unit], "accuracy")
+    beaten, not_beaten = [], []
+    (beaten if guessing else not_beaten).append(CHANCE)
+    for name in ("logistic_regression", "dark_share"):
+        if name in differences:
+            better = metrics.is_better(differences[name][unit], "auroc")
+            (beaten if better else not_beaten).append(f"the {BASELINES[name]}")
+    return beaten, not_beaten
+
+
+def describe_beaten(beaten, not_beaten):
+    if not not_beaten:
+        return f"That is shown to beat {', '.join(beaten)}."
+    if not beaten:
+        return f"That is NOT shown to beat {', '.join(not_beaten)}."
+    return (
+        f"That is shown to beat {', '.join(beaten)}, and NOT shown to beat "
+        f"{', '.join(not_beaten)}."
+    )
+
+
+def next_step(verdict, part, unit):
+    if verdict == NOT_SHOWN:
+        return (
+            "Do not use its predictions: train on more subjects or with --recipe small, and look "
+            "at training_curves.png."
+        )
+    if "beyond_dark_share" in part and not knows_more(part, unit):
+        return (
+            "It is not shown to know more than the dark share of the head, one number: take that "
+            "number, or train on more subjects."
+        )
+    return "Repeat it with other seeds before you report it; predict.py predicts new slices."
+
+
+def main_unit(part):
+    return "subject" if part["subject"] else "scan"
+
+
+def knows_more(part, unit):
+    """Whether network and dark share together are shown to rank better than the dark share."""
+    return metrics.is_better(part["beyond_dark_share"]["both_minus"][unit], "auroc")
 
 
 # ---------------------------------------------------------------- scores as text
@@ -185,27 +318,51 @@ def format_baselines(scores):
 def format_sets(scores):
     """A sentence with the scores of the prediction sets."""
     sets = scores["prediction_sets"]
+    if sets["n"] == 0:
+        return "prediction sets: every scan has a slice out of the training range, and gets AD|NC"
+    others = ""
+    if sets["n_out_of_range"]:
+        others = f"; {sets['n_out_of_range']:,} scans out of the training range, AD|NC, left out"
     return (
         f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
         f"{cell(sets, 'covered')} contain the label, {cell(sets, 'uncertain')} are AD|NC; accuracy "
-        f"of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}"
+        f"of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}{others}"
     )
 
 
+def format_beyond(scores):
+    """Lines on whether the network knows more than the dark share of the head."""
+    unit, beyond = main_unit(scores), scores["beyond_dark_share"]
+    network, both = beyond["network_minus"][unit]["auroc"], beyond["both_minus"][unit]["auroc"]
+    if network is None or both is None:
+        return []
+    answer = "it does" if knows_more(scores, unit) else "that is not shown"
+    return [
+        "",
+        "Does the network know more than the dark share of the head? "
+        f"{unit.capitalize()}-level AUROC of the network minus that of the dark share "
+        f"{format_difference(network)}; of both together minus the dark share "
+        f"{format_difference(both)}: {answer}.",
+    ]
+
+
 def format_assessment(scores):
-    """The result of `score` as lines to print."""
+    """The result of `score` as lines to print, subjects not seen in training first; the last three
+    lines are its conclusion."""
     parts = [scores]
     if "unseen_subjects" in scores:
-        parts.append(scores["unseen_subjects"])
+        parts.insert(0, scores["unseen_subjects"])
     lines = []
     for part in parts:
         lines += format_scores(part, part["title"])
         if "baselines" in part:
             lines += format_baselines(part)
+        if "beyond_dark_share" in part:
+            lines += format_beyond(part)
         if "prediction_sets" in part:
             lines += ["", format_sets(part)]
         lines.append("")
-    return lines[:-1]
+    return lines + scores["conclusion"]["sentences"]
 
 
 # ---------------------------------------------------------------- folders of results

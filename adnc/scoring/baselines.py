@@ -1,4 +1,4 @@
-"""Baselines that a ConvNeXt has to beat: predictors that see no anatomy, or only a blur.
+"""Baselines that a ConvNeXt has to beat: predictors that see no anatomy, a blur, or one number.
 
 train.py fits them on the training slices and stores them in the checkpoint, so that the final test
 and predict.py report them beside the model.
@@ -8,18 +8,26 @@ and predict.py report them beside the model.
                           slice number): what a model can learn from the choice of slices alone
     logistic_regression   on the slice, averaged down to about 16 x 16 pixels; the p_AD of a scan is
                           the mean over its slices
+    dark_share            on the shares of the head that are darker than 0.4, 0.5 and 0.6 of its
+                          median grey. In T1 fluid is dark, and atrophy makes room for fluid. The
+                          head is what is not black, so that the background must be black
 """
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import binary_fill_holes
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
+from adnc.data.pixels import NEAR_BLACK, threads
 from adnc.scoring.metrics import fit_windows
 
 SIDE = 16  # pixels of the short side after averaging
+
+DARK = (0.4, 0.5, 0.6)  # of the median grey of the head
+MIN_BACKGROUND = 0.1  # share of near-black in the median slice
 
 # scikit-learn's C, the inverse strength of the L2 penalty. Validation chooses.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -39,35 +47,76 @@ def shrink(images, rows):
     return np.concatenate(parts)
 
 
+def dark_shares(pixels):
+    """The shares of the head in a slice uint8 (H, W) that are darker than DARK times the median
+    grey of the head, float (3,); 0 if there is no head.
+
+    The head is everything that is not near-black, with its holes, such as ventricles, filled.
+    """
+    head = pixels[binary_fill_holes(pixels >= NEAR_BLACK)]
+    if len(head) == 0:
+        return np.zeros(len(DARK))
+    median = np.median(head)
+    return np.array([np.mean(head < share * median) for share in DARK])
+
+
+def all_dark_shares(images, rows):
+    """`dark_shares` of rows (N,) of uint8 (M, H, W), float (N, 3)."""
+    with threads() as pool:
+        shares = list(pool.map(lambda row: dark_shares(images[row]), rows))
+    return np.reshape(shares, (len(rows), len(DARK)))
+
+
+def describe_background(index):
+    """A line if the slices of an index with pixels.STATS have no black background."""
+    near_black = index.near_black.median()
+    if near_black < MIN_BACKGROUND:
+        yield (
+            f"only {near_black:.0%} of a slice is near-black: without a black background the dark "
+            "share of the head is no measure of fluid"
+        )
+
+
+def fit_logistic(x, is_ad, train, val, scan):
+    """A logistic regression on standardised features (N, F); returns plain values.
+
+    Fitted on the rows `train`, with the penalty that has the lowest log loss on the scans of the
+    rows `val` (boolean arrays (N,)). `scan` (N,) names the scan of each row.
+    """
+    scaler = StandardScaler().fit(x[train])
+    train_x, val_x = scaler.transform(x[train]), scaler.transform(x[val])
+    val_scans = pd.DataFrame({"scan": scan[val], "is_ad": is_ad[val]})
+    best, best_loss = None, np.inf
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=2000).fit(train_x, is_ad[train])
+        p = val_scans.assign(p=model.predict_proba(val_x)[:, 1])
+        p = p.groupby("scan").agg(p=("p", "mean"), is_ad=("is_ad", "first"))
+        loss = log_loss(p.is_ad, p.p, labels=[False, True])
+        if loss < best_loss:
+            best, best_loss = model, loss
+    weights = best.coef_[0] / scaler.scale_  # of the features before standardisation
+    bias = float(best.intercept_[0] - weights @ scaler.mean_)
+    return {"weights": weights.tolist(), "bias": bias, "C": float(best.C)}
+
+
 def fit_baselines(slices):
     """Fit the baselines on split "train" of a SliceSet; returns plain values for the checkpoint.
 
-    The penalty of the logistic regression is chosen by the log loss of the validation scans.
+    Validation chooses the penalties of the logistic regressions.
     """
-    index, y = slices.index, slices.is_ad
+    index = slices.index
+    chosen = slices.where(index.split != "test")
+    index, is_ad, scan = chosen.index, chosen.is_ad, chosen.index.scan.to_numpy()
     train = (index.split == "train").to_numpy()
     val = (index.split == "val").to_numpy()
     scans = index[train].groupby("scan").agg(label=("label", "first"), at=("slice", "min"))
-
-    x = shrink(slices.images, slices.rows)
-    scaler = StandardScaler().fit(x[train])
-    x = scaler.transform(x)
-    best, best_loss = None, np.inf
-    for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=2000).fit(x[train], y[train])
-        p = index[val].assign(p=model.predict_proba(x[val])[:, 1])
-        p = p.groupby("scan").agg(p=("p", "mean"), label=("label", "first"))
-        loss = log_loss(p.label == "AD", p.p, labels=[False, True])
-        if loss < best_loss:
-            best, best_loss = model, loss
-
-    weights = best.coef_[0] / scaler.scale_  # of the pixels before standardisation
+    blur = shrink(slices.images, chosen.rows)
+    shares = all_dark_shares(slices.images, chosen.rows)
     return {
         "share_AD": float((scans.label == "AD").mean()),
         "windows": fit_windows(scans).to_dict(),
-        "weights": weights.tolist(),
-        "bias": float(best.intercept_[0] - weights @ scaler.mean_),
-        "C": float(best.C),
+        "logistic_regression": fit_logistic(blur, is_ad, train, val, scan),
+        "dark_share": fit_logistic(shares, is_ad, train, val, scan),
     }
 
 
@@ -79,10 +128,14 @@ def predict_baselines(fitted, slices):
     """
     window = slices.index.groupby("scan").slice.transform("min")
     window_vote = window.map(fitted["windows"]).astype(float).fillna(fitted["share_AD"])
-    pixels = shrink(slices.images, slices.rows).astype(float)
-    logits = pixels @ np.array(fitted["weights"]) + fitted["bias"]
+    features = {
+        "logistic_regression": shrink(slices.images, slices.rows).astype(float),
+        "dark_share": all_dark_shares(slices.images, slices.rows),
+    }
     table = pd.DataFrame(index=slices.index.index)
     table["majority_class"] = fitted["share_AD"]
     table["window_vote"] = window_vote.to_numpy()
-    table["logistic_regression"] = expit(logits)
+    for name, x in features.items():
+        model = fitted[name]
+        table[name] = expit(x @ np.array(model["weights"]) + model["bias"])
     return table.round(7)  # as in predictions.csv

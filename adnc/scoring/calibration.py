@@ -1,4 +1,5 @@
-"""Temperature, decision threshold and conformal prediction sets, fitted on validation alone.
+"""Temperature, decision threshold, conformal prediction sets and the weight of the network beside
+the dark share, fitted on validation alone.
 
 A calibration is a dict of plain values in the checkpoint. It serves the two classes NC and AD.
 """
@@ -7,9 +8,18 @@ import math
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
-from adnc.scoring.metrics import THRESHOLD, Bootstrap, aggregate, interval, with_predictions
+from adnc.scoring.metrics import (
+    THRESHOLD,
+    Bootstrap,
+    aggregate,
+    exact_interval,
+    interval,
+    with_predictions,
+)
 
 # ---------------------------------------------------------------- fitting
 
@@ -71,6 +81,25 @@ def youden(y, p):
     return float(cuts[best][np.abs(cuts[best] - THRESHOLD).argmin()])
 
 
+def fit_with_dark_share(val):
+    """The weights of the logits of network and dark share, and the bias, of a logistic regression
+    on both, fitted on the validation slices.
+
+    It answers whether the network knows more than that number (metrics.json, beyond_dark_share).
+    """
+    x = two_logits(val)
+    scaler = StandardScaler().fit(x)
+    model = LogisticRegression().fit(scaler.transform(x), val.label == "AD")
+    weights = model.coef_[0] / scaler.scale_
+    return [*weights.tolist(), float(model.intercept_[0] - weights @ scaler.mean_)]
+
+
+def two_logits(predictions):
+    """The logits of the network and of the dark share, float (N, 2)."""
+    dark = predictions.dark_share.to_numpy(float).clip(1e-6, 1 - 1e-6)
+    return np.column_stack([predictions.logit.to_numpy(float), logit(dark)])
+
+
 # ---------------------------------------------------------------- prediction sets
 
 
@@ -113,7 +142,8 @@ def prediction_sets(p_ad, predicted, quantile):
 
 
 def apply_calibration(predictions, calibration, coverage=None):
-    """Predictions with calibrated p_AD and prediction, and with a coverage, prediction_set.
+    """Predictions with calibrated p_AD and prediction, and with a coverage, prediction_set; and
+    the p_AD of network and dark share together, if both are known.
 
     Without a calibration (None), the temperature is 1 and the threshold 0.5. A prediction set
     belongs to the whole scan. A scan with a slice out of the training range gets "AD|NC", since the
@@ -125,6 +155,10 @@ def apply_calibration(predictions, calibration, coverage=None):
     # Seven digits from here on, as in the files, so that scores can be repeated from files.
     p_ad = expit(predictions.logit / calibration["temperature"]).round(7)
     table = with_predictions(predictions.assign(p_AD=p_ad, threshold=calibration["threshold"]))
+
+    if "with_dark_share" in calibration:
+        *weights, bias = calibration["with_dark_share"]
+        table["with_dark_share"] = expit(two_logits(table) @ np.array(weights) + bias).round(7)
 
     if coverage is not None:
         quantile = conformal_quantile(calibration, coverage)
@@ -138,23 +172,41 @@ def apply_calibration(predictions, calibration, coverage=None):
 def score_sets(predictions, coverage):
     """Scores of prediction sets on labelled scans, with intervals over groups.
 
+    A scan with a slice out of the training range has the set AD|NC by decree, which says nothing
+    about the coverage: `n_out_of_range` counts these scans, and the scores are those of the others.
     covered: the share of scans whose set contains the label; uncertain: the share of AD|NC;
-    accuracy_if_certain: the accuracy of the other scans.
+    accuracy_if_certain: the accuracy of the other scans. A score without a scan is None.
     """
     scans = aggregate(predictions, "scan")
+    in_range = (scans.n_out_of_range == 0).to_numpy(bool)
+    n_out_of_range = int((~in_range).sum())
+    scans = scans[in_range]
     certain = (scans.prediction_set != "AD|NC").to_numpy(bool)
     covered = ~certain | (scans.prediction_set == scans.label).to_numpy(bool)
-    everyone = np.ones(len(scans))
+    everyone = np.ones(len(scans), bool)
     ratios = {
         "covered": (covered, everyone),
         "uncertain": (~certain, everyone),
         "accuracy_if_certain": (covered & certain, certain),
     }
 
-    bootstrap = Bootstrap(scans.group)
-    scores = {"coverage": coverage, "n": len(scans), "n_certain": int(certain.sum()), "ci95": {}}
+    scores = {
+        "coverage": coverage,
+        "n": len(scans),
+        "n_certain": int(certain.sum()),
+        "n_out_of_range": n_out_of_range,
+        "ci95": {},
+    }
     for name, (part, whole) in ratios.items():
+        scores[name], scores["ci95"][name] = None, None
+        if not whole.any():
+            continue
+        scores[name] = float(part.sum() / whole.sum())
+        if scores[name] in (0, 1):
+            n_groups = scans.group[whole].nunique()
+            scores["ci95"][name] = exact_interval(scores[name], n_groups)
+            continue
+        bootstrap = Bootstrap(scans.group)
         with np.errstate(invalid="ignore", divide="ignore"):
-            scores[name] = float(part.sum() / whole.sum()) if whole.sum() else None
             scores["ci95"][name] = interval(bootstrap.total(part) / bootstrap.total(whole))
     return scores

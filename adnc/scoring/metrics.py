@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import beta
 
 UNITS = ("slice", "scan", "subject")
 THRESHOLD = 0.5
@@ -37,18 +38,22 @@ BASELINES = {
     "majority_class": "majority class",
     "window_vote": "window vote",
     "logistic_regression": "logistic regression on a blur",
+    "dark_share": "dark share of the head",
 }
 
 # The columns of predictions.csv: first what people look for, then what tools.evaluate needs as
 # well. `threshold` is the p_AD from which the prediction is AD; the last columns are the p_AD of
-# the baselines.
+# the baselines, and with_dark_share that of the network and the dark share together.
 PREDICTIONS = (
     "path", "scan", "slice", "subject", "label", "logit", "p_AD", "prediction", "exposure",
-    "out_of_range", "error", "group", "threshold", "prediction_set", *BASELINES,
+    "out_of_range", "error", "group", "threshold", "prediction_set", *BASELINES, "with_dark_share",
 )  # fmt: skip
 
 # The numeric columns with their types. The other columns hold text.
-NUMBERS = {"slice": "Int64", **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES), float)}
+NUMBERS = {
+    "slice": "Int64",
+    **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES, "with_dark_share"), float),
+}
 
 # The columns of scans.csv. Those of subjects.csv are the same without the first.
 AGGREGATED = (
@@ -214,8 +219,8 @@ def point_scores(y, p, predicted):
     return scores
 
 
-def interval(resampled):
-    """The 95 % percentile interval [low, high] of a score's resamples; None if all are NaN."""
+def percentiles(resampled):
+    """The 2.5 % and 97.5 % percentiles of a score's resamples, [low, high]; None if all are NaN."""
     # A resample without one of the classes says nothing about the score.
     resampled = resampled[np.isfinite(resampled)]
     if len(resampled) == 0:
@@ -223,14 +228,63 @@ def interval(resampled):
     return [float(q) for q in np.quantile(resampled, [0.025, 0.975])]
 
 
+def interval(resampled):
+    """The 95 % percentile interval of a score's resamples; None if it would be a point."""
+    limits = percentiles(resampled)
+    if limits is None or limits[0] == limits[1]:
+        return None
+    return limits
+
+
+def exact_interval(share, n):
+    """The exact 95 % interval [low, high] of a share of 0 or 1 of n independent cases (Clopper &
+    Pearson 1934)."""
+    if share >= 0.5:
+        return [float(beta.ppf(0.025, n, 1)), 1.0]
+    return [0.0, float(beta.ppf(0.975, 1, n))]
+
+
+# Metrics that are best and worst at 1 and 0, and the classes whose groups decide them.
+SHARES = {
+    "accuracy": ("AD", "NC"),
+    "sensitivity": ("AD",),
+    "specificity": ("NC",),
+    "balanced_accuracy": None,
+    "f1": None,
+    "auroc": None,
+    "average_precision": None,
+}
+
+
+def edge_interval(name, score, groups):
+    """The 95 % interval of a metric whose score is 0 or 1, where a bootstrap only repeats itself.
+
+    groups: {"AD": number of groups with AD, "NC": ...; "all": ...}. A share of groups has the exact
+    interval. AUROC: pairing each group of the smaller class with another group of the other class
+    gives m independent pairs, each ordered rightly with probability AUROC; all m are, or none is,
+    so that the interval is that of m cases (compare Obuchowski & Lieber 2002, doi
+    10.1016/S1076-6332(03)80329-X). The other metrics of both classes take the same m.
+    """
+    classes = SHARES[name]
+    if classes == ("AD", "NC"):
+        return exact_interval(score, groups["all"])
+    if classes:
+        return exact_interval(score, groups[classes[0]])
+    return exact_interval(score, min(groups["AD"], groups["NC"]))
+
+
 @dataclass
 class Sample:
-    """Scores of one unit: the numbers of units and groups, METRICS, and METRICS per resample."""
+    """Scores of one unit: the numbers of units and groups, METRICS, and METRICS per resample.
+
+    class_groups: the number of groups with a unit of AD, of NC, and of all groups.
+    """
 
     n: int
     groups: int
     scores: dict
     resampled: dict
+    class_groups: dict
 
 
 def bootstrap_scores(predictions):
@@ -243,14 +297,21 @@ def sample_unit(predictions, unit):
     if len(y) == 0:
         return None
     resampled = resampled_scores(y, p, predicted, Bootstrap(group))
-    return Sample(len(y), len(np.unique(group)), point_scores(y, p, predicted), resampled)
+    n_groups = len(np.unique(group))
+    class_groups = {
+        "AD": len(np.unique(group[y])),
+        "NC": len(np.unique(group[~y])),
+        "all": n_groups,
+    }
+    return Sample(len(y), n_groups, point_scores(y, p, predicted), resampled, class_groups)
 
 
 def summarise(samples):
     """The result of `bootstrap_scores` as metrics.json has it.
 
-    Each unit holds n, groups, the METRICS and ci95, the 95 % interval of each metric. A score that
-    is not defined is None, and so are an interval of one group, and "subject" if no subject is
+    Each unit holds n, groups, the METRICS and ci95, the 95 % interval of each metric: percentiles
+    of the bootstrap, or at 0 and 1, where it says nothing, `edge_interval`. A score that is not
+    defined is None, and so are an interval that would be a point, and "subject" if no subject is
     known.
     """
     summary = {}
@@ -262,7 +323,11 @@ def summarise(samples):
 def summarise_unit(sample):
     ci95 = {}
     for name, values in sample.resampled.items():
-        ci95[name] = interval(values) if sample.groups > 1 else None
+        score = sample.scores[name]
+        if name in SHARES and score in (0, 1):
+            ci95[name] = edge_interval(name, score, sample.class_groups)
+        else:
+            ci95[name] = interval(values)
     return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
 
 
@@ -302,8 +367,8 @@ def roc_band(y, p, group, grid):
 def compare(a, b):
     """Is `a` better than `b`, or is it noise? Two results of `bootstrap_scores` on the same slices.
 
-    Returns for each unit the number of groups, and for each metric {"difference" (a - b), "ci95",
-    "p"} of a paired bootstrap: both models are scored on the same resamples. p is two-sided: twice
+    Returns for each unit the number of groups, and for each metric the `difference` a - b of a
+    paired bootstrap: both models are scored on the same resamples. p is two-sided: twice
     the share of resamples on the rarer side of 0, with one added to both numbers, so that it is
     never 0. Both tables need the same groups, else the resamples are not paired.
     """
@@ -313,17 +378,28 @@ def compare(a, b):
             continue
         differences[unit] = {"groups": a[unit].groups, **dict.fromkeys(METRICS)}
         for name in METRICS:
-            resampled = a[unit].resampled[name] - b[unit].resampled[name]
-            resampled = resampled[np.isfinite(resampled)]
-            if len(resampled) == 0:  # a score that is not defined is undefined in all resamples
-                continue
-            rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
-            differences[unit][name] = {
-                "difference": a[unit].scores[name] - b[unit].scores[name],
-                "ci95": interval(resampled),
-                "p": float(min(1, 2 * (rarer + 1) / (len(resampled) + 1))),
-            }
+            differences[unit][name] = difference(a[unit], b[unit], name)
     return differences
+
+
+def difference(a, b, name):
+    """{"difference", "ci95", "p"} of a metric of two Samples, or None if it is not defined.
+
+    If both are 0 or 1 in every resample, the bootstrap says nothing: then the interval is that of
+    the two `edge_interval`s, and p is None.
+    """
+    resampled = a.resampled[name] - b.resampled[name]
+    resampled = resampled[np.isfinite(resampled)]
+    if len(resampled) == 0:  # a score that is not defined is undefined in all resamples
+        return None
+    result = {"difference": a.scores[name] - b.scores[name]}
+    if name in SHARES and a.scores[name] in (0, 1) and b.scores[name] in (0, 1):
+        low_a, high_a = edge_interval(name, a.scores[name], a.class_groups)
+        low_b, high_b = edge_interval(name, b.scores[name], b.class_groups)
+        return {**result, "ci95": [low_a - high_b, high_a - low_b], "p": None}
+    rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = float(min(1, 2 * (rarer + 1) / (len(resampled) + 1)))
+    return {**result, "ci95": percentiles(resampled), "p": p}
 
 
 def is_better(comparison, metric):

@@ -477,9 +477,11 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
     result = CutInputs(given for given in inputs if given not in volumes)
     if not volumes:
         if keep or flags:
+            names = ["--keep-slices"] if keep else []
+            names += [f"--{name}" for name in flags]
             raise InputError(
-                "--keep-slices and the flags on how volumes are cut need a volume among the "
-                "inputs, or a folder of volumes without slices beside them"
+                f"{', '.join(names)}: for volumes only, and the inputs hold slices; leave it out, "
+                "or give a volume, or a folder of volumes without slices beside them"
             )
         return result
 

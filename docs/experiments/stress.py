@@ -148,7 +148,11 @@ def score_change(plain, other):
     resampled = bootstrap.total(changed) / bootstrap.total(np.ones(len(changed)))
     sample = metrics.summarise_unit(metrics.sample_unit(other, "scan"))
 
-    row = {"n": len(scans), "changed": changed.mean(), "changed_ci95": metrics.interval(resampled)}
+    share = changed.mean()
+    changed_ci95 = metrics.interval(resampled)
+    if share in (0, 1):  # where the bootstrap says nothing
+        changed_ci95 = metrics.exact_interval(share, scans.group.nunique())
+    row = {"n": len(scans), "changed": share, "changed_ci95": changed_ci95}
     for name in ("accuracy", "auroc"):
         row[name] = sample[name]
         row[f"{name}_ci95"] = sample["ci95"][name]
