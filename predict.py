@@ -214,7 +214,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
     add("--amp", choices=("auto", "fp16", "bf16", "off"), default="auto",
-        help="auto: fp16 on CUDA, bf16 on a CPU that has it (auto)")  # fmt: skip
+        help="auto: bf16 if the device has it, else fp16 on CUDA (auto)")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
     group = add_look_flags(parser, "the checkpoint's, or those of AD_NC")
     group.add_argument(

@@ -188,7 +188,7 @@ def make_parser():
 
     add = parser.add_argument_group("machine").add_argument
     modes = ("auto", "fp16", "bf16", "off")
-    add("--amp", choices=modes, help="auto: fp16 on CUDA, bf16 on a CPU that has it (auto)")
+    add("--amp", choices=modes, help="auto: bf16 if the device has it, else fp16 on CUDA (auto)")
     add("--compile", **switch, help="compile the model, for long runs; needs a C++ compiler")
     add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
     add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")

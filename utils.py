@@ -74,12 +74,12 @@ def has_native_bf16():
 
 
 def pick_amp(mode, device):
-    """The dtype to autocast to, or None for float32. "auto": fp16 on CUDA, bf16 on a CPU that has
-    it."""
+    """The dtype to autocast to, or None for float32. "auto": bf16 on a GPU or CPU that has it (GPUs
+    from compute capability 8 on), fp16 on other GPUs."""
     if mode == "auto":
         mode = "off"
         if device.type == "cuda":
-            mode = "fp16"
+            mode = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
         elif device.type == "cpu" and has_native_bf16():
             mode = "bf16"
     if mode == "fp16" and device.type != "cuda":

@@ -21,7 +21,7 @@ from adnc.data.index import list_inputs
 from adnc.errors import InputError, printable
 from adnc.explain import report
 from adnc.explain.report import Report, require_writable, write_report
-from adnc.scoring.assess import statements, write_results
+from adnc.scoring.assess import NOT_SHOWN, WORKS, statements, write_results
 from adnc.scoring.calibration import apply_calibration
 from adnc.scoring.metrics import aggregate, verdict
 from dataset import load_inputs
@@ -37,6 +37,9 @@ HOSTILE = [
     "\u05e2\u05d1\u05e8\u05d9\u05ea_76.png",
     "surrogate\udcff\udcfe_77.png",
 ]
+
+
+WORKING = {"verdict": WORKS, "unit": "subject", "sentences": ["one.", "two.", "three."]}
 
 
 class Page(HTMLParser):
@@ -66,7 +69,7 @@ class Page(HTMLParser):
 def make_report(run_folder, folder, out, *, coverage=None, **changes):
     """The Report of a run's model on a folder of slices, as predict.py makes it."""
     file = run_folder / "best_model.pth"
-    checkpoint = load_checkpoint(file)
+    checkpoint = {**load_checkpoint(file), "conclusion": WORKING}
     listing = list_inputs([folder])
     slices = load_inputs(listing, slice_size=checkpoint["slice_size"], progress=None)
     predictions = predict.predict_slices(checkpoint, slices, device=torch.device("cpu"), amp=None)
@@ -548,3 +551,25 @@ def test_the_page_prints_on_a4_in_light_colours(browser, unlabelled_page):
     assert browser.execute_script(colour) == "rgb(255, 255, 255)"
     assert not browser.find_element("css selector", ".tools").is_displayed()
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+# ---------------------------------------------------------------- models that are not shown to work
+
+
+@pytest.mark.parametrize("conclusion", [
+    {"verdict": NOT_SHOWN, "unit": "subject", "sentences": ["AUROC 0.406.", "No better.", "Stop."]},
+    None,
+])  # fmt: skip
+def test_a_model_that_is_not_shown_to_work_gives_no_verdict_and_the_page_begins_with_that(
+    unlabelled, tmp_path, conclusion
+):
+    checkpoint = {**unlabelled.checkpoint, "conclusion": conclusion}
+    write_report(tmp_path / "page.html", replace(unlabelled, checkpoint=checkpoint))
+    page = Page(tmp_path / "page.html")
+    assert set(page.verdicts.values()) <= {"no verdict", "not read"}
+    first = "This model was never tested: its run did not finish"
+    if conclusion:
+        first = f"This model: {NOT_SHOWN}. No verdicts are given. In the test of its run: AUROC"
+    assert page.words().startswith(first)
+    overlays = [attributes for tag, attributes in page.tags if attributes.get("id") == "overlays"]
+    assert all("checked" not in attributes for attributes in overlays)  # only if asked for

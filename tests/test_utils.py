@@ -76,3 +76,12 @@ def test_validation_scores_are_slice_level_but_for_the_auroc():
     p_label = 1 / (1 + np.exp(-np.array([2.0, -1.0, 0.5, 3.0])))
     assert scores["val_loss"] == pytest.approx(-np.log(p_label).mean())
     assert utils.validation_scores(index, np.ones(4))[1] == "predicts AD for every slice"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16),
+])  # fmt: skip
+def test_auto_precision_on_a_gpu_is_bf16_where_the_card_has_it(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_amp("auto", torch.device("cuda")) == expected
+    assert pick_amp("fp16", torch.device("cuda")) == torch.float16

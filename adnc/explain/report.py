@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from adnc.errors import InputError, printable
 from adnc.files import require_new, write_text
-from adnc.scoring.assess import cell, format_baselines, format_sets, read_run, statements
+from adnc.scoring.assess import WORKS, cell, format_baselines, format_sets, read_run, statements
 from adnc.scoring.calibration import conformal_quantile
 from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 
@@ -70,6 +70,21 @@ class Report:
     notes: list = field(default_factory=list)
     overlays: dict = field(default_factory=dict)
     overlay_note: str = ""
+
+    @property
+    def distrust(self):
+        """A sentence if the model is not shown to be better than guessing, else None: then the page
+        gives no verdicts."""
+        conclusion = self.checkpoint.get("conclusion")
+        if conclusion is None:
+            return "This model was never tested: its run did not finish. No verdicts are given."
+        if conclusion["verdict"] == WORKS:
+            return None
+        first, second, _ = conclusion["sentences"]
+        return (
+            f"This model: {conclusion['verdict']}. No verdicts are given. In the test of its run: "
+            f"{first} {second}"
+        )
 
 
 # ---------------------------------------------------------------- files
@@ -267,6 +282,7 @@ def describe_page(report, sources, linked):
 
     return {
         "report": report,
+        "distrust": report.distrust,
         "checkpoint": report.checkpoint,
         "model": list(describe_checkpoint(report)),
         "scans": scans,
@@ -303,20 +319,25 @@ def describe_scans(report, sources):
     scans = []
     for scan, rows in table.groupby("scan", sort=False):
         rows = rows.sort_values("slice", kind="stable")
-        scans.append(describe_scan(scan, rows, prediction.get(scan), sources))
+        described = describe_scan(
+            scan, rows, prediction.get(scan), sources, trusted=report.distrust is None
+        )
+        scans.append(described)
     return sorted(scans, key=lambda scan: scan["certainty"])
 
 
-def describe_scan(scan, rows, row, sources):
+def describe_scan(scan, rows, row, sources, trusted=True):
     """A dict with everything that the page shows of a scan.
 
     rows: its slices in the table of predictions. row: its own prediction, None if no slice could be
-    read.
+    read. trusted: whether the model may give a verdict.
     """
     first = rows.iloc[0]
     labels, subjects = rows.label.dropna(), rows.subject.dropna()
     label = None if labels.empty else labels.iloc[0]
-    decision = verdict(row) if row else "not read"
+    decision = "not read"
+    if row:
+        decision = verdict(row) if trusted else "no verdict"
 
     n_outside = rows.out_of_range.notna().sum()
     n_unread = rows.error.notna().sum()

@@ -87,9 +87,9 @@ def fit_with_dark_share(val):
 
     It answers whether the network knows more than that number (metrics.json, beyond_dark_share).
     """
-    x = two_logits(val)
+    x, is_ad = two_logits(val), (val.label == "AD").to_numpy(bool)
     scaler = StandardScaler().fit(x)
-    model = LogisticRegression().fit(scaler.transform(x), val.label == "AD")
+    model = LogisticRegression().fit(scaler.transform(x), is_ad)
     weights = model.coef_[0] / scaler.scale_
     return [*weights.tolist(), float(model.intercept_[0] - weights @ scaler.mean_)]
 
