@@ -66,7 +66,7 @@ class SliceSet:
 
     @property
     def is_ad(self):
-        return (self.index.label == "AD").to_numpy()
+        return (self.index.label == "AD").to_numpy(bool)
 
     def where(self, mask):
         """The same pixels with only some rows of the index, given by a boolean array."""

@@ -240,7 +240,7 @@ def validation_scores(index, logits):
     accuracy and balanced accuracy, and scan-level AUROC. remark: a sentence if every slice gets the
     same prediction, else "".
     """
-    is_ad = (index.label == "AD").to_numpy()
+    is_ad = (index.label == "AD").to_numpy(bool)
     p_ad = expit(logits)
     predicted_ad = p_ad >= metrics.THRESHOLD
     p_label = np.where(is_ad, p_ad, 1 - p_ad)
@@ -250,7 +250,7 @@ def validation_scores(index, logits):
         index.assign(p_AD=p_ad).groupby("scan").agg(label=("label", "first"), p_AD=("p_AD", "mean"))
     )
     scan_p_ad = scans.p_AD.round(12).to_numpy()  # equal means stay equal, as in metrics.aggregate
-    scan_is_ad = (scans.label == "AD").to_numpy()
+    scan_is_ad = (scans.label == "AD").to_numpy(bool)
     scan_scores = metrics.point_scores(scan_is_ad, scan_p_ad, scan_p_ad >= metrics.THRESHOLD)
     scores = {
         "val_loss": float(-np.log(p_label.clip(min=1e-12)).mean()),

@@ -42,7 +42,8 @@ def test_a_split_by_slice_and_an_unknown_init_are_stated():
 
 def test_the_title_names_leaks_unknown_exposure_and_slices_out_of_range():
     table = random_predictions()
-    seen, unknown = table.subject.isin(["p0", "p1"]), table.subject == "p2"
+    seen = table.subject.isin(["p0", "p1"]).to_numpy(bool)
+    unknown = (table.subject == "p2").to_numpy(bool)
     table["exposure"] = np.select([seen, unknown], ["yes", "unknown"], "no")
     table["out_of_range"] = np.where(table.index < 3, "too dark", None)
     scores = score(complete(table), "test", leaks=["trained with --split-by slice"], coverage=0.9)

@@ -31,11 +31,11 @@ def calibrate(val, threshold="0.5"):
     or "youden". The temperature fits slices. For prediction sets, `scores` holds 1 - p(label) of
     each validation scan, and `weights` gives every group the same weight.
     """
-    is_ad = (val.label == "AD").to_numpy()
+    is_ad = (val.label == "AD").to_numpy(bool)
     temperature = fit_temperature(val.logit.to_numpy(), is_ad, val.group)
 
     scans = aggregate(val.assign(p_AD=expit(val.logit / temperature)), "scan")
-    y, p, group = (scans.label == "AD").to_numpy(), scans.p_AD.to_numpy(), scans.group
+    y, p, group = (scans.label == "AD").to_numpy(bool), scans.p_AD.to_numpy(), scans.group
     scores = np.where(y, 1 - p, p)
     weights = 1 / group.map(group.value_counts()).to_numpy()
     order = np.argsort(scores, kind="stable")

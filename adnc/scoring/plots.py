@@ -86,7 +86,7 @@ def plot_roc(path, tables, title):
     grid = np.linspace(0, 1, 101)
     with figure(path, title, height=4.4) as ((axes,),):
         for unit, table in tables.items():
-            y, p = (table.label == "AD").to_numpy(), table.p_AD.to_numpy(float)
+            y, p = (table.label == "AD").to_numpy(bool), table.p_AD.to_numpy(float)
             if y.all() or not y.any():  # a single class has no curve
                 continue
             if unit == "scan":

@@ -51,7 +51,7 @@ def format_by(folders, file, column):
     table = read_table(file, ("scan", column))
     values = dict(zip(table.scan, table[column]))
     tables = align([one.table for one in pool_seeds(folders, "test")])
-    is_ad = tables[0].label == "AD"
+    is_ad = (tables[0].label == "AD").to_numpy(bool)
     value = tables[0].scan.map(values)
     missing = tables[0].scan[is_ad & value.isna()]
     if len(missing):
