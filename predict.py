@@ -30,6 +30,7 @@ from adnc.cli import COUNT, Parser, number, run_script
 from adnc.cpu_engine import make_engine
 from adnc.data.augment import MEAN, STD, eval_transform
 from adnc.data.index import list_inputs
+from adnc.data.orientation import describe_turned
 from adnc.data.pixels import out_of_range
 from adnc.data.subjects import describe_same_names, find_exposure
 from adnc.errors import InputError, printable
@@ -304,6 +305,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         *cut.notes,
         *slices.notes,
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
+        *describe_turned(slices, checkpoint["mean_slice"].numpy()),
         *warnings_about(predictions, checkpoint, args.coverage),
     ]
     for warning in warnings:
