@@ -329,3 +329,42 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr
     again = (tmp_path / "again" / "scans.csv").read_text()
     assert again == (run / "test" / "scans.csv").read_text()
+
+
+# ---------------------------------------------------------------- the last lines of a run
+
+
+def test_a_run_that_has_not_learned_says_so_in_its_last_lines(ad_nc, tmp_path):
+    flags = ["--model", "cnn", "--lr", "50", "--epochs", "3", "--keep", "last"]
+    run = train_small(ad_nc, tmp_path / "run", *flags)
+    lines = (run / "training_log.txt").read_text().splitlines()
+    assert "training loss not below ln 2: not learning" in "\n".join(lines)
+    assert any("the model has not learned; try a lower --lr" in line for line in lines[-5:])
+    scores = json.loads((run / "test" / "metrics.json").read_text())
+    assert lines[-3:] == scores["conclusion"]["sentences"]
+    assert load_checkpoint(run / "best_model.pth")["conclusion"] == scores["conclusion"]
+
+
+def test_a_model_no_better_than_the_larger_class_on_validation_says_so(
+    ad_nc, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "train_step", lambda state, x, *args, **kwargs: torch.zeros(4))
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    log = (run / "training_log.txt").read_text()
+    assert "on validation the kept model is no better than the larger class" in log
+
+
+def test_a_batch_larger_than_the_set_is_remarked(ad_nc, tmp_path):
+    run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1", "--batch-size", "64")
+    log = (run / "training_log.txt").read_text()
+    assert "--batch-size is 64, and there are 50 training slices: one step" in log
+    assert "scan AUROC" in log and "WARNING: validation has only 1 AD, 1 NC subjects" in log
+
+
+def test_a_busy_machine_is_advised_to_use_one_thread(monkeypatch):
+    monkeypatch.setattr(train.os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert train.is_busy()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not train.is_busy()
