@@ -42,7 +42,7 @@ def random_predictions(subjects=30, seed=0, slices=5, digits=2):
 
 
 def without_subjects(table):
-    return table.assign(subject=pd.array([None] * len(table), "string"))
+    return table.assign(subject=pd.Series(None, table.index, dtype="string"))
 
 
 def slice_arrays(table):

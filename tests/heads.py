@@ -17,7 +17,7 @@ def brightness(x, y, z):
     """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the
     darkest at its top."""
     x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
-    value = 100.0 * ((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1)
+    value = np.where((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1, 100.0, 0.0)
     balls = ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34)))
     for grey, radius, (left, front, up) in balls:
         inside = (x - left) ** 2 + (y - front) ** 2 + (z - up) ** 2 < radius**2

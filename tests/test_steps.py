@@ -69,7 +69,7 @@ def test_the_shares_of_several_processes_cover_a_batch_once(slices):
             for rank in range(world)
         ]
         for number, batch in enumerate(whole):
-            joined = [None] * len(batch)
+            joined = [None for _ in batch]
             for rank in range(world):
                 joined[rank::world] = shares[rank][number]
             assert joined == batch

@@ -67,7 +67,7 @@ def pool(members):
     table = pd.concat(tables, ignore_index=True)
     coverages = {run.get("prediction_sets", {}).get("coverage") for run in runs}
     if len(coverages) != 1 or None in coverages:  # sets of different coverages cannot be pooled
-        table["prediction_set"] = pd.array([None] * len(table), "string")
+        table["prediction_set"] = pd.Series(None, table.index, dtype="string")
     return Pool(folders, table, runs)
 
 

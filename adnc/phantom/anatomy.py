@@ -117,7 +117,8 @@ class Anatomy:
         k = np.fft.fftfreq(self.GRID, self.PITCH)
         radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k[: self.GRID // 2 + 1] ** 2)
         band = np.exp(-0.5 * ((radius * self.WAVE - 1) / 0.16) ** 2)
-        noise = np.fft.irfftn(np.fft.rfftn(rng.standard_normal((self.GRID,) * 3)) * band)
+        white = rng.standard_normal((self.GRID, self.GRID, self.GRID))
+        noise = np.fft.irfftn(np.fft.rfftn(white) * band)
         wave = 2 * np.pi / self.WAVE
         slope = 0
         for axis in range(3):
@@ -258,7 +259,8 @@ class Anatomy:
         twist = 0.25 * np.sin(out / 6 + w[9]) + 0.15 * np.sin(x / 5 + w[10])
         branch = np.abs(np.sin(4.5 * (angle + twist) + w[11])) * out / 4.5
         branch -= np.clip(2.2 - out / 30, 0.8, 2.2)
-        folia = np.clip(np.cos(30 * (angle + 0.6 * twist) + x / 3), 0, 1) * (bell > -14)
+        folia = np.clip(np.cos(30 * (angle + 0.6 * twist) + x / 3), 0, 1)
+        folia = np.where(bell > -14, folia, 0.0)
         folia *= np.clip(out / 20, 0, 1)
         bell += 0.7 * folia
         tissue = GREY + 0.02 - 0.20 * folia

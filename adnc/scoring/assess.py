@@ -199,12 +199,12 @@ def beaten_baselines(part, unit):
     guessing = limits is not None and limits[0] > 0.5
     if "majority_class" in differences:
         guessing &= metrics.is_better(differences["majority_class"][unit], "accuracy")
-    beaten, not_beaten = [], []
-    (beaten if guessing else not_beaten).append(CHANCE)
+    better = {CHANCE: guessing}
     for name in ("logistic_regression", "dark_share"):
         if name in differences:
-            better = metrics.is_better(differences[name][unit], "auroc")
-            (beaten if better else not_beaten).append(f"the {BASELINES[name]}")
+            better[f"the {BASELINES[name]}"] = metrics.is_better(differences[name][unit], "auroc")
+    beaten = [name for name, is_better in better.items() if is_better]
+    not_beaten = [name for name, is_better in better.items() if not is_better]
     return beaten, not_beaten
 
 

@@ -262,8 +262,8 @@ def edge_interval(name, score, groups):
     groups: {"AD": number of groups with AD, "NC": ...; "all": ...}. A share of groups has the exact
     interval. AUROC: pairing each group of the smaller class with another group of the other class
     gives m independent pairs, each ordered rightly with probability AUROC; all m are, or none is,
-    so that the interval is that of m cases (compare Obuchowski & Lieber 2002, doi
-    10.1016/S1076-6332(03)80329-X). The other metrics of both classes take the same m.
+    so that the interval is that of m cases. (Obuchowski & Lieber 2002 treat the same problem.) The
+    other metrics of both classes take the same m.
     """
     classes = SHARES[name]
     if classes == ("AD", "NC"):

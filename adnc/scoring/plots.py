@@ -251,7 +251,7 @@ def montage_rows(index, images, change=None, n_groups=5, n_slices=8):
 def plot_montage(path, rows, title):
     """A contact sheet of the rows of `montage_rows`."""
     most = max(len(slices) for _, slices in rows)
-    size = dict(height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1] * len(rows))
+    size = dict(height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1 for _ in rows])
     with figure(path, title, **size, grid=False) as panels:
         for axes, (text, slices) in zip(panels[:, 0], rows):
             height, width = slices.shape[1:]
@@ -274,7 +274,7 @@ def plot_means(path, rows, title):
     largest = [float(abs(each).max()) for each in differences if each is not None]
     full = max(largest, default=0) or 1
 
-    size = dict(height=2.6 * len(rows), width=3.0, ratios=[1] * len(rows))
+    size = dict(height=2.6 * len(rows), width=3.0, ratios=[1 for _ in rows])
     with figure(path, title, 3, **size, grid=False) as panels:
         for axes, (text, means), difference in zip(panels, rows, differences):
             axes[0].set_ylabel(text)

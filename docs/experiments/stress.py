@@ -7,6 +7,7 @@ any prediction. Prints a table, and writes it as stress.csv with a picture, stre
 """
 
 import io
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,7 +57,8 @@ def contrast(pixels, factor):
 def noise(pixels, sd):
     """Gaussian noise of `sd` grey levels inside the brain; equal slices get equal noise."""
     generator = np.random.default_rng(int(pixels.sum()))
-    return to_uint8(pixels + generator.normal(0, sd, pixels.shape) * (pixels > 0))
+    noise = generator.normal(0, sd, pixels.shape)
+    return to_uint8(pixels + np.where(pixels > 0, noise, 0.0))
 
 
 def blur(pixels, sigma):
@@ -126,7 +128,7 @@ def stress(checkpoint, slices, *, device, amp):
     for name, (change, levels, unit) in CHANGES.items():
         for level in levels:
             with ThreadPoolExecutor() as pool:
-                images = list(pool.map(change, slices.images, [level] * len(slices.images)))
+                images = list(pool.map(change, slices.images, itertools.repeat(level)))
             scores = score_change(plain, predict(np.stack(images)))
             rows.append({"change": name, "level": f"{level} {unit}".strip(), **scores})
 
@@ -184,7 +186,7 @@ def plot_stress(path, tables, title):
     first = next(iter(tables.values()))
     changes = [name for name in dict.fromkeys(first.change) if name != "none"]
     n_rows = math.ceil(len(changes) / 3)
-    size = dict(columns=3, height=2.2 * n_rows, width=3, ratios=[1] * n_rows)
+    size = dict(columns=3, height=2.2 * n_rows, width=3, ratios=np.ones(n_rows))
     with plots.figure(path, title, **size) as panels:
         for axes, change in zip(panels.flat, changes):
             for name, table in tables.items():
