@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adnc.phantom.draw import draw
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
-CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
-os.environ["XDG_CACHE_HOME"] = CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of the tests share the cache
+    CACHE = tempfile.TemporaryDirectory(prefix="convnext-cache-")  # not the user's own
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests that need one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-identity is promised on the CPU
 
@@ -111,15 +110,20 @@ def ad_nc(shared_once):
 @pytest.fixture(scope="session")
 def phantom(shared_once):
     """A phantom of ten subjects that no test changes: the folder of AD_NC and its metadata."""
+    from adnc.phantom.draw import draw  # slow to import, and pytest's main process draws nothing
+
     return shared_once("phantom", lambda out: draw(out, 10, seed=3, progress=False))
 
 
 @pytest.fixture(scope="session")
-def oasis():
-    """The real OASIS-1 slices, where they are at hand."""
+def oasis(shared_once):
+    """The real OASIS-1 slices, where they are at hand, decoded into the cache."""
+    import dataset
+
     root = Path(os.environ.get("OASIS_ROOT", Path(__file__).parents[1] / ".." / "shared" / "oasis"))
     if not (root / "AD_NC").is_dir():
         pytest.skip(f"no OASIS slices at {root}; name their folder with OASIS_ROOT")
+    shared_once("oasis", lambda _: dataset.decode_set(root / "AD_NC", progress=None))
     return root / "AD_NC"
 
 

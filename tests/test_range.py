@@ -17,7 +17,7 @@ from adnc.data.pixels import (
     out_of_range,
     stats_range,
 )
-from dataset import read_index
+from dataset import decode_set
 from utils import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------- the texts
@@ -64,12 +64,11 @@ def test_a_text_lists_everything_that_is_out_of_range():
 
 
 def test_real_slices_of_other_subjects_are_in_range(oasis):
-    index = read_index(oasis)
-    _, stats, _ = load_slices(index.path.tolist(), common_size(index.path), progress=None)
-    train = (index.split == "train").to_numpy()
-    texts = out_of_range(stats[~train], stats_range(stats[train]))
+    index = decode_set(oasis, progress=None).index
+    train = index.split == "train"
+    texts = out_of_range(index[~train], stats_range(index[train]))
     assert texts.notna().mean() < 0.005
-    assert list(describe_outliers(stats.assign(path=index.path))) == []
+    assert list(describe_outliers(index)) == []
 
 
 # ---------------------------------------------------------------- predictions
