@@ -36,7 +36,12 @@ from adnc.data.subjects import describe_same_names, find_exposure
 from adnc.errors import InputError, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
-from adnc.scoring.assess import WORKS, format_assessment, statements, write_results
+from adnc.scoring.assess import (
+    describe_distrust,
+    format_assessment,
+    statements,
+    write_results,
+)
 from adnc.scoring.baselines import predict_baselines
 from adnc.scoring.calibration import apply_calibration, max_coverage
 from adnc.volumes.look import add_look_flags, given_look_flags
@@ -141,9 +146,9 @@ def warn_of_rows(predictions, column, what, begin=""):
 def warnings_about(predictions, checkpoint, coverage):
     """Warnings about calibrated predictions, as lines of text."""
     readable = predictions[predictions.p_AD.notna()]
-    conclusion = checkpoint.get("conclusion")
-    if conclusion and conclusion["verdict"] != WORKS:
-        yield f"this model: {conclusion['verdict']}. {' '.join(conclusion['sentences'][:2])}"
+    distrust = describe_distrust(checkpoint)
+    if distrust:
+        yield f"this model: {distrust}"
     for leak in statements(checkpoint)["leaks"]:
         yield f"the model is LEAKY: {leak}"
     if "calibration" not in checkpoint:
@@ -290,6 +295,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
 
     slices = load_inputs(listing, slice_size=checkpoint["slice_size"], bits=checkpoint["bits"])
     slices.index = cut.name_rows(slices.index)
+    sides = cut.sides(slices.index) if args.report else {}
     cut.close()
     batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     predictions = predict_slices(checkpoint, slices, device=device, amp=amp, batch_size=batch_size)
@@ -331,9 +337,25 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             print(f"warning: {explained.sentence}", file=sys.stderr)
         print(f"attribution maps in {explained.folder}")
     if args.report:
-        write_page(
-            args, path, checkpoint, slices, predictions, out, scores, warnings, cut.lines, explained
+        from adnc.explain.report import Report, write_report
+
+        page = Report(
+            file=str(path),
+            checkpoint=checkpoint,
+            model_name=name,
+            inputs=args.inputs,
+            coverage=args.coverage,
+            index=slices.index,
+            images=slices.images,
+            predictions=predictions,
+            out=out,
+            scores=scores,
+            warnings=warnings,
+            notes=cut.lines,
+            sides=sides,
+            explained=explained,
         )
+        print(write_report(args.report, page))
 
 
 def cut_volumes(args, checkpoint):
@@ -343,34 +365,6 @@ def cut_volumes(args, checkpoint):
     return cut_inputs(
         args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices
     )
-
-
-def write_page(
-    args, path, checkpoint, slices, predictions, out, scores, warnings, notes, explained
-):
-    """The HTML page of --report."""
-    from adnc.explain.report import Report, write_report
-
-    overlays = {}
-    if explained:
-        note = f"{explained.caution} {explained.sentence}."
-        overlays = dict(overlays=explained.overlays, overlay_note=note)
-    page = Report(
-        file=str(path),
-        checkpoint=checkpoint,
-        model_name=describe_model(checkpoint["model"]["variant"]),
-        inputs=args.inputs,
-        coverage=args.coverage,
-        index=slices.index,
-        images=slices.images,
-        predictions=predictions,
-        out=out,
-        scores=scores,
-        warnings=warnings,
-        notes=notes,
-        **overlays,
-    )
-    print(write_report(args.report, page))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from adnc.cli import (
 from adnc.data import pixels, subjects
 from adnc.data.augment import MEAN, STD, train_transform
 from adnc.errors import InputError
+from adnc.explain.attribution import measure_map_scale
 from adnc.files import fingerprint, new_folder, require_new, unused_name, write_csv, write_json
 from adnc.phantom.draw import draw
 from adnc.pretrained import find_state_dict, load_tensors
@@ -64,6 +65,7 @@ from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_we
 from predict import predict_logits, predict_slices
 from utils import (
     autocast,
+    build_model,
     device_name,
     explain_out_of_memory,
     load_checkpoint,
@@ -647,7 +649,8 @@ def fit(state, slices, args, out, card, log):
             log(format_epoch(state.history[-1], is_best and args.keep == "best", remark))
 
     if world.is_main:
-        title = args.model
+        n_slices = f"{len(train.index):,} training and {len(val.index):,} validation slices"
+        title = f"{out.name}: {args.model}, {n_slices}"
         if args.split_by == "slice":
             title += ", LEAKY split by slice"
         best = kept_row(state.history, args.keep)
@@ -866,6 +869,9 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     for line in describe_background(slices.index):
         log(line)
     checkpoint["baselines"] = fit_baselines(slices)
+    checkpoint["map_scale"] = measure_map_scale(
+        checkpoint, build_model(checkpoint), slices.part("train"), device
+    )
     titles = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
     if args.keep == "last":
         log(f"last epoch {checkpoint['epoch']}")

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from scipy.special import expit
 from tqdm import tqdm
 
@@ -210,7 +211,7 @@ def plot_lr_schedule(path, *, steps_per_epoch, epochs, **schedule):
 def plot_training_curves(path, history, kept_epoch, title):
     """Slice-level loss and accuracy of training and validation by epoch, and the epoch that was
     kept."""
-    with plots.figure(path, title, columns=2) as ((loss, accuracy),):
+    with plots.figure(path, title, columns=2, height=3.5) as ((loss, accuracy),):
         for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
             label = "training (smoothed labels)" if name == "loss" else "training"
             axes.plot(history.epoch, history[f"train_{name}"], label=label, **plots.LOOK["slice"])
@@ -225,7 +226,8 @@ def plot_training_curves(path, history, kept_epoch, title):
                 label=f"kept: epoch {kept_epoch}",
             )
             axes.set(xlabel="epoch", ylabel=f"{name} (slice-level)")
-            axes.legend()
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            plots.legend_above(axes)
         loss.axhline(math.log(2), color="grey", linewidth=0.8)
         loss.annotate("ln 2: chance", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")
 

@@ -164,6 +164,7 @@ def picture_functions():
             yield plots, name
     yield train, "plot_lr_schedule"
     yield train, "plot_training_curves"
+    yield train, "measure_map_scale"  # maps of training slices, for the pictures of explanations
 
 
 DRAWING = {}  # the functions that `draw_nothing` replaces

@@ -19,10 +19,10 @@ from adnc.errors import InputError
 from adnc.explain import attribution
 from adnc.phantom.anatomy import render
 from adnc.phantom.draw import plan_local
-from dataset import load_inputs, read_index
+from dataset import decode_set, load_inputs, read_index
 from docs.experiments import attribution as experiment
 from modules import make_model
-from utils import load_checkpoint
+from utils import build_model, load_checkpoint
 
 BLACK = -torch.ones(1, 1, 32, 32)
 # With the paper's initialisation an untrained block is close to the identity.
@@ -306,6 +306,75 @@ def test_a_method_that_fails_its_check_is_marked_on_every_picture(
             plain = np.asarray(image)
         assert (marked != plain).any()
         assert (marked[20:] == plain[20:]).all()  # the mark is at the top
+
+
+def test_all_scans_have_the_scale_of_the_training_slices(
+    run_folder, ad_nc, two_slices, tmp_path, pictures
+):
+    """A map of half the size gets half the colour."""
+    checkpoint = load_checkpoint(run_folder / "best_model.pth")
+    recorded = checkpoint["map_scale"]
+    assert set(recorded) == set(attribution.METHODS) and min(recorded.values()) > 0
+
+    def write(out):
+        explainer = attribution.Explainer(
+            build_model(checkpoint), lambda: make_model(**checkpoint["model"]), checkpoint,
+            "grad-cam", torch.device("cpu"),
+        )  # fmt: skip
+        return explainer.write(two_slices, out)
+
+    trained = write(tmp_path / "trained")
+    assert trained.full_colour == recorded["grad-cam"]
+    assert trained.scale == "the 99.5 % quantile of the maps of 8 training slices"
+    assert json.loads((tmp_path / "trained" / "summary.json").read_text())["full_colour"] == (
+        trained.full_colour
+    )
+    slices = decode_set(ad_nc, progress=None)
+    slices.index["split"] = "train"
+    again = attribution.measure_map_scale(
+        checkpoint, build_model(checkpoint), slices.part("train"), torch.device("cpu")
+    )
+    for method in attribution.METHODS:  # on more slices, about the same
+        assert 0.3 < again[method] / recorded[method] < 3
+
+    checkpoint["map_scale"] = {**recorded, "grad-cam": 1e6 * recorded["grad-cam"]}
+    pale = write(tmp_path / "pale")
+    assert max(map(colour_of, trained.overlays.values())) > 100
+    assert max(map(colour_of, pale.overlays.values())) < 2
+
+    checkpoint["map_scale"] = None
+    own = write(tmp_path / "own")
+    assert own.scale.endswith("of 2 of these slices, since captum was missing in training")
+
+
+def colour_of(path):
+    """The largest difference of the channels of a picture."""
+    with Image.open(path) as image:
+        return int(np.ptp(np.asarray(image).astype(int), axis=2).max())
+
+
+def test_without_captum_training_records_no_scale(run_folder, two_slices, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    checkpoint = load_checkpoint(run_folder / "best_model.pth")
+    model = build_model(checkpoint)
+    cpu = torch.device("cpu")
+    assert attribution.measure_map_scale(checkpoint, model, two_slices, cpu) is None
+
+
+def test_nothing_is_painted_outside_the_head(atto, tmp_path, pictures, monkeypatch):
+    """Even if the map is there: the centre of this slice is a head, with a black hole in it."""
+    pixels = np.zeros((40, 48), np.uint8)
+    pixels[10:30, 14:34] = 120
+    pixels[18:22, 22:26] = 0
+    Image.fromarray(pixels).save(tmp_path / "7_1.png")
+    monkeypatch.setitem(attribution.METHODS, "grad-cam", lambda model, x, baseline: x * 0 + 1)
+    explained = make_explainer(atto, "grad-cam").write(load(tmp_path / "7_1.png"), tmp_path / "out")
+    with Image.open(explained.overlays[explained.table.path.iloc[0]]) as image:
+        coloured = np.ptp(np.asarray(image).astype(int), axis=2) > 0
+    coloured[:18] = False  # where UNUSABLE is written
+    assert coloured[18:30, 14:34].all()
+    coloured[18:30, 14:34] = False
+    assert not coloured.any()
 
 
 def test_auto_takes_the_first_method_that_passes(atto, two_slices, tmp_path, monkeypatch):

@@ -79,12 +79,13 @@ def test_a_contact_sheet_shows_subjects_of_both_classes_and_slices_from_end_to_e
     shuffled = index.sample(frac=1, random_state=0).sort_values("label")
     sheet = plots.montage_rows(shuffled, images)
 
-    assert [text[:2] for text, _ in sheet] == ["AD"] * 5 + ["NC"] * 5
-    assert len({text for text, _ in sheet}) == 10
-    for text, slices in sheet:
+    assert [text[:2] for text, _, _ in sheet] == ["AD"] * 5 + ["NC"] * 5
+    assert len({text for text, _, _ in sheet}) == 10
+    for text, slices, numbers in sheet:
         own = index[index.group == text.split("\n")[1]]
         shown = slices[:, 0, 0].astype(int)
         assert len(shown) == 8 and (np.diff(shown) > 0).all()
+        assert numbers == index.slice[shown].tolist()
         assert (shown[0], shown[-1]) == (own.row.min(), own.row.max())
 
 

@@ -20,6 +20,7 @@ import predict
 from adnc.data.index import list_inputs
 from adnc.errors import InputError, printable
 from adnc.explain import report
+from adnc.explain.attribution import Explained
 from adnc.explain.report import Report, require_writable, write_report
 from adnc.scoring.assess import NOT_SHOWN, WORKS, statements, write_results
 from adnc.scoring.calibration import apply_calibration
@@ -116,11 +117,19 @@ def unlabelled(run_folder, slices, tmp_path_factory):
         folder,
         warnings=["a warning about <b>all</b>"],
         notes=["plane <i>sagittal</i>"],
-        overlay_note="This method <passed> its check.",
+        sides={"300": ("left", "right")},
     )
-    for path in page.predictions.path:
-        if "/300_" in path:
-            page.overlays[path] = folder / "overlay.png"
+    shown = page.predictions[page.predictions.scan == "300"]
+    page.explained = Explained(
+        folder,
+        shown[["path"]].assign(overlay="overlay.png"),
+        sentence="This method <passed> its check",
+        usable=True,
+        caution="No place of disease.",
+        full_colour=0.0123,
+        unit="logit per <pixel>",
+        scale="the quantile of <8> slices",
+    )
     return page
 
 
@@ -192,18 +201,26 @@ def test_the_page_has_warnings_notes_reasons_and_limits(unlabelled, unlabelled_p
         "a warning about &lt;b&gt;all",
         "plane &lt;i&gt;sagittal",
         "This method &lt;passed&gt; its check.",
+        "whose full colour is the quantile of &lt;8&gt; slices.",
+        "-0.012 towards NC 0 0.012 towards AD logit per &lt;pixel&gt;",
+        "p_AD is not the probability that a person has",
         "5 out of the training range",
         "1 not read",
         "cannot be read",
         "median grey",
         "Research use only",
-        "not the probability that a person has",
         "NC does not mean healthy",
         "No coverage was requested",
         "a small ConvNeXt, 32 px",
         f"calibrated on the {groups} validation subjects",
     ):
         assert part in words, part
+
+
+def test_sides_are_shown_where_they_are_known(unlabelled_page):
+    text = Page(unlabelled_page).text.split("</style>")[1]
+    shown = re.findall(r'<span class="side">left</span><span class="side right">right</span>', text)
+    assert len(shown) == text.split("<bdi>300</bdi>")[1].split("</tbody>")[0].count('"pair') == 5
 
 
 def test_a_labelled_page_has_scores_curves_and_the_scores_of_the_run(labelled_page):
@@ -292,7 +309,7 @@ def test_names_and_texts_cannot_become_markup_scripts_or_addresses(unlabelled_pa
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "srcset", "action"):
-                assert value.startswith(("data:image/", "data:,", "#own"))
+                assert value.startswith(("data:image/", "data:,", "#own", "#how"))
 
     control = "\x00-\x09\x0b-\x1f\x7f"
     direction = "\u200e\u200f\u202a-\u202e"
@@ -567,9 +584,9 @@ def test_a_model_that_is_not_shown_to_work_gives_no_verdict_and_the_page_begins_
     write_report(tmp_path / "page.html", replace(unlabelled, checkpoint=checkpoint))
     page = Page(tmp_path / "page.html")
     assert set(page.verdicts.values()) <= {"no verdict", "not read"}
-    first = "This model was never tested: its run did not finish"
+    first = "No verdicts are given. This model: never tested, since its run did not finish"
     if conclusion:
-        first = f"This model: {NOT_SHOWN}. No verdicts are given. In the test of its run: AUROC"
+        first = f"No verdicts are given. This model: {NOT_SHOWN}. In the test of its run: AUROC"
     assert page.words().startswith(first)
     overlays = [attributes for tag, attributes in page.tags if attributes.get("id") == "overlays"]
     assert all("checked" not in attributes for attributes in overlays)  # only if asked for

@@ -19,7 +19,7 @@ from adnc.phantom import anatomy
 from adnc.phantom import draw as phantom
 from adnc.volumes import cut as volumes
 from adnc.volumes import read as readers
-from adnc.volumes.look import ADNI, Look
+from adnc.volumes.look import ADNI, Look, picture_sides
 
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
 # ---------------------------------------------------------------- where things are
@@ -38,6 +38,21 @@ def test_a_marker_on_the_left_stays_on_the_left_and_the_front_is_where_it_is_doc
     # Numbered from left to right, from back to front, from bottom to top.
     assert centre_of(sagittal, 250)[0] < 0.4
     assert centre_of(coronal, 205, 225)[0] > 0.6 and centre_of(axial, 165, 185)[0] > 0.6
+
+
+MARKS = {"left": (250, 256), "front": (205, 225), "top": (165, 185)}  # grey levels
+
+
+@pytest.mark.parametrize("plane", volumes.PLANES)
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+def test_the_sides_of_a_picture_are_where_the_markers_are(tmp_path, plane, turn):
+    slices, _, _ = cut(tmp_path / "h.nii", head(), plane=plane, turn=turn, count=40)
+    sides = picture_sides(Look(plane=plane, turn=turn))
+    (mark,) = set(sides) & set(MARKS)
+    column = centre_of(slices, *MARKS[mark])[2]
+    assert column < 0.4 if sides[0] == mark else column > 0.6
+    pairs = ({"left", "right"}, {"back", "front"}, {"bottom", "top"})
+    assert set(sides) in pairs
 
 
 @pytest.mark.parametrize("plane", volumes.PLANES)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
 from adnc.errors import InputError
@@ -263,6 +264,15 @@ def load_slices(paths, size, progress="decoding", images=None, bits=None):
             for i, error in zip(deep, pool.map(lambda i: load(i, needed), deep)):
                 errors[i] = error
     return images, pd.DataFrame(rows, columns=list(COLUMNS), dtype=float).round(4), errors
+
+
+# ---------------------------------------------------------------- what a slice shows
+
+
+def find_head(pixels):
+    """The head in a slice uint8 (H, W), as a mask bool (H, W): everything that is not near-black,
+    with its holes, such as ventricles, filled."""
+    return binary_fill_holes(pixels >= NEAR_BLACK)
 
 
 # ---------------------------------------------------------------- cache

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from adnc import CLASSES
 from adnc.cpu_engine import images_at_once, is_convnext
 from adnc.data.augment import MEAN, STD, eval_transform
-from adnc.data.pixels import NEAR_BLACK
+from adnc.data.pixels import NEAR_BLACK, find_head
 from adnc.errors import InputError, printable
 from adnc.files import new_folder, write_atomically, write_csv, write_json
 from adnc.scoring import plots
@@ -34,6 +34,8 @@ WINDOW = 7  # the occluded square has 1/7 of the side of the input, and moves by
 LIMIT = 0.5  # from this correlation with maps of random weights on, a method is unusable
 N_CHECKED = 8  # slices used in the check
 N_DRAWS = 3  # draws of random weights for the whole model; their mean decides
+N_SCALED = 8  # training slices whose maps set the scale of the colours
+FULL = 0.995  # quantile of the sizes of their values that gets the full colour
 SMOOTH = 64  # pictures, not arrays, are smoothed by a Gaussian with an SD of 1/64 of their side
 MAX_AT_ONCE = 256  # images
 
@@ -120,6 +122,13 @@ METHODS = {
     "integrated-gradients": integrated_gradients,
     "occlusion": occlusion,
     "grad-cam": grad_cam,
+}
+
+# What the numbers of a map are.
+UNITS = {
+    "integrated-gradients": "share of a pixel in z_AD - z_NC",
+    "occlusion": "fall of z_AD - z_NC if the square around a pixel is hidden",
+    "grad-cam": "weighted activation",
 }
 
 
@@ -264,6 +273,46 @@ def inside_head(x, baseline):
     return mask | ~mask.any((1, 2), keepdims=True)
 
 
+# ---------------------------------------------------------------- the scale of the colours
+
+
+def smooth(maps):
+    """Maps (N, S, S) as they are drawn."""
+    return gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
+
+
+def full_colour(maps, masks):
+    """The size of a value that is drawn in full colour, from maps (N, S, S) and `inside_head`."""
+    return float(np.quantile(abs(smooth(maps))[masks], FULL))
+
+
+def view(checkpoint, images, device):
+    """uint8 (N, H, W) -> float32 (N, 1, S, S), as the model of a checkpoint sees them."""
+    images = torch.from_numpy(images)[:, None].to(device)
+    return eval_transform(images, checkpoint["image_size"], checkpoint["mean"], checkpoint["std"])
+
+
+def measure_map_scale(checkpoint, model, slices, device):
+    """{method: `full_colour` of its maps of some slices of a SliceSet, that of training}.
+
+    Recorded in the checkpoint, so that the maps of every prediction are drawn on the scale of the
+    training slices, and little signal looks little. None if captum is not installed.
+    """
+    try:
+        import_captum()
+    except InputError:
+        return None
+    rows = slices.index.sort_values(["label", "scan", "slice"]).row.to_numpy(np.int64)
+    x = view(checkpoint, slices.images[plots.evenly(rows, N_SCALED)], device)
+    baseline = view(checkpoint, checkpoint["mean_slice"].numpy()[None], device)
+    model = model.to(device).eval()
+    masks = inside_head(x, baseline)
+    scale = {}
+    for method in METHODS:
+        scale[method] = full_colour(attribute(method, model, x, baseline), masks)
+    return scale
+
+
 # ---------------------------------------------------------------- from slices to a folder
 
 
@@ -273,10 +322,11 @@ class Explained:
 
     table: one row per slice that could be read: path (as in predictions.csv), scan, slice, overlay
         (name of a PNG), maps and place (name of a .npz, position in its arrays), for_AD and for_NC
-        (sums of the positive and negative values), full_colour (the value drawn in full colour),
-        signed and absolute (rank correlations with the map of random weights).
+        (sums of the positive and negative values), signed and absolute (rank correlations with the
+        map of random weights).
     sentence, usable: whether the method passed its check.
     caution: what a colour does not mean.
+    full_colour, unit, scale: the value drawn in full colour, what it is, and where it is from.
     """
 
     folder: Path
@@ -284,6 +334,9 @@ class Explained:
     sentence: str
     usable: bool
     caution: str
+    full_colour: float
+    unit: str
+    scale: str
 
     @property
     def overlays(self):
@@ -306,19 +359,11 @@ class Explainer:
         self.fresh_model = fresh_model
         self.checkpoint = checkpoint
         self.device = device
-        self.baseline = self.view(checkpoint["mean_slice"].numpy()[None])
+        self.baseline = view(checkpoint, checkpoint["mean_slice"].numpy()[None], device)
         temperature = checkpoint.get("calibration", {}).get("temperature", 1)
         with torch.inference_mode():
             logit = float(margin(self.model)(self.baseline))
         self.baseline_p_ad = float(expit(logit / temperature))
-
-    def view(self, images):
-        """uint8 (N, H, W) -> float32 (N, 1, S, S), as the model sees them."""
-        images = torch.from_numpy(images)[:, None].to(self.device)
-        checkpoint = self.checkpoint
-        return eval_transform(
-            images, checkpoint["image_size"], checkpoint["mean"], checkpoint["std"]
-        )
 
     def write(self, slices, out):
         """Explain the readable slices of a SliceSet, at least one, in a new folder `out`.
@@ -332,7 +377,9 @@ class Explainer:
         index["number"] = index.index + 1
         index = index[index.error.isna()]
         some = index.loc[plots.evenly(index.index.to_numpy(), N_CHECKED)]
-        method, usable, sentence = self.choose(slices.images[some.row.to_numpy(np.int64)], out)
+        x = view(self.checkpoint, slices.images[some.row.to_numpy(np.int64)], self.device)
+        method, usable, sentence = self.choose(x, out)
+        full, scale = self.scale(method, x)
 
         random_model = randomise(self.model, self.fresh_model, len(model_parts(self.model)))
         mark = "" if usable else "UNUSABLE"
@@ -340,20 +387,23 @@ class Explainer:
         bar = tqdm(total=len(index), desc="explaining", unit=" slices", leave=False, disable=None)
         for _, part in index.groupby("scan", sort=False):
             images = slices.images[part.row.to_numpy(np.int64)]
-            x = self.view(images)
+            x = view(self.checkpoint, images, self.device)
             maps = attribute(method, self.model, x, self.baseline)
             others = attribute(method, random_model, x, self.baseline)
             masks = inside_head(x, self.baseline)
             kept = [rank_correlation(*each) for each in zip(maps, others, masks)]
             signed, absolute = np.array(kept).T
             part = part.assign(signed=signed, absolute=absolute)
-            tables.append(write_scan(images, part, maps, out, method, mark))
+            tables.append(write_scan(images, part, maps, out, method, full, mark))
             bar.update(len(part))
         bar.close()
 
         table = pd.concat(tables)
         caution = self.caution(method)
-        plots.plot_legend(out / "legend.png", f"{sentence}. {caution}")
+        unit = UNITS[method]
+        plots.plot_legend(
+            out / "legend.png", f"{sentence}. {caution}", full, f"{unit}; full colour: {scale}"
+        )
         write_csv(out / "explanations.csv", table)
         summary = {
             "method": method,
@@ -361,9 +411,25 @@ class Explainer:
             "sentence": sentence,
             "caution": caution,
             "mean_slice_p_AD": self.baseline_p_ad,
+            "full_colour": full,
+            "unit": unit,
+            "scale": scale,
         }
         write_json(out / "summary.json", summary)
-        return Explained(out, table, sentence, usable, caution)
+        return Explained(out, table, sentence, usable, caution, full, unit, scale)
+
+    def scale(self, method, x):
+        """(the value drawn in full colour, where it is from): for all scans the same.
+
+        x: slices of this prediction (n, 1, S, S), which are taken if the checkpoint has no record.
+        """
+        what = f"the {100 * FULL:g} % quantile of the maps of"
+        recorded = self.checkpoint.get("map_scale")
+        if recorded:
+            return recorded[method], f"{what} {N_SCALED} training slices"
+        maps = attribute(method, self.model, x, self.baseline)
+        full = full_colour(maps, inside_head(x, self.baseline))
+        return full, f"{what} {len(x)} of these slices, since captum was missing in training"
 
     def caution(self, method):
         """What a colour does not mean."""
@@ -380,13 +446,12 @@ class Explainer:
             f"{relative}The prediction is p_AD."
         )
 
-    def choose(self, images, out):
-        """Check the candidates on slices uint8 (n, H, W) until one passes; write checks.csv.
+    def choose(self, x, out):
+        """Check the candidates on slices (n, 1, S, S) until one passes; write checks.csv.
 
         Returns (method, whether it passes, a sentence about it). If none passes, the method is the
         last candidate.
         """
-        x = self.view(images)
         tables, failed = [], []
         for method in self.candidates:
             progress = f"checking {method}"
@@ -405,14 +470,14 @@ class Explainer:
         return method, method not in failed, sentence
 
 
-def write_scan(images, part, maps, out, method, mark):
+def write_scan(images, part, maps, out, method, full, mark):
     """Write the pictures and arrays of one scan; returns its rows of `Explained.table`.
 
     images: its slices uint8 (n, H, W). part: their rows of the index, with number, signed and
-    absolute. maps: (n, S, S).
+    absolute. maps: (n, S, S). full: the value drawn in full colour. Nothing is painted outside the
+    head.
     """
-    smoothed = gaussian_filter(maps, (0, maps.shape[1] / SMOOTH, maps.shape[2] / SMOOTH))
-    full = float(np.quantile(abs(smoothed), 0.995))
+    smoothed = smooth(maps)
     first = f"{part.number.iloc[0]:05d}_{safe_name(part.scan.iloc[0])}"
     names = []
     for number, path in zip(part.number, part.path):
@@ -423,7 +488,6 @@ def write_scan(images, part, maps, out, method, mark):
         place=range(len(part)),
         for_AD=maps.clip(min=0).sum((1, 2)),
         for_NC=maps.clip(max=0).sum((1, 2)),
-        full_colour=full,
         signed=part.signed,
         absolute=part.absolute,
     )
@@ -434,12 +498,14 @@ def write_scan(images, part, maps, out, method, mark):
 
     write_atomically(out / f"{first}.npz", save)
     for name, pixels, values in zip(names, images, smoothed):
-        plots.plot_overlay(out / name, pixels, to_slice(values, pixels.shape), full, mark)
+        values = to_slice(values, pixels.shape) * find_head(pixels)
+        plots.plot_overlay(out / name, pixels, values, full, mark)
     if len(part) > 1:
         marked = f"{mark} {method}".strip()
         title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {marked}"
-        mean = to_slice(smoothed.mean(0), images.shape[1:])
-        plots.plot_scan_map(out / f"scan_{first}.png", images.mean(0), mean, table, title)
+        pixels = images.mean(0)
+        mean = to_slice(smoothed.mean(0), pixels.shape) * find_head(pixels)
+        plots.plot_scan_map(out / f"scan_{first}.png", pixels, mean, full, table, title)
     return table
 
 

@@ -24,13 +24,23 @@ from tqdm import tqdm
 
 from adnc.errors import InputError, printable
 from adnc.files import require_new, write_text
-from adnc.scoring.assess import WORKS, cell, format_baselines, format_sets, read_run, statements
+from adnc.scoring import plots
+from adnc.scoring.assess import (
+    cell,
+    describe_distrust,
+    format_baselines,
+    format_beyond,
+    format_sets,
+    read_run,
+    statements,
+)
 from adnc.scoring.calibration import conformal_quantile
 from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 
 INLINE = 6_500_000  # bytes of pictures, a third more in base64: the page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
 WEBP = {"format": "WEBP", "quality": 80, "method": 2}  # 4 kB, 2 ms a slice; method 4 takes 4 ms
+NAMES = {"AD|NC": "uncertain"}  # of verdicts, where the page says it otherwise than scans.csv
 RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # the least certain first
 CURVES = {
     "confusion_matrix": "Confusion matrices",
@@ -52,8 +62,8 @@ class Report:
     predictions: the table of `apply_calibration`, in the order of the index.
     out, scores: the folder that `write_results` filled, and the scores that it returned.
     warnings, notes: lines of text.
-    overlays: path of a slice -> path of a picture of the same shape.
-    overlay_note: how the overlays were made, and whether the method passed its check.
+    sides: scan -> what is at the (left, right) edge of its slices, where it is known.
+    explained: of `Explainer.write`, if attribution maps were asked for.
     """
 
     file: str
@@ -68,23 +78,19 @@ class Report:
     scores: dict | None = None
     warnings: list = field(default_factory=list)
     notes: list = field(default_factory=list)
-    overlays: dict = field(default_factory=dict)
-    overlay_note: str = ""
+    sides: dict = field(default_factory=dict)
+    explained: object = None
 
     @property
     def distrust(self):
-        """A sentence if the model is not shown to be better than guessing, else None: then the page
+        """Sentences if the model is not shown to be better than guessing, else None: then the page
         gives no verdicts."""
-        conclusion = self.checkpoint.get("conclusion")
-        if conclusion is None:
-            return "This model was never tested: its run did not finish. No verdicts are given."
-        if conclusion["verdict"] == WORKS:
-            return None
-        first, second, _ = conclusion["sentences"]
-        return (
-            f"This model: {conclusion['verdict']}. No verdicts are given. In the test of its run: "
-            f"{first} {second}"
-        )
+        return describe_distrust(self.checkpoint)
+
+    @property
+    def overlays(self):
+        """{path of a slice: path of its overlay}"""
+        return self.explained.overlays if self.explained else {}
 
 
 # ---------------------------------------------------------------- files
@@ -248,6 +254,13 @@ def probability_plot(rows, threshold):
     }
 
 
+def colour_bar():
+    """The colours of overlays on grey, from the strongest towards NC to the strongest towards AD,
+    as colour stops of CSS."""
+    (colours,) = plots.blend(np.full((1, 9), 120), np.linspace(-1, 1, 9)[None], 1)
+    return ", ".join("rgb({}, {}, {})".format(*colour) for colour in colours)
+
+
 def plot_height(p):
     """The y coordinate of p_AD in `probability_plot`."""
     return EDGE + (1 - p) * (HEIGHT - 2 * EDGE)
@@ -262,6 +275,12 @@ def describe_page(report, sources, linked):
     predicted = report.predictions[report.predictions.p_AD.notna()]
     # A warning about one file is not repeated here: the page shows it at its scan.
     files = tuple(f"{path} " for path in report.predictions.path)
+
+    warnings = []
+    for line in report.warnings:
+        said_above = report.distrust is not None and report.distrust in line
+        if not line.startswith(files) and not said_above:
+            warnings.append(line)
 
     calibration = report.checkpoint.get("calibration")
     both = None  # the interval of p_AD with the verdict AD|NC
@@ -287,7 +306,7 @@ def describe_page(report, sources, linked):
         "model": list(describe_checkpoint(report)),
         "scans": scans,
         "own": [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")],
-        "warnings": [line for line in report.warnings if not line.startswith(files)],
+        "warnings": warnings,
         "calibration": calibration,
         "both": both,
         "threshold": float(predicted.threshold.iloc[0]),
@@ -299,6 +318,9 @@ def describe_page(report, sources, linked):
         "here": score_tables(report.scores) if report.scores else [],
         "curves": curves,
         "overlays": any(kind == "overlay" for _, kind in sources),
+        "colour_bar": colour_bar(),
+        "names": NAMES,
+        "worth": report.checkpoint["conclusion"]["sentences"][:2] if not report.distrust else [],
         "width": WIDTH,
         "height": HEIGHT,
         "side": THUMBNAIL,
@@ -322,6 +344,7 @@ def describe_scans(report, sources):
         described = describe_scan(
             scan, rows, prediction.get(scan), sources, trusted=report.distrust is None
         )
+        described["sides"] = report.sides.get(scan)
         scans.append(described)
     return sorted(scans, key=lambda scan: scan["certainty"])
 
@@ -464,6 +487,8 @@ def score_tables(scores):
         lines = []
         if "baselines" in part:
             lines.append(format_baselines(part)[-1])
+        if "beyond_dark_share" in part:
+            lines += [line for line in format_beyond(part) if line]
         if "prediction_sets" in part:
             lines.append(format_sets(part))
         units = [(f"{unit}s", part[unit]["n"]) for unit in units]

@@ -186,6 +186,18 @@ def conclude(scores):
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
 
 
+def describe_distrust(checkpoint):
+    """Why the predictions of a checkpoint should not be used, as sentences, or None if the test of
+    its run has shown that it works."""
+    conclusion = checkpoint.get("conclusion")
+    if conclusion is None:
+        return "never tested, since its run did not finish."
+    if conclusion["verdict"] == WORKS:
+        return None
+    first, second, _ = conclusion["sentences"]
+    return f"{conclusion['verdict']}. In the test of its run: {first} {second}"
+
+
 CHANCE = "guessing"
 
 
@@ -210,13 +222,20 @@ def beaten_baselines(part, unit):
 
 def describe_beaten(beaten, not_beaten):
     if not not_beaten:
-        return f"That is shown to beat {', '.join(beaten)}."
+        return f"That is shown to beat {join(beaten, 'and')}."
     if not beaten:
-        return f"That is NOT shown to beat {', '.join(not_beaten)}."
+        return f"That is NOT shown to beat {join(not_beaten, 'or')}."
     return (
-        f"That is shown to beat {', '.join(beaten)}, and NOT shown to beat "
-        f"{', '.join(not_beaten)}."
+        f"That is shown to beat {join(beaten, 'and')}, and NOT shown to beat "
+        f"{join(not_beaten, 'or')}."
     )
+
+
+def join(names, word):
+    """Names as in "a, b and c"."""
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} {word} {names[-1]}"
 
 
 def next_step(verdict, part, unit):
@@ -395,7 +414,7 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
     write_json(out / "metrics.json", scores)
 
     tables = {unit: table for unit, table in tables.items() if len(table)}
-    title = scores["title"]
+    title = f"{out.resolve().parent.name}/{out.name}: {scores['title']}"
     plots.plot_confusion(out / "confusion_matrix.png", tables, title)
     plots.plot_calibration(out / "calibration.png", tables, title)
     plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))

@@ -15,13 +15,12 @@ and predict.py report them beside the model.
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import binary_fill_holes
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from adnc.data.pixels import NEAR_BLACK, threads
+from adnc.data.pixels import find_head, threads
 from adnc.scoring.metrics import fit_windows
 
 SIDE = 16  # pixels of the short side after averaging
@@ -50,10 +49,8 @@ def shrink(images, rows):
 def dark_shares(pixels):
     """The shares of the head in a slice uint8 (H, W) that are darker than DARK times the median
     grey of the head, float (3,); 0 if there is no head.
-
-    The head is everything that is not near-black, with its holes, such as ventricles, filled.
     """
-    head = pixels[binary_fill_holes(pixels >= NEAR_BLACK)]
+    head = pixels[find_head(pixels)]
     if len(head) == 0:
         return np.zeros(len(DARK))
     median = np.median(head)

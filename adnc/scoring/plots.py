@@ -8,6 +8,7 @@ import contextlib
 import textwrap
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -52,10 +53,16 @@ def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True
     """
     with rc_context({**STYLE, "axes.grid": grid}):
         drawing = Figure(figsize=(width * columns, height), layout="constrained")
+        drawing.get_layout_engine().set(w_pad=0.1)  # inches; text does not touch the edge
         yield drawing.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
         lines = textwrap.wrap(plain_text(title), int(drawing.get_figwidth() * 14))
         drawing.suptitle("\n".join(lines), fontsize=9)
         write_atomically(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
+
+
+def legend_above(axes, columns=2):
+    """A legend that covers no curve."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
 
 
 def plain_text(text):
@@ -93,32 +100,34 @@ def plot_roc(path, tables, title):
                 low, high = metrics.roc_band(y, p, table.group, grid)
                 axes.fill_between(grid, low, high, color="0.87", label="95 % band, scan-level")
             false_positive_rate, sensitivity, _ = roc_curve(y, p)
-            label = f"{unit}-level: AUROC {roc_auc_score(y, p):.3f}"
+            label = f"{unit}-level (n = {len(y):,}): {roc_auc_score(y, p):.3f}"
             axes.plot(false_positive_rate, sensitivity, label=label, **LOOK[unit])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", aspect="equal")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", title="AUROC")  # below the diagonal
 
 
 def plot_calibration(path, tables, title):
     """Reliability diagram: the share of AD against the mean p_AD in ten bins of equal width; below,
     the number of scans (or slices) in each bin."""
     limits = (-0.03, 1.03)
-    with figure(path, title, height=5.4, ratios=(4, 1)) as ((axes,), (below,)):
+    with figure(path, title, height=6, ratios=(4, 1)) as ((axes,), (below,)):
         for unit, table in tables.items():
             bins = metrics.which_bin(table.p_AD.to_numpy(float))
             bins = table.assign(ad=table.label == "AD").groupby(bins)
             points = bins.agg(p=("p_AD", "mean"), ad=("ad", "mean"))
-            label = f"{unit}-level"
+            label = f"{unit}-level (n = {len(table):,})"
             axes.plot(points.p, points.ad, marker="o", markersize=4, label=label, **LOOK[unit])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        axes.set(ylabel="share that is AD", aspect="equal", xlim=limits, ylim=limits)
-        axes.legend(loc="upper left")
+        axes.set(ylabel="share that is AD", xlim=limits, ylim=limits)
+        legend_above(axes)
 
         unit = "scan" if "scan" in tables else "slice"
         p = tables[unit].p_AD
         below.hist(p, bins=metrics.BINS, range=(0, 1), color="0.6", edgecolor="white")
         below.set(xlabel="p_AD", ylabel=f"{unit}s", xlim=limits)
+        axes.set_box_aspect(1)  # panels of the same width, with the same p_AD above each other
+        below.set_box_aspect(0.25)
 
 
 def plot_windows(path, predictions, title):
@@ -138,7 +147,7 @@ def plot_windows(path, predictions, title):
         name = "slice window (lowest slice number)" if unit == "scan" else "slice number"
         axes.set_xlabel(f"{name}; in the bars, the number of {unit}s")
         axes.set(ylabel="accuracy", ylim=(0, 1.03))
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        legend_above(axes)
 
 
 def plot_risk(path, tables, title, sets=None):
@@ -146,19 +155,19 @@ def plot_risk(path, tables, title, sets=None):
 
     `sets`, the result of `calibration.score_sets`, adds a point.
     """
-    with figure(path, title, height=3.6, width=5) as ((axes,),):
+    with figure(path, title, height=4, width=5) as ((axes,),):
         for unit, table in tables.items():
             p, threshold = table.p_AD.to_numpy(float), table.threshold.to_numpy(float)
             correct = table.prediction == table.label
             coverage, risk = metrics.risk_coverage(p, correct, threshold)
-            axes.plot(coverage, risk, label=f"{unit}-level", **LOOK[unit])
+            axes.plot(coverage, risk, label=f"{unit}-level (n = {len(p):,})", **LOOK[unit])
         if sets is not None and sets["accuracy_if_certain"] is not None:
             coverage, risk = 1 - sets["uncertain"], 1 - sets["accuracy_if_certain"]
             label = f"prediction sets for {sets['coverage']:g}, scan-level"
             axes.plot(coverage, risk, "k*", markersize=9, label=label)
         axes.set(xlabel="share of units with an answer, the most certain first", xlim=(0, 1.02))
         axes.set(ylabel="error rate among them", ylim=(-0.01, None))
-        axes.legend()
+        legend_above(axes)
 
 
 # ---------------------------------------------------------------- attribution maps over the slice
@@ -185,24 +194,22 @@ def plot_overlay(path, pixels, values, full, mark=""):
     write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
-def plot_legend(path, title):
-    """The legend of all overlays: the meaning of the colours."""
+def plot_legend(path, title, full, label):
+    """The legend of all overlays: the meaning of the colours, the strongest of which is `full`."""
     bar = np.linspace(-1, 1, 256)[None].repeat(24, 0)
-    with figure(path, title, height=2.1, width=6, grid=False) as ((axes,),):
+    with figure(path, title, height=3, width=7, grid=False) as ((axes,),):
         axes.imshow(blend(np.full(bar.shape, 120), bar, 1), aspect="auto", extent=(-1, 1, 0, 1))
-        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=["towards NC", "0: grey", "towards AD"])
-        axes.set_xlabel(
-            "full colour: full_colour in explanations.csv, the 99.5 % quantile of the scan"
-        )
+        names = [f"{-full:.2g}\ntowards NC", "0\nno colour", f"{full:.2g}\ntowards AD"]
+        axes.set(yticks=[], xticks=[-1, 0, 1], xticklabels=names)
+        axes.set_xlabel(textwrap.fill(label, 90))
 
 
-def plot_scan_map(path, pixels, mean, slices, title):
+def plot_scan_map(path, pixels, mean, full, slices, title):
     """The mean map of a scan over its mean slice, and the positive and negative sums of the map of
     each slice.
 
     `slices` holds the rows of the scan in the table of attribution.Explained.
     """
-    full = float(abs(mean).max())
     numbered = slices.slice.notna().all()
     at = np.arange(len(slices))
     step = max(1, len(slices) // 20)
@@ -218,7 +225,7 @@ def plot_scan_map(path, pixels, mean, slices, title):
         right.axvline(0, color="black", linewidth=0.8)
         right.set(xlabel="sum of the map", ylabel="slice number" if numbered else "slice")
         right.invert_yaxis()
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)  # above the bars
+        legend_above(right)
 
 
 # ---------------------------------------------------------------- the data
@@ -230,8 +237,8 @@ def evenly(values, most):
 
 
 def montage_rows(index, images, change=None, n_groups=5, n_slices=8):
-    """Rows of a contact sheet, (text, slices uint8 (n, H, W)): some groups of each class, and some
-    slices of each group.
+    """Rows of a contact sheet, (text, slices uint8 (n, H, W), their numbers): some groups of each
+    class, and some slices of each group.
 
     A group is a subject, or a scan of an unknown subject. The function `change` is applied to the
     slices of each row.
@@ -241,25 +248,30 @@ def montage_rows(index, images, change=None, n_groups=5, n_slices=8):
         part = index[index.label == label]
         for group in evenly(part.group.unique(), n_groups):
             own = part[part.group == group].sort_values(["slice", "scan"])
-            slices = images[evenly(own.row.to_numpy(int), n_slices)]
+            own = own.iloc[evenly(np.arange(len(own)), n_slices)]
+            slices = images[own.row.to_numpy(int)]
             if change is not None:
                 slices = change(slices)
-            rows.append((f"{label}\n{group}", slices))
+            rows.append((f"{label}\n{group}", slices, own.slice.tolist()))
     return rows
 
 
 def plot_montage(path, rows, title):
     """A contact sheet of the rows of `montage_rows`."""
-    most = max(len(slices) for _, slices in rows)
+    most = max(len(slices) for _, slices, _ in rows)
     size = dict(height=0.4 + 1.1 * len(rows), width=1.6 + 1.1 * most, ratios=[1 for _ in rows])
     with figure(path, title, **size, grid=False) as panels:
-        for axes, (text, slices) in zip(panels[:, 0], rows):
+        for axes, (text, slices, numbers) in zip(panels[:, 0], rows):
             height, width = slices.shape[1:]
             sheet = np.zeros((height, most * width), slices.dtype)
             sheet[:, : len(slices) * width] = np.concatenate(slices, 1)
             axes.imshow(sheet, cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
             axes.set_ylabel(plain_text(text), rotation=0, ha="right", va="center")
+            for k, number in enumerate(numbers):
+                if not pd.isna(number):
+                    at = ((k + 0.03) * width, 0.03 * height)
+                    axes.annotate(f"{number}", at, color="0.8", fontsize=7, va="top")
 
 
 def plot_means(path, rows, title):

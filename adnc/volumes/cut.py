@@ -24,7 +24,7 @@ from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError
 from adnc.files import new_folder, write_csv, write_json
 from adnc.volumes import read
-from adnc.volumes.look import ADNI, PLANES, Look
+from adnc.volumes.look import ADNI, PLANES, Look, picture_sides, recorded_look
 from adnc.volumes.read import EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
 
 COLUMNS = (  # of extraction.csv
@@ -452,6 +452,7 @@ class CutInputs:
         self.lines = []
         self.temporary = None  # the folder of slices that are not to be kept
         self.table = None  # of `extract`
+        self.look = None  # how the volumes were cut
 
     def name_rows(self, index):
         """The index with paths such as head.nii.gz:81 for the slices in the temporary folder."""
@@ -460,6 +461,19 @@ class CutInputs:
         ours = index.path.str.startswith(f"{self.temporary.name}{os.sep}")
         source = index.scan.map(dict(zip(self.table.scan, self.table.source)))
         return index.assign(path=index.path.mask(ours, source + ":" + index.slice.astype("string")))
+
+    def sides(self, index):
+        """{scan: what is at the (left, right) edge of its slices}, where it is known: for volumes,
+        and for folders that tools.extract wrote. InputError if its record is damaged."""
+        sides = {}
+        for given in self.inputs:
+            look = recorded_look(given) if os.path.isdir(given) else None
+            if look:
+                own = index.path.str.startswith(f"{given}{os.sep}")
+                sides.update(dict.fromkeys(index.scan[own], picture_sides(Look(**look))))
+        if self.look:
+            sides.update(dict.fromkeys(self.table.scan, picture_sides(self.look)))
+        return sides
 
     def close(self):
         """Remove the temporary folder."""
@@ -503,6 +517,7 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
     else:
         result.temporary = tempfile.TemporaryDirectory(prefix="slices-")
         folder = Path(result.temporary.name)
+    result.look = look
     result.table = extract(table, look, folder)
     result.notes += remarks(result.table, table, volumes, tables)
 

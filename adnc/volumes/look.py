@@ -60,6 +60,26 @@ class Look:
         return ", ".join(parts)
 
 
+# What is at the (negative, positive) end of each world axis.
+ENDS = (("left", "right"), ("back", "front"), ("bottom", "top"))
+
+
+def picture_sides(look):
+    """What is at the (left, right) edge of the pictures that a Look cuts: left and right of the
+    patient, front and back, or bottom and top."""
+    _, down, along = PLANES[look.plane]
+    ends = {}
+    for name, (axis, sign) in (("down", down), ("along", along)):
+        ends[name] = ENDS[axis][::sign]  # (first, last): of the rows, of the columns
+    sides = {
+        0: ends["along"],
+        90: ends["down"],  # counter-clockwise: what was at the top comes to the left
+        180: ends["along"][::-1],
+        270: ends["down"][::-1],
+    }
+    return sides[look.turn]
+
+
 # As the slices of AD_NC are: MP-RAGE, sagittal, face to the left.
 ADNI = Look("sagittal", size=(256, 240), step=1.2)
 
