@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -29,7 +31,13 @@ FORKS.set_forkserver_preload(
 )
 
 
+def _draw_nothing(figure, file, **options):
+    """In the place of Figure.savefig: half a second less for each picture."""
+    Path(file).touch()
+
+
 def _run(folder, script, words, cwd, environment, file_size):
+    Figure.savefig = _draw_nothing
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     if file_size:  # as on a full disk: no file may grow beyond this number of bytes
@@ -50,7 +58,7 @@ def _run(folder, script, words, cwd, environment, file_size):
 
 def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
     """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its
-    end.
+    end. Its pictures are empty files.
 
     Returns what subprocess.run([python, script, *words], capture_output=True, text=True) returns.
     """

@@ -138,18 +138,21 @@ def adult():
 
 # ---------------------------------------------------------------- runs
 
-SMALL = (
-    "--model atto --image-size 32 --batch-size 16 --lr 2e-3 --drop-path 0 --val-fraction 0.25"
-).split()
+MODEL = "--model narrow --model-args norm=layer".split()  # small files, and no BatchNorm
+SPLIT = "--val-fraction 0.25".split()
+SMALL = [*MODEL, *SPLIT, *"--image-size 32 --batch-size 16 --lr 2e-3 --drop-path 0".split()]
 
 
 def train_small(data, out, *flags):
     """Train in this process, with the final evaluation; returns the run folder."""
     import train
 
-    small = SMALL
+    left_out = []
+    if "--model" in flags:
+        left_out += MODEL
     if "--split" in flags:  # which leaves nothing to --val-fraction
-        small = [word for word in SMALL if word not in ("--val-fraction", "0.25")]
+        left_out += SPLIT
+    small = [word for word in SMALL if word not in left_out]
     train.main(["--data", str(data), "--out", str(out), *small, *flags])
     return Path(out)
 

@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, 
     run = tmp_path / "run"
     words = ["--data", ad_nc, "--out", run, *SMALL, "--epochs", "2"]
     # Space for the weights, but not for the moments of AdamW, which the first epoch adds.
-    done = command.run(ROOT / "train.py", *words, file_size=20_000_000)
+    done = command.run(ROOT / "train.py", *words, file_size=2_000_000)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1
     assert re.search(
         r"last\.pth cannot be written: .*\n.*last\.pth holds the last finished epoch; resume with",
@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_error_and_the_checkpoint_before_it_is_intact(ad_nc, 
     )
     assert load_checkpoint(run / "last.pth")["epoch"] == 0
 
-    command.run(ROOT / "train.py", "--out", run, "--resume", file_size=1_000_000)
+    command.run(ROOT / "train.py", "--out", run, "--resume", file_size=500_000)
     assert load_checkpoint(run / "last.pth")["epoch"] == 0
     assert len(pd.read_csv(resume(run) / "training_history.csv")) == 2
 
@@ -229,7 +229,7 @@ def test_a_run_that_was_to_train_on_does_so_whatever_stopped_it(ad_nc, tmp_path,
 
 def test_a_resumed_run_keeps_its_flags_and_names_those_that_differ(run_folder, capsys):
     args = train.parse_args(["--out", str(run_folder), "--resume"])
-    assert args.lr == 2e-3 and args.model == "atto"
+    assert args.lr == 2e-3 and args.model == "narrow"
     with pytest.raises(SystemExit) as stop:
         train.parse_args(["--out", str(run_folder), "--resume", "--lr", "1", "--seed", "7"])
     assert stop.value.code == 2
