@@ -67,10 +67,13 @@ def has_native_bf16():
     slowly."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            return torch.cpu._is_avx512_bf16_supported()
+    except AttributeError:  # the names are private: another version of PyTorch may lack them
         return False
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported()
     return True
 
 

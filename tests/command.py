@@ -16,6 +16,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from adnc.scoring import metrics
+
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -38,6 +40,7 @@ def _draw_nothing(figure, file, **options):
 
 def _run(folder, script, words, cwd, environment, file_size):
     Figure.savefig = _draw_nothing
+    metrics.RESAMPLES = 200  # as conftest.py does in this process
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     if file_size:  # as on a full disk: no file may grow beyond this number of bytes
@@ -58,7 +61,7 @@ def _run(folder, script, words, cwd, environment, file_size):
 
 def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
     """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its
-    end. Its pictures are empty files.
+    end. Its pictures are empty files, and its bootstraps short.
 
     Returns what subprocess.run([python, script, *words], capture_output=True, text=True) returns.
     """

@@ -205,6 +205,15 @@ def train_steps(data, out, *flags):
         return train_small(data, out, *flags)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_resamples():
+    """A tenth of the bootstrap: intervals are a little rougher, and tests faster."""
+    from adnc.scoring import metrics
+
+    with mock.patch.object(metrics, "RESAMPLES", 200):
+        yield
+
+
 def without_evaluation():
     """A context in which train.py does not evaluate the model at the end."""
     import train

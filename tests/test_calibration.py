@@ -108,7 +108,7 @@ def coverage_of(calibration, new, coverage):
 def test_prediction_sets_reach_their_coverage_over_many_random_splits(coverage, repeats):
     """Calibrated on 29 subjects, new ones are covered as often as asked for, and little more."""
     rng, rates, uncertain = np.random.default_rng(1), [], []
-    for _ in range(repeats(150, 400)):
+    for _ in range(repeats(80, 400)):
         calibration = calibrate(as_table(*draw_scans(rng, 29)))
         rate, sets = coverage_of(calibration, as_table(*draw_scans(rng, 20)), coverage)
         rates.append(rate)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from adnc.errors import InputError
 from adnc.files import write_csv
-from docs.experiments import learning_curve, probe, stress, tables
+from docs.experiments import learning_curve, orientation, probe, stress, tables
 from modules import convnext, make_model
 
 CPU = torch.device("cpu")
@@ -119,6 +119,16 @@ def test_a_run_whose_test_slices_are_gone_is_refused(run_folder, monkeypatch):
     monkeypatch.setattr(stress, "read_run", lambda folder: (moved, scores))
     with pytest.raises(InputError, match="gone"):
         stress.load_test(run_folder)
+
+
+# ---------------------------------------------------------------- orientation
+
+
+def test_turns_are_counted_as_found_and_upright_scans_as_no_alarm(phantom):
+    alarms, slice_alarms, *found = orientation.measure(str(phantom / "AD_NC" / "train"))
+    n_scans = int(alarms.split()[-1])
+    assert n_scans >= 4 and slice_alarms == f"0 of {20 * n_scans}"
+    assert alarms == f"0 of {n_scans}" and set(found) == {f"{n_scans} of {n_scans}"}
 
 
 # ---------------------------------------------------------------- linear probe

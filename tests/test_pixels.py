@@ -288,7 +288,7 @@ def mutated(data, generator):
 def test_mutated_files_are_used_or_refused_with_a_reason(tmp_path, repeats):
     seeds = [data for data, *_ in (*CONVERTED.values(), *REFUSED.values()) if len(data) < 10_000]
     generator = random.Random(0)
-    n, n_used = repeats(600, 5000), 0
+    n, n_used = repeats(300, 5000), 0
     for i in range(n):
         path = tmp_path / f"1_1.{generator.choice(['png', 'jpeg'])}"
         path.write_bytes(mutated(seeds[i % len(seeds)], generator))

@@ -216,6 +216,31 @@ def test_a_skipped_step_changes_no_weight_no_statistic_and_no_average(variant, p
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_a_model_with_batch_norm_learns_although_every_tenth_batch_is_bad(amp):
+    """Of 100 steps, each tenth has an infinite pixel, a NaN, or values that overflow."""
+    torch.manual_seed(0)
+    state = TrainState(convnext("narrow"), device=CPU, amp=amp, lr=2e-3, ema=0.9)
+    y = torch.arange(6) % 2
+    bad = 0
+    for number in range(100):
+        x = torch.randn(6, 1, 16, 16) * 0.3
+        x[y == 1, :, 4:12, 4:12] += 1
+        if number % 10 == 9:
+            worst = (float("inf"), float("nan"), 3e38)[number // 10 % 3]
+            x[3, 0, 5:9, 5] = worst
+            bad += 1
+        assert step(state, x, y)[3] == (number % 10 == 9)
+    assert bad == 10
+    assert {each["step"].item() for each in state.optimizer.state.values()} == {90}
+    for model in (state.model, state.ema.module):
+        assert all(values.isfinite().all() for values in model.state_dict().values())
+        x = torch.randn(6, 1, 16, 16) * 0.3
+        x[y == 1, :, 4:12, 4:12] += 1
+        with torch.inference_mode():
+            assert model.eval()(x).argmax(1).equal(y)
+
+
 def test_many_such_steps_in_a_row_end_the_run(ad_nc, tmp_path, monkeypatch):
     transform, count = train.train_transform, []
 

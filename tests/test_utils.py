@@ -1,6 +1,7 @@
 """utils.py: seeds, device and precision, learning-rate schedule."""
 
 import random
+import types
 
 import numpy as np
 import pytest
@@ -84,3 +85,16 @@ def test_auto_precision_on_a_gpu_is_bf16_where_the_card_has_it(monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert pick_amp("auto", torch.device("cuda")) == expected
     assert pick_amp("fp16", torch.device("cuda")) == torch.float16
+
+
+@pytest.mark.parametrize("missing", ["torch.ops.mkldnn", "torch.cpu"])
+def test_a_pytorch_without_its_private_names_trains_in_float32(monkeypatch, missing):
+    """Which CPU this is, only private functions tell."""
+    monkeypatch.setattr(missing, types.SimpleNamespace())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    if missing == "torch.cpu":
+        ops = types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
+        monkeypatch.setattr(torch.ops, "mkldnn", ops)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert not utils.has_native_bf16()
+    assert pick_amp("auto", torch.device("cpu")) is None

@@ -292,7 +292,7 @@ def test_mutated_volumes_are_cut_or_refused_in_a_sentence(tmp_path, repeats):
     """Mostly mutated headers, some of compressed files."""
     affine, shape = place((9, 9, 9), (16, 18, 16))
     generator, cuts = random.Random(0), 0
-    n_files = repeats(150, 1000)
+    n_files = repeats(80, 1000)
     seeds = {}
     for name in ("a.nii", "a.nii.gz", "a.mgz"):
         image = head(affine, shape, np.int16)

@@ -136,7 +136,8 @@ class Bootstrap:
     models.
     """
 
-    def __init__(self, group, resamples=RESAMPLES, seed=0):
+    def __init__(self, group, resamples=None, seed=0):
+        resamples = resamples or RESAMPLES
         names, self.group = np.unique(np.asarray(group, str), return_inverse=True)
         n = len(names)
         generator = np.random.default_rng(seed)
