@@ -241,7 +241,7 @@ def join(names, word):
 def next_step(verdict, part, unit):
     if verdict == NOT_SHOWN:
         return (
-            "Do not use its predictions: train on more subjects or with --recipe small, and look "
+            "Do not use its predictions: train on more subjects or with another --recipe, and look "
             "at training_curves.png."
         )
     if "beyond_dark_share" in part and not knows_more(part, unit):
