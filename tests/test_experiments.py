@@ -9,8 +9,8 @@ from PIL import Image
 
 from adnc.errors import InputError
 from adnc.files import write_csv
-from docs.experiments import learning_curve, orientation, probe, stress, tables
-from modules import convnext, make_model
+from docs.experiments import learning_curve, orientation, probe, residual, stress, tables
+from modules import ConvNeXtBlock, convnext, make_model
 
 CPU = torch.device("cpu")
 
@@ -129,6 +129,22 @@ def test_turns_are_counted_as_found_and_upright_scans_as_no_alarm(phantom):
     n_scans = int(alarms.split()[-1])
     assert n_scans >= 4 and slice_alarms == f"0 of {20 * n_scans}"
     assert alarms == f"0 of {n_scans}" and set(found) == {f"{n_scans} of {n_scans}"}
+
+
+# ---------------------------------------------------------------- the residual stream
+
+
+def test_a_stream_in_16_bits_loses_a_branch_that_the_model_keeps():
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(40, layer_scale=1e-3), 1 + torch.rand(2, 40, 8, 8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        kept = block(x)
+        with residual.stream_in_16_bits():
+            lost = block(x)
+    assert kept.dtype == torch.float32 and (kept != x).any()
+    assert torch.equal(lost, x.bfloat16())
+    rows = residual.measure(CPU, 32, 2, repeats=1)
+    assert set(rows) == {"16-bit stream", "float32 stream"}
 
 
 # ---------------------------------------------------------------- linear probe
