@@ -1,9 +1,8 @@
 """The layout: five scripts, one package, a few tools; imports go one way, and change nothing."""
 
 import ast
-import subprocess
-import sys
 
+import command
 from conftest import ROOT
 
 SCRIPTS = {"dataset", "modules", "train", "utils", "predict"}
@@ -61,6 +60,8 @@ def state():
 import torch.distributed, torch.optim.swa_utils, torchvision.transforms.v2, tqdm
 import scipy.ndimage, scipy.optimize, scipy.sparse.csgraph, scipy.special, scipy.stats
 import matplotlib.figure, sklearn.linear_model, sklearn.metrics, sklearn.model_selection
+for name in [name for name in sys.modules if name.startswith("adnc")]:
+    del sys.modules[name]  # imported by the helper that starts this
 before = state()
 for name in sys.argv[1:]:
     __import__(name)
@@ -71,7 +72,5 @@ assert not changed, changed
 
 def test_importing_a_file_changes_nothing_in_the_process():
     names = sorted(SCRIPTS) + [module_name(path) for path in PACKAGE]
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK, *names], capture_output=True, text=True, cwd=ROOT
-    )
+    done = command.run(LOOK, *names)
     assert done.returncode == 0, done.stderr

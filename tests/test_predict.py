@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import command
 import numpy as np
@@ -379,6 +377,5 @@ def test_slices_are_predicted_without_importing_what_they_do_not_need(run_folder
         "assert not {'captum', 'nibabel', 'jinja2'} & set(sys.modules)\n"
     )
     words = [ad_nc / "test" / "AD" / "300_70.jpeg", "--checkpoint", run_folder / "best_model.pth"]
-    command_line = [sys.executable, "-c", script, *map(str, words), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT)
+    done = command.run(script, *words, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
