@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -47,6 +49,21 @@ def write_csv(path, table):
     write_atomically(path, lambda temporary: table.to_csv(temporary, **options))
 
 
+# ---------------------------------------------------------------- names
+
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))  # of no width
+
+
+def same_name(text):
+    """The spelling in which the names of scans and subjects are compared.
+
+    macOS writes an accent as a letter of its own, spreadsheets add blanks: one person would be two.
+    Unicode's NFKC, without characters of no width and blanks at the ends. Files are opened by the
+    name that they have.
+    """
+    return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -74,6 +91,29 @@ def read_csv(path):
     return table
 
 
+def read_rows(path):
+    """The rows of a table as lists of texts, all of the length of the first one, the header.
+
+    A spreadsheet may begin with sep=; and end rows, or the header, with empty cells. ValueError if
+    there is no row, or if one has more cells than the header.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    if not lines:
+        raise ValueError("it holds nothing but blanks")
+    declared = re.fullmatch(r"sep=(.)\W*", lines[0], re.IGNORECASE)
+    if declared:
+        separator, lines = declared[1], lines[1:]
+    else:
+        separator = csv.Sniffer().sniff(lines[0], ",;\t| ").delimiter
+    header, *rows = csv.reader(lines, delimiter=separator)
+    for number, row in enumerate(rows, 2):
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise ValueError(f"row {number} has {len(row)} cells, the header has {len(header)}")
+    width = len(header)
+    return [header, *((row + [""] * width)[:width] for row in rows)]
+
+
 # Words in a table of subjects that stand for "not known", in lower case.
 MISSING = {
     "", "?", "-", "--", ".", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "none", "null", "missing",
@@ -86,36 +126,31 @@ def read_table(path, columns):
     """A table that people made, as text: any separator that can be detected, column names in any
     case.
 
-    Words that mean "missing" (see MISSING) become missing, except in the column scan. InputError if
-    the file cannot be read or lacks one of the `columns`.
+    Every cell is in the spelling of `same_name`. Words that mean "missing" (see MISSING) become
+    missing, except in the column scan. InputError if the file cannot be read or lacks one of the
+    `columns`.
     """
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}; expected a table of {' and '.join(columns)}")
     if os.path.getsize(path) == 0:
         raise InputError(f"{path} is empty; expected the columns {' and '.join(columns)}")
     try:
-        table = pd.read_csv(
-            path,
-            sep=None,
-            engine="python",
-            encoding="utf-8-sig",
-            encoding_errors="surrogateescape",
-            dtype=str,
-            keep_default_na=False,
-        )
+        rows = read_rows(path)
     except (OSError, ValueError, csv.Error) as problem:
         raise InputError(
             f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in "
             f"UTF-8 with the columns {' and '.join(columns)}"
         ) from None
-    table = table.rename(columns=lambda name: str(name).strip().lower())
+    header = [name.strip().lower() for name in rows[0]]
+    table = pd.DataFrame(rows[1:], columns=header, dtype=object)
+    table = table.loc[:, [bool(name) for name in header]]
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
         found = printable(", ".join(table.columns))[:200]
         raise InputError(
             f"{path} has the columns {found}; expected {' and '.join(columns)}, each once"
         )
     for name in table:
-        table[name] = table[name].str.strip()
+        table[name] = table[name].map(same_name, na_action="ignore")
         if name != "scan":
             table[name] = table[name].mask(table[name].str.lower().isin(MISSING))
     return table

@@ -16,7 +16,7 @@ from adnc import CLASSES
 from adnc.data.pixels import EXTENSIONS, is_junk, parse_name
 from adnc.data.subjects import archive_id, assign_groups, set_root
 from adnc.errors import InputError, printable
-from adnc.files import MISSING, read_json, read_table
+from adnc.files import MISSING, read_json, read_table, same_name
 
 COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
 
@@ -111,6 +111,7 @@ def read_metadata(path):
         )
     subjects, labels = {}, {}
     for scan, entry in entries.items():
+        scan = same_name(scan)
         if not isinstance(entry, dict):
             continue
         names = [os.path.basename(value) for value in entry.values() if isinstance(value, str)]
@@ -279,7 +280,7 @@ def tabulate(rows):
     """
     rows = [dict(zip(("path", "label", "split", "error"), row)) for row in rows]
     for row in rows:
-        row["scan"], row["slice"] = parse_name(row["path"]) or (row["path"], None)
+        row["scan"], row["slice"] = parse_name(row["path"]) or (same_name(row["path"]), None)
 
     # Within a unit the column must have one value.
     checks = (

@@ -23,7 +23,7 @@ from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
 from adnc.errors import InputError
-from adnc.files import fingerprint, write_text
+from adnc.files import fingerprint, same_name, write_text
 
 SMALLEST, LARGEST = 16, 4096  # pixels: a smaller side shows nothing, a larger one is a photograph
 NEAR_BLACK = 16  # grey levels below are background
@@ -58,12 +58,13 @@ def is_junk(name):
 def parse_name(path):
     """(scan, slice) of a name `<scan>_<slice>.jpeg`, or None for a name of another form.
 
-    The scan is everything before the last underscore.
+    The scan is everything before the last underscore, in the spelling of `same_name`.
     """
-    match = re.fullmatch(r"(.+)_(\d{1,9})", Path(path).stem, re.DOTALL)  # more digits are an id
+    name = same_name(Path(path).stem)
+    match = re.fullmatch(r"(.+)_(\d{1,9})", name, re.DOTALL)  # more digits are an id
     if not match:
         return None
-    return match[1], int(match[2])
+    return match[1].strip(), int(match[2])
 
 
 # ---------------------------------------------------------------- one file

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from adnc.errors import InputError
-from adnc.files import fingerprint, read_table
+from adnc.files import fingerprint, read_table, same_name
 
 MIN_VALIDATION_GROUPS = 5  # of each class; with fewer a warning
 
@@ -180,7 +180,7 @@ def read_split(index, file, root):
     train and val, or a scan in both test and another split.
     """
     given = read_table(file, ("path", "split"))
-    given["path"] = given.path.map(os.path.normpath, na_action="ignore")
+    given["path"] = given.path.map(comparable_path, na_action="ignore")
     given["split"] = given.split.str.lower()
     valid = (
         given.split.isin(["train", "val", "test"]) & given.path.notna() & ~given.path.duplicated()
@@ -192,7 +192,7 @@ def read_split(index, file, root):
             "not usable; expected each path once, in train, val or test"
         )
 
-    paths = index.path.map(lambda path: os.path.relpath(path, root))
+    paths = index.path.map(lambda path: comparable_path(os.path.relpath(path, root)))
     missing = sorted(set(paths) - set(given.path))
     unknown = sorted(set(given.path) - set(paths))
     expected = f"expected the same slices, by paths such as {paths.iloc[0]}"
@@ -222,6 +222,11 @@ def read_split(index, file, root):
             f"{shared[0]}; expected all slices of a scan on one side"
         )
     return index
+
+
+def comparable_path(path):
+    """A path in the spelling of `same_name`, whatever system wrote it."""
+    return os.path.normpath(same_name(path).replace("\\", "/"))
 
 
 def shared_values(index, column, one, other):

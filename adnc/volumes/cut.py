@@ -22,7 +22,7 @@ from tqdm import tqdm
 from adnc.data.index import METADATA, TABLE, check_match, describe_unused, read_subjects
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError
-from adnc.files import new_folder, write_csv, write_json
+from adnc.files import fingerprint, new_folder, same_name, write_csv, write_json
 from adnc.volumes import read
 from adnc.volumes.look import ADNI, PLANES, Look, picture_sides, recorded_look
 from adnc.volumes.read import EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
@@ -251,26 +251,38 @@ def extract_volume(path, look):
 
 # ---------------------------------------------------------------- many volumes
 
+LONGEST = 120  # bytes of the name of a scan: with a slice number it is the name of a file
+
+
+def safe_name(name):
+    """The name of a scan from that of a volume, fit for the name of a file on any system.
+
+    Letters and digits of all scripts, dots, - and _ are kept. Where anything else was replaced or
+    cut off, a hash of the name is added, so that different names never become equal.
+    """
+    safe = re.sub(r"[^\w.-]+", "-", name).lstrip(".")
+    while len(os.fsencode(safe)) > LONGEST:
+        safe = safe[1:]  # the end of a name tells more than its beginning
+    if safe == name:
+        return safe
+    return f"{safe or 'scan'}-{fingerprint(name, 6)}"
+
 
 def name_scans(volumes):
     """A table of volumes, given as (path, folder): source, folder, scan, name, subject and session.
 
-    A scan has the name of its file; if two files have one name, the folders are put before it. Only
-    letters, digits, dots, - and _ are kept, so that the name is safe on any system. Subject and
-    session are those of BIDS names such as sub-01_ses-2_T1w.nii.gz.
+    A scan has the name of its file (see `safe_name`); if two files have one name, the folders are
+    put before it. Subject and session are those of BIDS names such as sub-01_ses-2_T1w.nii.gz.
     """
-
-    def safe(text):
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".")[-120:] or "scan"
-
     table = pd.DataFrame(volumes, columns=["source", "folder"])
     stem = table.source.map(os.path.abspath).map(os.path.basename)
     stem = stem.str.replace(r"(\.nii|\.img|\.hdr|\.mg[zh])(\.gz)?$", "", case=False, regex=True)
-    table["scan"] = stem.map(safe)
+    stem = stem.map(same_name)
+    table["scan"] = stem.map(safe_name)
     table["name"] = stem
-    twins = table.scan.duplicated(keep=False)
-    table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe)
-    number = table.groupby("scan").cumcount()
+    twins = table.scan.str.lower().duplicated(keep=False)  # for some systems they are the same file
+    table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe_name)
+    number = table.groupby(table.scan.str.lower()).cumcount()
     table["scan"] += ("-" + (number + 1).astype(str)).where(number > 0, "")
     for column, key in (("subject", "sub"), ("session", "ses")):
         table[column] = table.source.str.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)").str[-1]

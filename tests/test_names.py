@@ -1,0 +1,129 @@
+"""Names of scans and subjects: one person in two spellings is one, and two names never one."""
+
+import os
+import unicodedata
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_slice
+
+from adnc.data import subjects
+from adnc.data.index import list_inputs, read_index
+from adnc.data.pixels import parse_name
+from adnc.errors import InputError
+from adnc.files import read_table, same_name
+from adnc.volumes.cut import LONGEST, find_all, safe_name
+
+NFC, NFD = (unicodedata.normalize(form, "Zoé Müller") for form in ("NFC", "NFD"))
+SPELLINGS = [NFD, f"{NFC} ", f"\ufeff{NFC}", NFC.replace(" ", "\u00a0"), "Zoé\u200b Müller"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_name_in_another_spelling_of_unicode_is_the_same(spelling):
+    assert spelling != NFC
+    assert same_name(spelling) == same_name(NFC) == NFC
+    assert parse_name(f"x/{spelling}_7.png") == (NFC, 7)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_person_spelled_in_two_ways_is_on_one_side_of_the_split(tmp_path, spelling):
+    """The files spell as macOS does, the table as a spreadsheet."""
+    root = tmp_path / "AD_NC"
+    names = {("train", "AD"): ["ana", NFD], ("train", "NC"): ["ben", "eva"]}
+    names |= {("test", "AD"): ["kim"], ("test", "NC"): ["lea"]}
+    for (split, label), scans in names.items():
+        for seed, scan in enumerate(scans):
+            write_slice(root / split / label / f"{scan}_1.png", label == "AD", seed)
+    rows = [f"{scan},{scan}" for scan in ("ben", "eva", "kim", "lea")]
+    text = "\n".join(["scan,subject", *rows, f"ana,{spelling}", f"{NFC},{NFC}"])
+    (root / "subjects.csv").write_text(text, encoding="utf-8")
+    index = read_index(root)
+    own = index[index.scan.isin(["ana", NFC])]
+    assert len(own) == 2 and set(own.subject) == {NFC} and own.group.nunique() == 1
+    assert all(map(os.path.exists, index.path))  # opened by the names that they have
+
+
+def test_a_scan_in_train_and_test_is_noticed_in_any_spelling(tmp_path):
+    for split, name in (("train", NFC), ("test", NFD)):
+        for label, scan in (("AD", name), ("NC", f"other-{split}")):
+            write_slice(tmp_path / split / label / f"{scan}_{len(split)}.png", True, 0)
+    with pytest.raises(InputError, match="which is in train and in test"):
+        read_index(tmp_path)
+
+
+def test_exposure_is_found_in_any_spelling(tmp_path):
+    write_slice(tmp_path / "a" / f"{NFC}_1.png", True, 0)
+    write_slice(tmp_path / "b" / f"{NFD}_2.png", True, 1)
+    for name in ("a", "b"):
+        (tmp_path / name / "subjects.csv").write_text(f"scan,subject\n{NFD},002_S_6795\n")
+    one, other = (list_inputs([tmp_path / name]).index for name in ("a", "b"))
+    assert one.scan[0] == other.scan[0] and one.subject[0] == other.subject[0]
+
+
+def test_a_split_file_may_spell_paths_as_another_system_does(tmp_path):
+    index = pd.DataFrame({
+        "path": [str(tmp_path / "train" / "AD" / f"{NFD}_1.png"), str(tmp_path / "x_1.png")],
+        "scan": [NFC, "x"], "group": ["a", "b"], "split": ["train", "train"],
+    })  # fmt: skip
+    rows = f"path;split;;\ntrain\\AD\\{NFC}_1.png;val;;\nx_1.png;train;;\n"
+    (tmp_path / "split.csv").write_text(f"sep=;\n{rows}", encoding="utf-8")
+    index = subjects.read_split(index, tmp_path / "split.csv", tmp_path)
+    assert index.split.tolist() == ["val", "train"]
+
+
+# ---------------------------------------------------------------- tables of spreadsheets
+
+
+@pytest.mark.parametrize("text", [
+    "sep=;\nscan;subject\n1;a\n2;b\n",
+    "SEP=,\r\nscan,subject\r\n1,a\r\n2,b\r\n",
+    "scan,subject,,\n1,a,,\n2,b,,\n",
+    "scan,subject\n1,a,,,\n2,b,\n",
+    "\ufeffScan\tSubject\t\n\n1\ta\t\n2\tb\n\n",
+    'scan,subject,note\n1,a,"x, y"\n2,b,\n',
+])  # fmt: skip
+def test_tables_of_spreadsheets_are_read(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    table = read_table(tmp_path / "t.csv", ("scan", "subject"))
+    assert table[["scan", "subject"]].to_numpy().tolist() == [["1", "a"], ["2", "b"]]
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("scan,subject\n1,a,b\n", "row 2 has 3 cells, the header has 2"),
+    ("\n \n", "nothing but blanks"),
+    ("scan,subject,subject\n1,a,b\n", "each once"),
+    ("sep=;\n", "cannot be read"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text, problem):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=problem):
+        read_table(tmp_path / "t.csv", ("scan", "subject"))
+
+
+# ---------------------------------------------------------------- names of volumes
+
+
+@pytest.mark.parametrize("name", ["sub-01_ses-2_T1w", "Müller", "Иван", "山田", "a.b-c_d"])
+def test_letters_of_all_scripts_are_kept(name):
+    assert safe_name(name) == name
+
+
+def test_different_names_never_become_equal():
+    names = ["a b", "a-b", "a  b", "a/b", "a?b", ".a", "a", "..a", "?", "*", "", "\udcff", "\udcfe"]
+    names += ["x" * 200, "y" + "x" * 199, "ü" * 200, "é" * 200]
+    safe = [safe_name(name) for name in names]
+    assert len({name.lower() for name in safe}) == len(names)
+    assert all(len(os.fsencode(name)) <= LONGEST + 7 and name.isprintable() for name in safe)
+    assert not any(set(name) & set('/\\:*?"<>| ') for name in safe)
+
+
+def test_volumes_whose_names_differ_in_an_accent_or_in_case_are_different_scans(tmp_path):
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    for name in ("Müller", "Möller", "Иван", "Анна", "Scan", "scan"):
+        (tmp_path / name).mkdir()
+        nib.save(image, tmp_path / name / f"{name}.nii")
+    scans = find_all([tmp_path]).scan
+    assert len({scan.lower() for scan in scans}) == 6
+    assert {"Müller", "Möller", "Иван", "Анна"} <= set(scans)
