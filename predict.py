@@ -295,7 +295,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
 
     slices = load_inputs(listing, slice_size=checkpoint["slice_size"], bits=checkpoint["bits"])
     slices.index = cut.name_rows(slices.index)
-    sides = cut.sides(slices.index) if args.report else {}
+    looks = cut.looks(slices.index) if args.report else {}
     cut.close()
     batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     predictions = predict_slices(checkpoint, slices, device=device, amp=amp, batch_size=batch_size)
@@ -352,7 +352,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             scores=scores,
             warnings=warnings,
             notes=cut.lines,
-            sides=sides,
+            looks=looks,
             explained=explained,
         )
         print(write_report(args.report, page))

@@ -25,6 +25,7 @@ from adnc.explain.report import Report, require_writable, write_report
 from adnc.scoring.assess import NOT_SHOWN, WORKS, statements, write_results
 from adnc.scoring.calibration import apply_calibration
 from adnc.scoring.metrics import aggregate, verdict
+from adnc.volumes.look import Look
 from dataset import load_inputs
 from utils import load_checkpoint
 
@@ -117,7 +118,7 @@ def unlabelled(run_folder, slices, tmp_path_factory):
         folder,
         warnings=["a warning about <b>all</b>"],
         notes=["plane <i>sagittal</i>"],
-        sides={"300": ("left", "right")},
+        looks={"300": Look("axial", step=2.0)},
     )
     shown = page.predictions[page.predictions.scan == "300"]
     page.explained = Explained(
@@ -202,7 +203,8 @@ def test_the_page_has_warnings_notes_reasons_and_limits(unlabelled, unlabelled_p
         "plane &lt;i&gt;sagittal",
         "This method &lt;passed&gt; its check.",
         "whose full colour is the quantile of &lt;8&gt; slices.",
-        "-0.012 towards NC 0 0.012 towards AD logit per &lt;pixel&gt;",
+        "−0.012 towards NC 0 0.012 towards AD",
+        "logit per &lt;pixel&gt;, the same scale in all scans",
         "p_AD is not the probability that a person has",
         "5 out of the training range",
         "1 not read",
@@ -211,6 +213,7 @@ def test_the_page_has_warnings_notes_reasons_and_limits(unlabelled, unlabelled_p
         "Research use only",
         "NC does not mean healthy",
         "No coverage was requested",
+        "However close it is",
         "a small ConvNeXt, 32 px",
         f"calibrated on the {groups} validation subjects",
     ):
@@ -219,8 +222,11 @@ def test_the_page_has_warnings_notes_reasons_and_limits(unlabelled, unlabelled_p
 
 def test_sides_are_shown_where_they_are_known(unlabelled_page):
     text = Page(unlabelled_page).text.split("</style>")[1]
-    shown = re.findall(r'<span class="side">left</span><span class="side right">right</span>', text)
-    assert len(shown) == text.split("<bdi>300</bdi>")[1].split("</tbody>")[0].count('"pair') == 5
+    shown = re.findall(r'<span class="side">L</span><span class="side right">R</span>', text)
+    own, *_ = text.split("<bdi>300</bdi>")[1].split("</tbody>")
+    assert len(shown) == own.count('"pair') == 5
+    assert "axial, from bottom (70) to top (75), 2 mm apart; what is outside of these" in own
+    assert "orientation not known" in text and "orientation not known" not in own
 
 
 def test_a_labelled_page_has_scores_curves_and_the_scores_of_the_run(labelled_page):
@@ -250,8 +256,9 @@ def test_seen_scans_and_a_split_by_slice_are_marked(run_folder, ad_nc, tmp_path)
     page.checkpoint["split_by"] = "slice"
     write_report(tmp_path / "page.html", page)
     words = Page(tmp_path / "page.html").words()
-    assert words.count("seen in training: its score is no test") == 6
-    assert "Seen in training 6 of 6 scans" in words
+    text = Page(tmp_path / "page.html").text
+    assert text.count('<span class="flags">seen in training</span>') == 6
+    assert "Seen in training 6 scans yes, 0 no, 0 unknown" in words
     assert "LEAKY" in words
 
 

@@ -28,6 +28,7 @@ from adnc.scoring import plots
 from adnc.scoring.assess import (
     cell,
     describe_distrust,
+    describe_worth,
     format_baselines,
     format_beyond,
     format_sets,
@@ -36,10 +37,12 @@ from adnc.scoring.assess import (
 )
 from adnc.scoring.calibration import conformal_quantile
 from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
+from adnc.volumes.look import describe_order, picture_sides
 
 INLINE = 6_500_000  # bytes of pictures, a third more in base64: the page stays below 10 MB
 THUMBNAIL = 256  # pixels of the longer side, at most
 WEBP = {"format": "WEBP", "quality": 80, "method": 2}  # 4 kB, 2 ms a slice; method 4 takes 4 ms
+SHORT = {"left": "L", "right": "R"}
 NAMES = {"AD|NC": "uncertain"}  # of verdicts, where the page says it otherwise than scans.csv
 RANKS = {"no verdict": 0, "not read": 1, "AD|NC": 2, "AD": 3, "NC": 3}  # the least certain first
 CURVES = {
@@ -62,7 +65,7 @@ class Report:
     predictions: the table of `apply_calibration`, in the order of the index.
     out, scores: the folder that `write_results` filled, and the scores that it returned.
     warnings, notes: lines of text.
-    sides: scan -> what is at the (left, right) edge of its slices, where it is known.
+    looks: scan -> the Look that its slices were cut with, where it is known.
     explained: of `Explainer.write`, if attribution maps were asked for.
     """
 
@@ -78,7 +81,7 @@ class Report:
     scores: dict | None = None
     warnings: list = field(default_factory=list)
     notes: list = field(default_factory=list)
-    sides: dict = field(default_factory=dict)
+    looks: dict = field(default_factory=dict)
     explained: object = None
 
     @property
@@ -319,8 +322,12 @@ def describe_page(report, sources, linked):
         "curves": curves,
         "overlays": any(kind == "overlay" for _, kind in sources),
         "colour_bar": colour_bar(),
+        "band": both and (plot_height(both[1]), (both[1] - both[0]) * (HEIGHT - 2 * EDGE)),
         "names": NAMES,
-        "worth": report.checkpoint["conclusion"]["sentences"][:2] if not report.distrust else [],
+        "worth": None if report.distrust else describe_worth(report.checkpoint),
+        "subjects": report.predictions.subject.nunique(),
+        "all_subjects_known": bool(report.predictions.subject.notna().all()),
+        "differing": [scan for scan in scans if scan["differs"]],
         "width": WIDTH,
         "height": HEIGHT,
         "side": THUMBNAIL,
@@ -344,8 +351,15 @@ def describe_scans(report, sources):
         described = describe_scan(
             scan, rows, prediction.get(scan), sources, trusted=report.distrust is None
         )
-        described["sides"] = report.sides.get(scan)
+        look = report.looks.get(scan)
+        described["sides"], described["order"] = None, "orientation not known"
+        if look:
+            numbers = rows.slice.dropna()
+            described["sides"] = [SHORT.get(side, side) for side in picture_sides(look)]
+            described["order"] = describe_order(look, numbers.min(), numbers.max())
         scans.append(described)
+    if report.distrust:  # the order must not tell what is withheld
+        return sorted(scans, key=lambda scan: scan["name"])
     return sorted(scans, key=lambda scan: scan["certainty"])
 
 
@@ -364,13 +378,18 @@ def describe_scan(scan, rows, row, sources, trusted=True):
 
     n_outside = rows.out_of_range.notna().sum()
     n_unread = rows.error.notna().sum()
+    spread = ""
+    if decision in ("AD", "NC", "AD|NC") and len(rows) > 1:
+        p = rows.p_AD.dropna()
+        n_above = int((p >= first.threshold).sum())
+        spread = f"p_AD {p.min():.2f} to {p.max():.2f}, {n_above} of {len(p)} on the side of AD"
     flags = []
     if n_outside:
         flags.append(f"{n_outside} out of the training range")
     if n_unread:
         flags.append(f"{n_unread} not read")
     if row and row.exposure == "yes":
-        flags.append("seen in training: its score is no test")
+        flags.append("seen in training")
 
     slices = []
     for each in rows.itertuples():
@@ -390,6 +409,7 @@ def describe_scan(scan, rows, row, sources, trusted=True):
         "folder": os.path.dirname(first.path),
         "verdict": decision,
         "flags": flags,
+        "spread": spread,
         "label": label,
         "subject": None if subjects.empty else subjects.iloc[0],
         "p_AD": row.p_AD if row else None,
@@ -397,7 +417,7 @@ def describe_scan(scan, rows, row, sources, trusted=True):
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
         "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
-        "strip": probability_plot(rows, first.threshold),
+        "strip": probability_plot(rows, first.threshold) if trusted else None,
         "certainty": (RANKS[decision], distance),
     }
 

@@ -194,8 +194,13 @@ def describe_distrust(checkpoint):
         return "never tested, since its run did not finish."
     if conclusion["verdict"] == WORKS:
         return None
-    first, second, _ = conclusion["sentences"]
-    return f"{conclusion['verdict']}. In the test of its run: {first} {second}"
+    return f"{conclusion['verdict']}. {describe_worth(checkpoint)}"
+
+
+def describe_worth(checkpoint):
+    """The first two sentences of the conclusion of a checkpoint's run."""
+    first, second, _ = checkpoint["conclusion"]["sentences"]
+    return f"In the test of its run: {first.replace('On ', 'on ', 1)} {second}"
 
 
 CHANCE = "guessing"

@@ -24,7 +24,7 @@ from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError
 from adnc.files import fingerprint, new_folder, same_name, write_csv, write_json
 from adnc.volumes import read
-from adnc.volumes.look import ADNI, PLANES, Look, picture_sides, recorded_look
+from adnc.volumes.look import ADNI, PLANES, Look, recorded_look
 from adnc.volumes.read import EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
 
 COLUMNS = (  # of extraction.csv
@@ -474,18 +474,18 @@ class CutInputs:
         source = index.scan.map(dict(zip(self.table.scan, self.table.source)))
         return index.assign(path=index.path.mask(ours, source + ":" + index.slice.astype("string")))
 
-    def sides(self, index):
-        """{scan: what is at the (left, right) edge of its slices}, where it is known: for volumes,
-        and for folders that tools.extract wrote. InputError if its record is damaged."""
-        sides = {}
+    def looks(self, index):
+        """{scan: the Look of its slices}, where it is known: of volumes, and of folders that
+        tools.extract wrote. InputError if its record is damaged."""
+        looks = {}
         for given in self.inputs:
             look = recorded_look(given) if os.path.isdir(given) else None
             if look:
                 own = index.path.str.startswith(f"{given}{os.sep}")
-                sides.update(dict.fromkeys(index.scan[own], picture_sides(Look(**look))))
+                looks.update(dict.fromkeys(index.scan[own], Look(**look)))
         if self.look:
-            sides.update(dict.fromkeys(self.table.scan, picture_sides(self.look)))
-        return sides
+            looks.update(dict.fromkeys(self.table.scan, self.look))
+        return looks
 
     def close(self):
         """Remove the temporary folder."""

@@ -80,6 +80,17 @@ def picture_sides(look):
     return sides[look.turn]
 
 
+def describe_order(look, first, last):
+    """A sentence on slices `first` to `last` that a Look cuts: their plane and their order."""
+    across, _, _ = PLANES[look.plane]
+    low, high = ENDS[across]
+    step = look.step or look.spacing
+    return (
+        f"{look.plane}, from {low} ({first}) to {high} ({last}), {step:g} mm apart; what is outside"
+        " of these slices was not assessed"
+    )
+
+
 # As the slices of AD_NC are: MP-RAGE, sagittal, face to the left.
 ADNI = Look("sagittal", size=(256, 240), step=1.2)
 
