@@ -346,6 +346,21 @@ def make_mix(mixup=0.0, cutmix=0.0):
     return v2.RandomChoice(mixes) if mixes else None
 
 
+def averaging(decay):
+    """A moving average for AveragedModel, with the decay min(`decay`, (1 + n) / (10 + n)) after n
+    steps.
+
+    Without this warm-up, which is that of TensorFlow's ExponentialMovingAverage, an average over
+    1,000 steps would still hold the random first weights after 40.
+    """
+
+    def average(averaged, current, n_steps):
+        n = int(n_steps)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n_steps)
+
+    return average
+
+
 class TrainState:
     """What an epoch changes: model, moving average of its weights (or None), optimizer, scaler and
     history. `state_dict` holds all of it.
@@ -359,9 +374,7 @@ class TrainState:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.ema = None
         if ema:
-            self.ema = AveragedModel(
-                model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True
-            )
+            self.ema = AveragedModel(model, multi_avg_fn=averaging(ema), use_buffers=True)
         self.optimizer = make_optimizer(model, lr, weight_decay)
         # The scaler skips a step whose gradient is not finite. It scales the loss for float16
         # alone; elsewhere by 1, or by a power of two after a skipped step, which changes no bit.
@@ -841,6 +854,15 @@ def check_batches(state, n_slices, batch_size):
         )
 
 
+def describe_average(decay, n_steps):
+    """A line if a run is shorter than what --ema averages over."""
+    if decay and n_steps < 1 / (1 - decay):
+        yield (
+            f"--ema {decay:g} averages over about {1 / (1 - decay):,.0f} steps, and the run has "
+            f"{n_steps:,}: its decay starts low and ends at {(1 + n_steps) / (10 + n_steps):.2f}"
+        )
+
+
 def command(*words):
     """A command as the user would type it here: relative paths for what is below the working
     directory."""
@@ -1011,7 +1033,9 @@ def train(args, world, device, amp):
         world=world,
     )
     card = model_card(args, slices, state, model_args, init)
-    lines += check_batches(state, len(slices.part("train")), args.batch_size)
+    n_train = len(slices.part("train"))
+    lines += check_batches(state, n_train, args.batch_size)
+    lines += describe_average(args.ema, args.epochs * math.ceil(n_train / args.batch_size))
 
     out = Path(args.out) if args.out else None
     if world.is_main and not args.resume:

@@ -285,6 +285,21 @@ def mutated(data, generator):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_tiff_whose_white_is_zero_is_never_read_as_its_negative(tmp_path, photometric, kind):
+    values = np.zeros((32, 32), kind)
+    values[8:24, 8:24] = 200 if kind == np.uint8 else 40000
+    path = tmp_path / "a_1.tif"
+    Image.fromarray(values).save(path, tiffinfo={pixels.PHOTOMETRIC: photometric})
+    if kind == np.uint16 and photometric == 0:
+        with pytest.raises(pixels.Unfit, match="in which 0 is white"):
+            pixels.read_grey(path)
+    else:
+        read = np.asarray(pixels.read_grey(path)[0])
+        assert read[0, 0] == 0 and read[16, 16] == values[16, 16]
+
+
 def test_mutated_files_are_used_or_refused_with_a_reason(tmp_path, repeats):
     seeds = [data for data, *_ in (*CONVERTED.values(), *REFUSED.values()) if len(data) < 10_000]
     generator = random.Random(0)

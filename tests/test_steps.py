@@ -311,6 +311,34 @@ def test_with_ema_the_averaged_weights_and_statistics_are_kept(ad_nc, tmp_path, 
     assert not torch.equal(best["weights"][name], last["weights"][name])
 
 
+def test_an_average_over_more_steps_than_the_run_has_is_warmed_up_and_said(
+    ad_nc, tmp_path, capsys
+):
+    run = train_steps(ad_nc, tmp_path / "run", "--ema", "0.999", "--epochs", "4", "--keep", "last")
+    assert "--ema 0.999 averages over about 1,000 steps, and the run has 16" in (
+        run / "training_log.txt"
+    ).read_text()
+    last = load_checkpoint(run / "last.pth")
+    fresh = load_checkpoint(train_steps(ad_nc, tmp_path / "fresh", "--epochs", "1") / "last.pth")
+    distance = {"to the weights": 0.0, "to the start": 0.0}
+    for name, weight in last["weights"].items():
+        average = last["ema"][f"module.{name}"]
+        distance["to the weights"] += (average - weight).square().sum().item()
+        distance["to the start"] += (average - fresh["weights"][name]).square().sum().item()
+    assert distance["to the weights"] < distance["to the start"]
+
+
+@pytest.mark.parametrize("decay, n, now", [(0.999, 1, 2 / 11), (0.999, 90, 0.91), (0.5, 90, 0.5)])
+def test_the_decay_of_the_average_grows_with_the_steps(decay, n, now):
+    averaged, current = [torch.ones(3)], [torch.zeros(3)]
+    train.averaging(decay)(averaged, current, torch.tensor(n))
+    assert averaged[0].tolist() == pytest.approx([now] * 3)
+
+
+def test_a_run_longer_than_its_average_is_not_remarked():
+    assert list(train.describe_average(0.99, 100)) == list(train.describe_average(0, 1)) == []
+
+
 def test_a_compiled_run_has_clean_names_and_the_same_losses(ad_nc, tmp_path, monkeypatch):
     """The graph runs as it was traced, so that the test needs no C++ compiler."""
     compile_module, graphs = torch.nn.Module.compile, []

@@ -34,6 +34,7 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is white (0) or black (1)
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 # What describes a slice: its size in the file, the mean difference of its channels, the share of
@@ -112,11 +113,16 @@ def upright(image):
 def read_grey(path):
     """(grey, colour): a file as an image of mode "L", or "I" if it has more than 8 bits; and the
     mean difference of its channels, 0 for a grey image."""
-    image = open_image(path)
+    image = opened = open_image(path)
     image.load()  # outside `upright`, which would hide that the pixels are damaged
     image = upright(image)
     if image.mode == "L":
         return image, 0.0
+    if opened.format == "TIFF" and image.mode[0] == "I" and opened.tag_v2.get(PHOTOMETRIC) == 0:
+        raise Unfit(
+            "is a TIFF of 16 bits in which 0 is white, and would be read as its negative; save it "
+            "with 0 for black"
+        )
     if image.mode == "F":
         raise Unfit("holds real numbers without a known range; expected 8 or 16 bits per pixel")
     if image.mode.startswith("I"):
