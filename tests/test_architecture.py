@@ -52,7 +52,7 @@ def state():
     return (
         sys.excepthook, sys.stdout, sys.stderr, dict(os.environ), list(warnings.filters),
         signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
-        matplotlib.get_backend(auto_select=False), matplotlib.rcParams.copy(),
+        matplotlib.rcParams.copy(),
         PIL.Image.MAX_IMAGE_PIXELS, numpy.geterr(),
         torch.get_rng_state().tolist(), torch.get_num_threads(), torch.is_grad_enabled(),
         torch.backends.cudnn.benchmark,

@@ -173,7 +173,7 @@ def test_a_method_that_ignores_the_weights_is_unusable(atto, method):
     assert attribution.describe("edges", table, 2).startswith("UNUSABLE: edges")
 
 
-@pytest.mark.parametrize("method", [noise_from_weights, "integrated-gradients", "grad-cam"])
+@pytest.mark.parametrize("method", [noise_from_weights, "integrated-gradients"])
 def test_a_method_that_depends_on_the_weights_passes(atto, method, monkeypatch):
     monkeypatch.setattr(attribution, "STEPS", 8)
     fresh_model, model = atto

@@ -1,8 +1,14 @@
 """Pictures: scores, attribution maps over slices, contact sheets and mean slices of a set."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from fake_predictions import complete, random_predictions
 from PIL import Image
 
@@ -119,3 +125,41 @@ def test_mean_slices_by_number_show_a_window_that_tells_the_classes_apart(tmp_pa
     one_slice = dataset.means_by_position(dataset.SliceSet(index[:1], images))
     plots.plot_means(tmp_path / "one.png", one_slice, "one slice")
     assert all(grey_levels(tmp_path / f"{name}.png").std() > 5 for name in ("means", "one"))
+
+
+# ---------------------------------------------------------------- the user's matplotlib
+
+SCRIPT = """
+import sys
+import matplotlib
+before = matplotlib.rcParams.copy()
+from adnc.scoring import plots
+import pandas as pd
+table = pd.DataFrame({"label": ["AD", "NC"], "prediction": ["AD", "AD"]})
+plots.plot_confusion(sys.argv[1], {"scan": table}, "a title")
+plots.plot_legend(sys.argv[2], "a title", 0.1, "a label")
+assert "matplotlib.pyplot" not in sys.modules
+names = set(before) - {"backend"}  # to read it would import a backend
+assert all(matplotlib.rcParams[name] == before[name] for name in names)
+"""
+
+
+def test_pictures_are_the_same_whatever_backend_and_settings_the_user_has(tmp_path):
+    """A notebook's backend that is not installed here, and a matplotlibrc."""
+    (tmp_path / "matplotlibrc").write_text(
+        "figure.dpi: 30\nsavefig.facecolor: red\ntext.usetex: True\naxes.facecolor: black\n"
+    )
+    pictures = {}
+    for name, changes in (
+        ("plain", {}),
+        ("backend", {"MPLBACKEND": "module://a_package.that_is_not_here"}),
+        ("settings", {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}),
+    ):
+        files = [str(tmp_path / f"{name}-{k}.png") for k in range(2)]
+        words = [sys.executable, "-c", SCRIPT, *files]
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **changes}
+        )
+        assert done.returncode == 0, done.stderr
+        pictures[name] = [Path(file).read_bytes() for file in files]
+    assert pictures["plain"] == pictures["backend"] == pictures["settings"]

@@ -9,10 +9,10 @@ import textwrap
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParamsDefault
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from sklearn.metrics import ConfusionMatrixDisplay, roc_auc_score, roc_curve
+from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 
 from adnc import CLASSES
 from adnc.errors import printable
@@ -51,7 +51,10 @@ def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True
     `width` is that of a column, in inches; `ratios` are the relative heights of the rows. The title
     is wrapped to the width of the figure, since the leaks it names must not be cut off.
     """
-    with rc_context({**STYLE, "axes.grid": grid}):
+    # Matplotlib's own defaults, not those of a matplotlibrc; and no backend, which a notebook may
+    # have named in MPLBACKEND and not installed.
+    defaults = {name: rcParamsDefault[name] for name in rcParamsDefault if name != "backend"}
+    with rc_context({**defaults, **STYLE, "axes.grid": grid}):
         drawing = Figure(figsize=(width * columns, height), layout="constrained")
         drawing.get_layout_engine().set(w_pad=0.1)  # inches; text does not touch the edge
         yield drawing.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
@@ -77,15 +80,16 @@ def plot_confusion(path, tables, title):
     """Confusion matrices, one per unit, from a dict of labelled tables by unit."""
     with figure(path, title, len(tables), grid=False) as (row,):
         for axes, (unit, table) in zip(row, tables.items()):
-            ConfusionMatrixDisplay.from_predictions(
-                table.label.to_numpy(str),
-                table.prediction.to_numpy(str),
-                labels=CLASSES,
-                cmap="Greys",
-                colorbar=False,
-                ax=axes,
+            counts = confusion_matrix(
+                table.label.to_numpy(str), table.prediction.to_numpy(str), labels=CLASSES
             )
-            axes.set_title(f"{unit}s (n = {len(table):,})")
+            axes.imshow(counts, cmap="Greys", vmin=0)
+            for (i, k), n in np.ndenumerate(counts):
+                colour = "white" if n > counts.max() / 2 else "black"
+                axes.text(k, i, f"{n:,}", ha="center", va="center", color=colour)
+            ticks = range(len(CLASSES))
+            axes.set(xticks=ticks, xticklabels=CLASSES, yticks=ticks, yticklabels=CLASSES)
+            axes.set(xlabel="prediction", ylabel="label", title=f"{unit}s (n = {len(table):,})")
 
 
 def plot_roc(path, tables, title):
