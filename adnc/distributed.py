@@ -68,6 +68,42 @@ class World:
             dist.destroy_process_group()
 
 
+ADVICE = (
+    "start several processes with torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
+    "and MASTER_PORT, or unset WORLD_SIZE to train with one"
+)
+
+
+def read_launcher():
+    """(rank, local rank, number of processes) from the variables that torchrun sets, or None for
+    one process.
+
+    InputError if only some of them are set, or not to numbers: each process would train alone.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise InputError(f"the variable {name} is {value!r}, not a number; {ADVICE}")
+        numbers[name] = value and int(value)
+    if numbers["WORLD_SIZE"] <= 1 or numbers["RANK"] is None:  # SLURM may set WORLD_SIZE alone
+        return None
+    needed = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE is {numbers['WORLD_SIZE']} and RANK is {numbers['RANK']}, and "
+            f"{', '.join(missing)} is not set; {ADVICE}"
+        )
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise InputError(
+            f"RANK is {numbers['RANK']}, and WORLD_SIZE {numbers['WORLD_SIZE']}; {ADVICE}"
+        )
+    return numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"]
+
+
 def join(device):
     """(World, device) of this process; joins the processes of torchrun, if it was started by
     torchrun.
@@ -75,10 +111,10 @@ def join(device):
     On CUDA each process gets the GPU of its number on this machine. InputError if there are too
     few.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1 or not {"RANK", "LOCAL_RANK"} <= set(os.environ):  # SLURM may set the first alone
+    launched = read_launcher()
+    if launched is None:
         return World(), device
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local_rank, size = launched
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
@@ -89,5 +125,12 @@ def join(device):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    try:
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    except (RuntimeError, ValueError) as problem:  # a port in use, an address that is not found
+        reason = str(problem).splitlines()[0]
+        raise InputError(
+            f"process {rank} of {size} cannot join the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({reason}); {ADVICE}"
+        ) from None
     return World(rank, size), device

@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL, train_small, train_steps, without_evaluation
 
 import train
 from adnc import distributed
+from adnc.errors import InputError
 from utils import load_checkpoint
 
 EXACT = ["--amp", "off", "--augment", "no-flip", "--warmup-epochs", "0"]
@@ -46,6 +47,56 @@ def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
     with without_evaluation():  # any number of processes resumes it
         train.main(["--out", str(tmp_path / "two"), "--resume", "--epochs", "3"])
     assert load_checkpoint(tmp_path / "two" / "last.pth")["epoch"] == 3
+
+
+LAUNCHED = {
+    "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29511",
+}  # fmt: skip
+
+
+def set_launcher(monkeypatch, changes):
+    for name, value in {**LAUNCHED, **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+    ({"RANK": "-1"}, "RANK is '-1', not a number"),
+    ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK is '0.5', not a number"),
+    ({"LOCAL_RANK": None}, "LOCAL_RANK is not set"),  # Kubeflow
+    ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+    ({"MASTER_ADDR": "", "MASTER_PORT": None}, "MASTER_ADDR, MASTER_PORT is not set"),
+    ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE 2"),
+    ({"MASTER_PORT": "no port"}, "process 0 of 2 cannot join the others"),
+])  # fmt: skip
+def test_variables_of_a_launcher_that_do_not_fit_are_one_sentence(monkeypatch, changes, sentence):
+    set_launcher(monkeypatch, changes)
+    with pytest.raises(InputError, match=sentence) as problem:
+        distributed.join(torch.device("cpu"))
+    assert "torchrun" in str(problem.value)
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        set_launcher(monkeypatch, {"MASTER_PORT": str(busy.getsockname()[1])})
+        with pytest.raises(InputError, match="cannot join the others at 127.0.0.1"):
+            distributed.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changes", [
+    {"WORLD_SIZE": None}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "4", "RANK": None},  # SLURM
+])  # fmt: skip
+def test_one_process_is_a_world_of_its_own(monkeypatch, changes):
+    set_launcher(monkeypatch, changes)
+    world, _ = distributed.join(torch.device("cpu"))
+    assert (world.rank, world.size) == (0, 1)
 
 
 def test_wrong_input_ends_all_processes(ad_nc, run_folder):

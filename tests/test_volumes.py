@@ -22,6 +22,74 @@ from adnc.volumes import read as readers
 from adnc.volumes.look import ADNI, Look, picture_sides
 
 ORIENTATIONS = ("RAS", "LAS", "LPI", "RPS", "PSR", "ASL", "SRP", "IAL")
+# ---------------------------------------------------------------- what is black, and what is a head
+
+
+def noisy_head(background=0.0, shift=0.0, scale=1.0):
+    """A head with noise in its tissue: 100 to 250 times `scale`, plus `shift`."""
+    image = head(*place((4, 4, 4), (38, 46, 36)))
+    values = np.asarray(image.dataobj).astype(np.float64)
+    inside = values > 0
+    values += np.random.default_rng(0).normal(0, 8, values.shape)
+    values = np.where(inside, values * scale + shift, background)
+    return nib.Nifti1Image(values.astype(np.float32), image.affine)
+
+
+@pytest.mark.parametrize("background, shift, scale", [
+    (-1024, 0, 1), (-2000, 0, 4), (-5, 1, 0.01), (0, -130 * 0.05, 0.05), (130, 0, 1), (1e4, 0, 1),
+])  # fmt: skip
+def test_a_background_that_is_not_the_darkest_value_becomes_black(
+    tmp_path, background, shift, scale
+):
+    expected, _, record = cut(tmp_path / "a.nii", noisy_head(), spacing=4.0)
+    assert record["notes"] is None
+    slices, _, record = cut(
+        tmp_path / "b.nii", noisy_head(background, shift, scale), spacing=4.0
+    )
+    assert f"{background:g} was taken for the background" in record["notes"]
+    assert np.median(slices[:, [0, -1]]) == 0
+    inside = expected > 60
+    greys = np.corrcoef(slices[inside], expected[inside])[0, 1]
+    assert greys > 0.97  # the order of tissues stays
+    assert slices[~inside & (expected == 0)].max() <= 20
+
+
+@pytest.mark.parametrize("background, shift, scale", [(0, 0, 1), (0, 400, 4), (3, 0, 1)])
+def test_an_ordinary_background_stays_as_it_is(tmp_path, background, shift, scale):
+    _, _, record = cut(tmp_path / "a.nii", noisy_head(background, shift, scale), spacing=4.0)
+    assert record["notes"] is None and record["black"] == background
+
+
+def test_slices_that_are_no_head_on_black_are_named(tmp_path):
+    values = np.random.default_rng(0).normal(500, 100, (40, 40, 40)).astype(np.float32)
+    _, _, record = cut(tmp_path / "a.nii", nib.Nifti1Image(values, np.eye(4)), spacing=1.0)
+    assert "this is no head on black" in record["notes"]
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 255], [0, 1, 2, 3]])
+def test_a_mask_is_no_head(tmp_path, labels):
+    values = np.asarray(labels, np.uint8)[(VALUES / 60).astype(int) % len(labels)]
+    with pytest.raises(Unfit, match=f"{len(labels)} different values, as a mask does"):
+        cut(tmp_path / "a.nii", nib.Nifti1Image(values, AFFINE))
+
+
+@pytest.mark.parametrize("name, problem", [
+    ("sub-01_desc-brain_mask", "by its name, which ends in _mask"),
+    ("sub-01_ses-2_dseg", "_dseg"), ("sub-1_label-GM_probseg", "_probseg"),
+])  # fmt: skip
+def test_what_is_no_head_by_its_bids_name_is_left_out(tmp_path, name, problem):
+    with pytest.raises(Unfit, match=problem):
+        cut(tmp_path / f"{name}.nii.gz", noisy_head(), spacing=4.0)
+
+
+def test_another_contrast_than_t1_is_named(tmp_path):
+    for name, note in (("sub-1_T2w", True), ("sub-1_ses-1_FLAIR", True), ("sub-1_T1w", False)):
+        _, _, record = cut(tmp_path / f"{name}.nii", noisy_head(), spacing=4.0)
+        assert ("not T1w" in (record["notes"] or "")) == note
+    _, _, record = cut(tmp_path / "scan_T2w.nii", noisy_head(), spacing=4.0)  # no name of BIDS
+    assert record["notes"] is None
+
+
 # ---------------------------------------------------------------- where things are
 
 

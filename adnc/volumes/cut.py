@@ -89,6 +89,44 @@ def look_of(checkpoint, flags):
 
 # ---------------------------------------------------------------- an array to slices
 
+FEW_VALUES = 4  # of a mask, or of a segmentation into background, fluid, grey and white matter
+
+
+def thin_out(volume):
+    """Some finite voxels of a volume, float64 (N,), about two million at most."""
+    step = max(1, int(np.ceil((volume.size / 2**21) ** (1 / 3))))
+    sample = volume[::step, ::step, ::step]
+    return sample[np.isfinite(sample)].astype(np.float64)
+
+
+def faces(volume):
+    """The voxels on the six faces of a volume, (N,)."""
+    return np.concatenate(
+        [volume.take(end, axis).ravel() for axis in range(3) for end in (0, -1)]
+    )
+
+
+def blacken_background(volume):
+    """(volume, a sentence or None): a background that is not about the darkest value becomes it.
+
+    The background is the most frequent value on the six faces, if a tenth of them have it: what
+    pads a series, or what was put outside of a brain. With -1024 all tissue would be bright, and in
+    a volume with a mean of 0 a background of 0 would be grey.
+    """
+    values, counts = np.unique(faces(volume), return_counts=True)
+    background = values[counts.argmax()]
+    rest = thin_out(np.where(volume == background, np.nan, volume))
+    if not np.isfinite(background) or counts.max() < 0.1 * counts.sum() or rest.size == 0:
+        return volume, None
+    low, high = np.percentile(rest, (2, 98))
+    is_grey = background > low + 0.1 * (high - low)
+    is_far_below = background < min(0, low - 0.5 * (high - low))
+    if not (is_grey or is_far_below):
+        return volume, None
+    black = 0.0 if is_far_below and low > 0 else low
+    note = f"{background:g} was taken for the background, and made as dark as {black:.4g}"
+    return np.where(volume == background, volume.dtype.type(black), volume), note
+
 
 def find_head(volume):
     """(black, white, middle) of a volume: grey levels of background and bright tissue, and the
@@ -98,14 +136,15 @@ def find_head(volume):
     there to the 98 % quantile (Smith 2002, BET); white is the 99.5 % quantile of the head. The
     middle is that of the central 98 % of the head along each axis. Unfit if all voxels are alike.
     """
-    step = max(1, int(np.ceil((volume.size / 2**21) ** (1 / 3))))
-    sample = volume[::step, ::step, ::step]
-    sample = sample[np.isfinite(sample)].astype(np.float64)
+    sample = thin_out(volume)
     black, bright = np.percentile(sample, (2, 98)) if sample.size else (0, 0)
     if not bright > black:
         bright = sample.max(initial=black)
     if not bright > black:
         raise Unfit("holds a single grey level, or no finite numbers; expected a head")
+    n_values = len(np.unique(sample))
+    if n_values <= FEW_VALUES:
+        raise Unfit(f"holds {n_values} different values, as a mask does; expected a head")
     threshold = black + 0.1 * (bright - black)
     head = volume > threshold
     middle = []
@@ -204,6 +243,9 @@ def extract_volume(path, look):
     Returns (slices uint8 (N, H, W), numbers (N,), a dict of columns of extraction.csv). Unfit or
     OSError if that cannot be done.
     """
+    suffix = bids_suffix(path)
+    if suffix in NO_HEADS:
+        raise Unfit(f"is no head by its name, which ends in _{suffix}")
     with tempfile.TemporaryDirectory(prefix="dicom-") as folder:
         if os.path.isdir(path):
             path = read.convert_dicom(path, folder)
@@ -212,6 +254,11 @@ def extract_volume(path, look):
             volume, affine = read.read_volume(image, look.spacing)
     if look.strip:
         volume = read.strip_skull(np.nan_to_num(volume, nan=0, posinf=0, neginf=0), affine)
+    if suffix not in (None, "T1w"):
+        notes.append(f"its name says {suffix}, not T1w: other contrasts have other greys")
+    volume, note = blacken_background(volume)
+    if note:
+        notes.append(note)
     black, white, middle = find_head(volume)
     lost = ~np.isfinite(volume)
     if lost.any():
@@ -234,6 +281,12 @@ def extract_volume(path, look):
     edges = np.concatenate([slices[:, [0, -1]].ravel(), slices[:, :, [0, -1]].ravel()])
     if look.size and (edges > 2 * NEAR_BLACK).mean() > 0.02:
         notes.append("the head reaches the border of the slices; a larger --size shows all of it")
+    border = (np.median(faces(volume)) - black) / (white - black) * grey
+    if border > 2 * NEAR_BLACK:
+        notes.append(
+            f"the border of the volume has grey {border:.0f}: this is no head on black, as the "
+            "slices in training show it"
+        )
     record.update(
         plane=look.plane,
         n_slices=len(numbers),
@@ -250,6 +303,15 @@ def extract_volume(path, look):
 
 
 # ---------------------------------------------------------------- many volumes
+
+NO_HEADS = ("mask", "dseg", "probseg")  # suffixes of BIDS
+
+
+def bids_suffix(path):
+    """The suffix of a name in the form of BIDS, T1w of sub-01_T1w.nii.gz, or None."""
+    match = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.(nii|mg[hz]|img|hdr)(\.gz)?", Path(path).name)
+    return match and match[1]
+
 
 LONGEST = 120  # bytes of the name of a scan: with a slice number it is the name of a file
 
