@@ -29,7 +29,7 @@ from adnc import CLASSES
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.cpu_engine import make_engine
 from adnc.data.augment import MEAN, STD, eval_transform
-from adnc.data.index import list_inputs
+from adnc.data.index import describe_one_scan, list_inputs
 from adnc.data.orientation import describe_turned
 from adnc.data.pixels import out_of_range
 from adnc.data.subjects import describe_same_names, find_exposure
@@ -310,6 +310,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     warnings = [
         *cut.notes,
         *slices.notes,
+        *(() if cut.look else describe_one_scan(listing.index, "all files")),
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
         *describe_turned(slices, checkpoint["mean_slice"].numpy()),
         *warnings_about(predictions, checkpoint, args.coverage),

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SCANS, write_set, write_slice
 
 from adnc.data import index as listing
-from adnc.data.index import list_inputs, list_set, read_index
+from adnc.data.index import describe_one_scan, list_inputs, list_set, read_index
 from adnc.data.subjects import split_index
 from adnc.errors import InputError
 
@@ -344,6 +344,34 @@ def test_a_pattern_is_not_used_if_a_table_knows_all_scans(tmp_path):
 def test_a_pattern_that_cannot_work_is_wrong_usage(pattern, sentence):
     done = command.run(ROOT / "dataset.py", "x", "--subject-pattern", pattern)
     assert done.returncode == 2 and sentence in done.stderr
+
+
+# ---------------------------------------------------------------- one scan, or a patient a file
+
+
+def test_files_that_are_all_slices_of_one_scan_are_explained(tmp_path):
+    for number in range(1, 9):
+        write_slice(tmp_path / "in" / f"patient_{number:03d}.jpeg", True, number)
+    index = list_inputs([tmp_path / "in"]).index
+    (line,) = describe_one_scan(index, "all files")
+    assert line == (
+        "all files are taken for 8 slices of one scan: patient_001.jpeg is slice 1 of scan "
+        "patient, as in <scan>_<slice>. If each is another scan, rename them to such as "
+        "patient-1_1.jpeg"
+    )
+    write_slice(tmp_path / "in" / "other_1.jpeg", True, 0)
+    assert list(describe_one_scan(list_inputs([tmp_path / "in"]).index, "all files")) == []
+    one = list_inputs([tmp_path / "in" / "other_1.jpeg"]).index
+    assert list(describe_one_scan(one, "all files")) == []
+
+
+def test_a_training_class_of_a_single_scan_is_explained(tmp_path):
+    for split in ("train", "test"):
+        for number in range(1, 5):
+            write_slice(tmp_path / split / "AD" / f"{split}_{number}.png", True, number)
+            write_slice(tmp_path / split / "NC" / f"{split}{number}_1.png", False, number)
+    notes = [line for line in list_set(tmp_path).notes if "one scan" in line]
+    assert len(notes) == 2 and notes[0].startswith("all files of train/AD are taken for 4 slices")
 
 
 # ---------------------------------------------------------------- the inputs of a prediction

@@ -312,6 +312,21 @@ def complete(table, subjects, order):
     return table.sort_values(order, ignore_index=True)[[*COLUMNS, "error"]]
 
 
+def describe_one_scan(table, where):
+    """A line if all rows of a table are slices of one scan: files that are numbered by patient look
+    like that. `where` names the files."""
+    numbered = table[table.slice.notna()]
+    if len(numbered) < 2 or len(numbered) < len(table) or numbered.scan.nunique() > 1:
+        return
+    name = os.path.basename(numbered.path.iloc[0])
+    scan, number = numbered.scan.iloc[0], numbered.slice.iloc[0]
+    yield (
+        f"{where} are taken for {len(numbered):,} slices of one scan: {name} is slice {number} of "
+        f"scan {scan}, as in <scan>_<slice>. If each is another scan, rename them to such as "
+        f"{scan}-{number}_1{os.path.splitext(name)[1]}"
+    )
+
+
 # ---------------------------------------------------------------- a set to train on
 
 
@@ -383,6 +398,8 @@ def list_set(root, pattern=None):
         raise InputError(
             f"{notes[-1]}; expected a regular expression with a group, as in '(sub\\d+)_'"
         )
+    for (split, label), part in table.groupby(["split", "label"], sort=False):
+        notes += describe_one_scan(part, f"all files of {split}/{label}")
     notes += describe_unused(root, [*table.path, *sources])
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
     return Listing(index, str(root), list(sources), notes)
