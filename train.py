@@ -680,6 +680,11 @@ def fit(state, slices, args, out, card, log):
 def find_data(args):
     """The folder AD_NC to train on; for --demo it is drawn into the cache, once."""
     if args.data:
+        if args.resume and not os.path.isdir(args.data):
+            raise InputError(
+                f"the data of the run are no longer at {args.data}; name their new place with "
+                "--data"
+            )
         return args.data
     if args.demo:
         return draw_demo()
@@ -771,7 +776,16 @@ def model_card(args, slices, state, model_args, init):
         "flags": vars(args),
         "precision": precision_name(state.amp),
         "machine": describe_machine(state),
+        "versions": package_versions(),
+        "earlier_versions": [],  # of the packages that the run used before it was resumed
     }
+
+
+def package_versions():
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+    for name in ("torchvision", "numpy", "pandas", "pillow", "scikit-learn"):
+        versions[name] = metadata.version(name)
+    return versions
 
 
 def describe_machine(state):
@@ -782,11 +796,9 @@ def describe_machine(state):
 
 def write_start(out, args, slices, card):
     """config.json with every flag, split.csv, and with --skip-bad skipped.csv."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name in ("torchvision", "numpy", "pandas", "pillow", "scikit-learn"):
-        versions[name] = metadata.version(name)
     used = {name: card[name] for name in ("data", "precision", "machine")}
-    write_json(out / "config.json", {"flags": vars(args), "used": used, "versions": versions})
+    versions = {name: card[name] for name in ("versions", "earlier_versions")}
+    write_json(out / "config.json", {"flags": vars(args), "used": used, **versions})
     split = slices.index[["path", "label", "scan", "slice", "subject", "split", "group"]]
     split = split.assign(path=[os.path.relpath(path, slices.root) for path in split.path])
     write_csv(out / "split.csv", split)
@@ -829,6 +841,14 @@ def restore(state, last, card, args, out, log):
     for name in ("precision", "machine"):
         if last[name] != card[name]:
             log(f"so far the run used {last[name]}, now {card[name]}: its bits will differ")
+    before, now = last.get("versions", {}), card["versions"]
+    card["earlier_versions"] = last.get("earlier_versions", [])
+    changed = [name for name in now if before.get(name, "unknown") != now[name]]
+    if changed:
+        card["earlier_versions"] = [*card["earlier_versions"], before]
+        was = ", ".join(f"{name} {before.get(name, 'unknown')}" for name in changed)
+        are = ", ".join(f"{name} {now[name]}" for name in changed)
+        log(f"so far the run used {was}, now {are}: its bits may differ (config.json keeps both)")
 
 
 def check_batches(state, n_slices, batch_size):

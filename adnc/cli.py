@@ -19,7 +19,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, manual):
         super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_args(args, namespace)
+
     def error(self, message):
+        for word in getattr(self, "words", []):
+            if word.startswith("-") and os.path.lexists(word):
+                message += f"; if {word} is the file of this name, write -- before it"
+                break
         self.exit(2, f"error: {printable(message)}\n")
 
 

@@ -228,7 +228,7 @@ def test_the_best_observer_of_the_local_cue_is_right_on_nine_of_ten_subjects():
 
 def test_a_blur_shows_little_of_the_local_cue(repeats):
     """A logistic regression on blurred slices, at the penalty that suits test best."""
-    scans = plan_local(repeats(100, 250))
+    scans = plan_local(repeats(60, 250))
     with ThreadPoolExecutor(2) as pool:
         slices = np.stack(list(pool.map(render, scans)))
     x = shrink(slices.reshape(-1, 240, 256), np.arange(6 * len(scans))).reshape(len(scans), 6, -1)

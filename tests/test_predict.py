@@ -371,6 +371,15 @@ def test_the_command_ends_with_status_2_for_wrong_input(run_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_whose_name_begins_with_a_dash_gets_a_hint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-1_70.jpeg").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        predict.parse_args(["-1_70.jpeg"])
+    assert "if -1_70.jpeg is the file of this name, write -- before it" in capsys.readouterr().err
+    assert predict.parse_args(["--", "-1_70.jpeg"]).inputs == ["-1_70.jpeg"]
+
+
 def test_slices_are_predicted_without_importing_what_they_do_not_need(run_folder, ad_nc, tmp_path):
     script = (
         "import sys, predict\npredict.main(sys.argv[1:])\n"

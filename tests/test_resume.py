@@ -348,6 +348,34 @@ def test_another_precision_is_reported(run_folder, tmp_path):
     assert "so far the run used float64, now" in (run / "training_log.txt").read_text()
 
 
+def test_other_versions_of_packages_are_reported_and_both_kept(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    last = load_checkpoint(run / "last.pth")
+    del last["format"]
+    old = {**last["versions"], "numpy": "1.0", "torch": "2.0"}
+    save_checkpoint(run / "last.pth", **{**last, "versions": old})
+    resume(run, "--epochs", "7")
+    log = (run / "training_log.txt").read_text()
+    now = last["versions"]
+    assert f"used torch 2.0, numpy 1.0, now torch {now['torch']}, numpy {now['numpy']}" in log
+    resume(run, "--epochs", "8")  # with the same versions as before
+    config = json.loads((run / "config.json").read_text())
+    assert config["versions"] == now and config["earlier_versions"] == [old]
+    assert (run / "training_log.txt").read_text().count("so far the run used") == 1
+
+
+def test_data_that_were_moved_are_named_and_found_again(ad_nc, tmp_path):
+    shutil.copytree(ad_nc.parent, tmp_path / "set")
+    run = train_steps(tmp_path / "set" / "AD_NC", tmp_path / "run", "--epochs", "1")
+    shutil.move(tmp_path / "set", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="are no longer at .*--data"):
+        train.main(["--out", str(run), "--resume", "--epochs", "2"])
+    with without_evaluation():
+        moved = str(tmp_path / "elsewhere" / "AD_NC")
+        train.main(["--out", str(run), "--resume", "--epochs", "2", "--data", moved])
+    assert load_checkpoint(run / "last.pth")["epoch"] == 2
+
+
 def test_deterministic_mode_asks_for_deterministic_kernels(ad_nc, tmp_path):
     script = (
         "import os, sys, torch, conftest\nconftest.train_steps(sys.argv[1], sys.argv[2], "
