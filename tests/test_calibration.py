@@ -118,12 +118,12 @@ def test_prediction_sets_reach_their_coverage_over_many_random_splits(coverage, 
     assert 0 < np.mean(uncertain) < 1
 
 
-def test_weighting_scans_instead_of_subjects_would_lose_coverage():
+def test_weighting_scans_instead_of_subjects_would_lose_coverage(repeats):
     """The reason for the hierarchy: subjects with many scans are easy here, so a quantile over
     scans is too small for the others."""
     rng = np.random.default_rng(2)
     rates = {"scans": [], "subjects": []}
-    for _ in range(100):
+    for _ in range(repeats(60, 300)):
         calibration = calibrate(as_table(*draw_scans(rng, 40)))
         new = as_table(*draw_scans(rng, 40))
         p_ad = expit(new.logit / calibration["temperature"])
@@ -139,7 +139,7 @@ def test_weighting_scans_instead_of_subjects_would_lose_coverage():
     assert np.mean(rates["scans"]) < 0.78 < 0.79 < np.mean(rates["subjects"])
 
 
-def test_choosing_the_epoch_on_the_calibration_subjects_can_cost_coverage():
+def test_choosing_the_epoch_on_the_calibration_subjects_can_cost_coverage(repeats):
     """The worst case: the best of 20 equally good and independent models, which epochs are not, is
     chosen on the 29 subjects that calibrate the sets."""
 
@@ -148,7 +148,7 @@ def test_choosing_the_epoch_on_the_calibration_subjects_can_cost_coverage():
         return ((logit >= 0) == y).mean()
 
     rng, rates = np.random.default_rng(5), []
-    for _ in range(150):
+    for _ in range(repeats(90, 400)):
         best = max((draw_scans(rng, 29) for _ in range(20)), key=accuracy)
         new = as_table(*draw_scans(rng, 20))
         rates.append(coverage_of(calibrate(as_table(*best)), new, 0.9)[0])

@@ -317,7 +317,7 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
 def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path, monkeypatch, capsys, repeats):
     """`python train.py --demo`, on fewer subjects, and then the command that it prints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "DEMO_SUBJECTS", repeats(16, train.DEMO_SUBJECTS))
+    monkeypatch.setattr(train, "DEMO_SUBJECTS", repeats(12, train.DEMO_SUBJECTS))
     monkeypatch.chdir(tmp_path)
     train.main(["--demo"])
     (run,) = (tmp_path / "runs").iterdir()
