@@ -64,7 +64,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if self.p == 0.0 or not self.training:
             return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1.0 - self.p)
+        shape = [len(x), *(1 for _ in x.shape[1:])]
+        keep = x.new_empty(shape).bernoulli_(1.0 - self.p)
         return x * (keep / (1.0 - self.p))
 
 

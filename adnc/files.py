@@ -110,8 +110,11 @@ def read_rows(path):
     for number, row in enumerate(rows, 2):
         if any(cell.strip() for cell in row[len(header) :]):
             raise ValueError(f"row {number} has {len(row)} cells, the header has {len(header)}")
-    width = len(header)
-    return [header, *((row + [""] * width)[:width] for row in rows)]
+    table = [header]
+    for row in rows:
+        missing = ["" for _ in header[len(row) :]]
+        table.append([*row[: len(header)], *missing])
+    return table
 
 
 # Words in a table of subjects that stand for "not known", in lower case.

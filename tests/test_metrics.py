@@ -199,7 +199,7 @@ def test_a_scan_gets_the_mean_over_its_slices():
 def test_scans_with_different_numbers_of_equal_slices_are_not_ranked():
     """Else the majority class would rank scans by the rounding errors of their means."""
     names = pd.Series([f"s{n}" for n in range(1, 60) for _ in range(n)]).to_numpy()
-    table = random_predictions().iloc[[0] * len(names)].assign(scan=names, subject=names)
+    table = random_predictions().iloc[[0 for _ in names]].assign(scan=names, subject=names)
     table["label"] = np.where(table.scan.str[1:].astype(int) % 2, "AD", "NC")
     for share in (0.3, 0.52, 1 / 3):
         for unit in ("scan", "subject"):

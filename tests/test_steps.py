@@ -246,7 +246,10 @@ def test_many_such_steps_in_a_row_end_the_run(ad_nc, tmp_path, monkeypatch):
 
     def poisoned(*args, **kwargs):
         count.append(1)
-        return transform(*args, **kwargs) * (float("nan") if len(count) > 9 else 1)
+        x = transform(*args, **kwargs)
+        if len(count) > 9:
+            x = torch.full_like(x, float("nan"))
+        return x
 
     monkeypatch.setattr(train, "train_transform", poisoned)
     with pytest.raises(ValueError, match=r"not finite in \d+ steps in a row"):

@@ -498,13 +498,13 @@ def write_scan(images, part, maps, out, method, full, mark):
 
     write_atomically(out / f"{first}.npz", save)
     for name, pixels, values in zip(names, images, smoothed):
-        values = to_slice(values, pixels.shape) * find_head(pixels)
+        values = np.where(find_head(pixels), to_slice(values, pixels.shape), 0)
         plots.plot_overlay(out / name, pixels, values, full, mark)
     if len(part) > 1:
         marked = f"{mark} {method}".strip()
         title = f"scan {part.scan.iloc[0]}, {len(part)} slices, {marked}"
         pixels = images.mean(0)
-        mean = to_slice(smoothed.mean(0), pixels.shape) * find_head(pixels)
+        mean = np.where(find_head(pixels), to_slice(smoothed.mean(0), pixels.shape), 0)
         plots.plot_scan_map(out / f"scan_{first}.png", pixels, mean, full, table, title)
     return table
 

@@ -115,8 +115,11 @@ def blacken_background(volume):
     """
     values, counts = np.unique(faces(volume), return_counts=True)
     background = values[counts.argmax()]
-    rest = thin_out(np.where(volume == background, np.nan, volume))
-    if not np.isfinite(background) or counts.max() < 0.1 * counts.sum() or rest.size == 0:
+    if not np.isfinite(background) or counts.max() < 0.1 * counts.sum():
+        return volume, None
+    rest = thin_out(volume)
+    rest = rest[rest != background]
+    if rest.size == 0:
         return volume, None
     low, high = np.percentile(rest, (2, 98))
     is_grey = background > low + 0.1 * (high - low)
