@@ -9,6 +9,7 @@ import os
 import resource
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,8 @@ def _run(folder, script, words, cwd, environment, file_size):
     metrics.RESAMPLES = 200  # as conftest.py does in this process
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    # Python ignores Ctrl-C in a process that a shell has started in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if file_size:  # as on a full disk: no file may grow beyond this number of bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     os.environ.clear()
@@ -51,7 +54,7 @@ def _run(folder, script, words, cwd, environment, file_size):
     sys.path[0] = str(ROOT)
     sys.argv = [script, *words]
     try:
-        if script.startswith(("tools.", "docs.")):
+        if script.startswith(("tools.", "docs.", "torch.")):
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(script, run_name="__main__")
@@ -59,11 +62,12 @@ def _run(folder, script, words, cwd, environment, file_size):
         sys.stdout.flush()
 
 
-def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
+def run(script, *words, cwd=".", env=None, file_size=None, meanwhile=None, timeout=300):
     """Run a script (its path, a module such as tools.evaluate, or lines of Python) and wait for its
     end. Its pictures are empty files, and its bootstraps short.
 
-    Returns what subprocess.run([python, script, *words], capture_output=True, text=True) returns.
+    meanwhile(process, path of its standard output) is called while it runs. Returns what
+    subprocess.run([python, script, *words], capture_output=True, text=True) returns.
     """
     with tempfile.TemporaryDirectory() as folder:
         script = str(script)
@@ -78,6 +82,8 @@ def run(script, *words, cwd=".", env=None, file_size=None, timeout=300):
             args=(folder, script, [str(word) for word in words], str(cwd), environment, file_size),
         )
         process.start()
+        if meanwhile:
+            meanwhile(process, Path(folder) / "stdout")
         process.join(timeout)
         if process.exitcode is None:
             process.kill()

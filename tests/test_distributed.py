@@ -1,9 +1,9 @@
 """Several processes under torchrun train as one process does, and only the first writes."""
 
+import json
 import os
+import re
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import command
@@ -21,21 +21,42 @@ from utils import load_checkpoint
 EXACT = ["--amp", "off", "--augment", "no-flip", "--warmup-epochs", "0"]
 
 
-def torchrun(processes, *words):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", str(processes)]
-    words = [*launcher, str(ROOT / "train.py"), *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, env=environment)
+def start_two(*words):
+    """Run train.py in two processes, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def start(rank):
+        environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return command.run(ROOT / "train.py", *words, env=environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(start, range(2)))
+
+
+def test_torchrun_sets_the_variables_that_are_read(tmp_path, monkeypatch):
+    script = tmp_path / "show.py"
+    script.write_text("import json, os\nprint('VARIABLES ' + json.dumps(dict(os.environ)))\n")
+    launcher = ["--standalone", "--nproc-per-node", "2"]
+    done = command.run("torch.distributed.run", *launcher, script)
+    assert done.returncode == 0, done.stderr
+    read = []
+    for line in re.findall("^VARIABLES (.*)$", done.stdout, re.MULTILINE):
+        monkeypatch.setattr(os, "environ", json.loads(line))
+        read.append(distributed.read_launcher())
+    assert sorted(read) == [(0, 0, 2), (1, 1, 2)]
 
 
 def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
     """Without MixUp and DropPath, whose random numbers each process draws for its own share."""
     flags = ["--epochs", "2", "--batch-size", "13", *EXACT]  # 4 uneven steps an epoch
     one = train_small(ad_nc, tmp_path / "one", *flags)
-    done = torchrun(2, "--data", ad_nc, "--out", tmp_path / "two", *SMALL, *flags)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stdout and done.stdout.count("best epoch") == 1
+    first, second = start_two("--data", ad_nc, "--out", tmp_path / "two", *SMALL, *flags)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "2 processes" in first.stdout and "best epoch" in first.stdout
+    assert second.stdout == ""
     a, b = (pd.read_csv(run / "training_history.csv") for run in (one, tmp_path / "two"))
     for column in ("lr", "train_loss", "val_loss", "val_accuracy"):
         np.testing.assert_allclose(a[column], b[column], rtol=2e-4)
@@ -100,18 +121,7 @@ def test_one_process_is_a_world_of_its_own(monkeypatch, changes):
 
 
 def test_wrong_input_ends_all_processes(ad_nc, run_folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def start(rank):
-        environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        words = ["--data", ad_nc, "--out", run_folder, *SMALL]
-        return command.run(ROOT / "train.py", *words, env=environment)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(start, range(2)))
+    done = start_two("--data", ad_nc, "--out", run_folder, *SMALL)
     assert all(process.returncode != 0 for process in done)
     assert "exists, and nothing is overwritten" in done[0].stderr
 

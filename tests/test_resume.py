@@ -6,8 +6,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import command
 import pandas as pd
@@ -115,27 +114,19 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(ad_nc, tmp_path, repe
 
 
 def test_the_command_printed_at_a_stop_resumes_the_run(ad_nc, tmp_path):
-    words = [
-        sys.executable,
-        ROOT / "train.py",
-        "--data",
-        ad_nc,
-        "--out",
-        tmp_path / "run",
-        *SMALL,
-        "--epochs",
-        "2000",
-    ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if re.match(r" +1 ", line):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
+    def stop(process, stdout):
+        while process.is_alive() and not (
+            stdout.exists() and re.search(r"^ +1 ", stdout.read_text(), re.MULTILINE)
+        ):
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+
+    words = ["--data", ad_nc, "--out", tmp_path / "run", *SMALL, "--epochs", "2000"]
+    done = command.run(ROOT / "train.py", *words, meanwhile=stop)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
     epochs = load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] + 1
     again = command.run_printed(
-        re.findall(r"^  (.*train\.py .*)$", out, re.MULTILINE)[-1], "--epochs", epochs
+        re.findall(r"^  (.*train\.py .*)$", done.stdout, re.MULTILINE)[-1], "--epochs", epochs
     )
     assert again.returncode == 0, again.stderr
     assert "--epochs was 2000: the cosine now ends at epoch" in again.stdout
