@@ -148,6 +148,40 @@ def test_a_stream_in_16_bits_loses_a_branch_that_the_model_keeps():
     assert set(rows) == {"16-bit stream", "float32 stream"}
 
 
+@pytest.mark.parametrize("layer, shape", [
+    (torch.nn.Conv2d(8, 8, 7, padding=3, groups=8), (4, 8, 16, 16)),
+    (torch.nn.Linear(40, 160), (4, 8, 8, 40)),
+    (torch.nn.GELU(), (4, 1000)),
+])  # fmt: skip
+def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(layer, shape):
+    """PyTorch's own emulation of a convolution's gradient rounds more often than a CPU with
+    bfloat16."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).bfloat16()
+
+    def result(context, x):
+        x = x.clone().requires_grad_()
+        with context:
+            y = layer(x)
+        (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, 1.375))
+        return y.detach().float(), gradient.float()
+
+    imitated, gradient = result(residual.imitation("float32"), x.float())
+    real, real_gradient = result(torch.autocast("cpu", torch.bfloat16), x)
+    assert (imitated == real).float().mean() > 0.999  # ties may differ
+    assert (imitated != layer(x.float())).float().mean() > 0.5
+    assert (gradient - real_gradient).norm() < 0.01 * real_gradient.norm()
+
+
+def test_the_imitated_16_bit_stream_loses_what_bfloat16_loses():
+    torch.manual_seed(0)
+    block, x = ConvNeXtBlock(40, layer_scale=1e-3), 1 + torch.rand(2, 40, 8, 8)
+    with residual.imitation("16-bit"):
+        assert torch.equal(block(x), x.bfloat16().float())
+    with residual.imitation("float32"):
+        assert (block(x) != x).any()
+
+
 # ---------------------------------------------------------------- linear probe
 
 
