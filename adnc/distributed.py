@@ -7,17 +7,20 @@ the gradients are averaged by DistributedDataParallel. Process 0 alone validates
 """
 
 import os
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from adnc.errors import InputError
 
-# Of one process for the others; the first may decode a large set.
+# Of one process for the others: at the start, and later, when the first may decode a large set.
+LONGEST_START = timedelta(minutes=2)
 LONGEST_WAIT = timedelta(minutes=30)
 
 
@@ -109,7 +112,7 @@ def join(device):
     torchrun.
 
     On CUDA each process gets the GPU of its number on this machine. InputError if there are too
-    few.
+    few, or if another process does not come within LONGEST_START.
     """
     launched = read_launcher()
     if launched is None:
@@ -124,13 +127,35 @@ def join(device):
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if local_rank == 0:
+        print(
+            f"process {rank} of {size} waits for the others at {address}, at most "
+            f"{LONGEST_START.total_seconds():.0f} seconds",
+            flush=True,
+        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        with ended_by_ctrl_c():
+            store, _, _ = next(rendezvous("env://", timeout=LONGEST_START))
+            store.set_timeout(LONGEST_WAIT)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT
+            )
     except (RuntimeError, ValueError) as problem:  # a port in use, an address that is not found
         reason = str(problem).splitlines()[0]
         raise InputError(
-            f"process {rank} of {size} cannot join the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({reason}); {ADVICE}"
+            f"process {rank} of {size} cannot join the others at {address} ({reason}); {ADVICE}"
         ) from None
     return World(rank, size), device
+
+
+@contextmanager
+def ended_by_ctrl_c():
+    """A block in which Ctrl-C ends the process at once: PyTorch waits in C++, where Python would
+    not hear of it."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

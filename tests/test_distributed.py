@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import command
 import numpy as np
@@ -21,12 +24,15 @@ from utils import load_checkpoint
 EXACT = ["--amp", "off", "--augment", "no-flip", "--warmup-epochs", "0"]
 
 
-def start_two(*words):
-    """Run train.py in two processes, with the variables that torchrun sets."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def start_two(*words):
+    """Run train.py in two processes, with the variables that torchrun sets."""
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def start(rank):
         environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -109,6 +115,33 @@ def test_a_port_in_use_is_one_sentence(monkeypatch):
         set_launcher(monkeypatch, {"MASTER_PORT": str(busy.getsockname()[1])})
         with pytest.raises(InputError, match="cannot join the others at 127.0.0.1"):
             distributed.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_others_that_never_come_are_waited_for_two_minutes_and_named(monkeypatch, capsys, rank):
+    assert distributed.LONGEST_START == timedelta(minutes=2)
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(distributed, "LONGEST_START", timedelta(seconds=1))
+    set_launcher(monkeypatch, {"RANK": rank, "MASTER_PORT": str(free_port())})
+    with pytest.raises(InputError, match=f"process {rank} of 2 cannot join the others at 127.0.0"):
+        distributed.join(torch.device("cpu"))
+    assert f"process {rank} of 2 waits for the others at 127.0.0.1:" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_signal_ends_the_wait_for_others(ad_nc, rank, number):
+    def stop(process, stdout):
+        while process.is_alive() and not (stdout.exists() and "waits" in stdout.read_text()):
+            time.sleep(0.05)
+        time.sleep(0.3)  # until it waits
+        os.kill(process.pid, number)
+
+    launcher = {**LAUNCHED, "RANK": rank, "MASTER_PORT": str(free_port())}
+    words = ["--data", ad_nc, *SMALL]
+    done = command.run(ROOT / "train.py", *words, env=os.environ | launcher, meanwhile=stop)
+    assert done.returncode == -number
 
 
 @pytest.mark.parametrize("changes", [
