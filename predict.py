@@ -25,6 +25,13 @@ import torch
 from scipy.special import expit
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # this folder's files, also under python -P
+
+from adnc.cli import describe_other_modules
+
+if other := describe_other_modules(__file__):
+    raise ImportError(other)
+
 from adnc import CLASSES
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.cpu_engine import make_engine

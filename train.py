@@ -31,6 +31,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # this folder's files, also under python -P
+
+from adnc.cli import describe_other_modules
+
+if other := describe_other_modules(__file__):
+    raise ImportError(other)
+
 from adnc import CLASSES, distributed
 from adnc.cli import (
     AMOUNT,

@@ -151,8 +151,11 @@ def save_checkpoint(path, **content):
     def write(temporary):
         try:
             torch.save({**content, "format": FORMAT}, temporary)
-        except RuntimeError as problem:  # what PyTorch's writer raises, as on a full disk
-            raise OSError(str(problem).splitlines()[0]) from None
+        except RuntimeError as problem:  # of PyTorch's writer; its text speaks of positions
+            reason = str(problem).splitlines()[0]
+            raise OSError(
+                f"the disk may be full, or a limit on the size of files reached ({reason})"
+            ) from None
 
     write_atomically(path, write)
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, is_system_limit, printable
 
 # ---------------------------------------------------------------- parser
 
@@ -98,9 +98,23 @@ def add_subject_pattern(group):
 # ---------------------------------------------------------------- running a script
 
 
+def describe_other_modules(script):
+    """A sentence if a module named dataset, modules or utils is loaded that does not stand beside
+    the file `script`, such as one of a notebook; else an empty string."""
+    folder = os.path.dirname(os.path.abspath(script))
+    for name in ("dataset", "modules", "utils"):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and os.path.dirname(os.path.abspath(file)) != folder:
+            return (
+                f"another module named {name} is loaded, {file}; {os.path.basename(script)} needs "
+                f"the one in {folder}: import it in a process of its own, or rename the other"
+            )
+    return ""
+
+
 def run_script(main):
-    """Call `main()`. InputError, OSError and MemoryError become one `error:` line and exit status
-    2.
+    """Call `main()`. InputError, OSError, MemoryError and limits of the system become one `error:`
+    line and exit status 2.
 
     Any other exception is a defect of this program and keeps its traceback. Warnings are one line.
     """
@@ -123,6 +137,10 @@ def run_script(main):
             message = str(problem)
             if problem.filename:
                 message = f"{os.fsdecode(problem.filename)}: {problem.strerror}"
+        except RuntimeError as problem:
+            if not is_system_limit(problem):
+                raise
+            message = f"a limit of the system is reached: {str(problem).splitlines()[0]}"
         except KeyboardInterrupt:
             print("stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)

@@ -8,7 +8,7 @@ from pathlib import PosixPath
 
 import torch
 
-from adnc.errors import InputError
+from adnc.errors import InputError, is_system_limit
 
 # Training scripts put their flags beside the weights.
 PLAIN_CLASSES = [argparse.Namespace, PosixPath]
@@ -33,6 +33,8 @@ def load_tensors(path):
     except InputError:
         raise
     except Exception as problem:  # torch.load raises nearly anything on a damaged or foreign file
+        if is_system_limit(problem):
+            raise
         text = str(problem)
         blocked = re.search(r"Unsupported \w+: GLOBAL (\S+)", text)
         if blocked:

@@ -3,6 +3,7 @@
 import ast
 
 import command
+import pytest
 from conftest import ROOT
 
 SCRIPTS = {"dataset", "modules", "train", "utils", "predict"}
@@ -43,6 +44,39 @@ def test_imports_within_the_package_go_one_way():
         assert leaves, f"a circle among {sorted(graph)}"
         for name in leaves:
             del graph[name]
+
+
+SAFE_PATH = """
+import os, runpy, sys
+folder = sys.argv[1]
+sys.path = [entry for entry in sys.path if os.path.abspath(entry) != folder]  # as under python -P
+sys.argv = [sys.argv[2], "--help"]
+runpy.run_path(os.path.join(folder, sys.argv[0]), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "dataset.py"])
+def test_a_script_finds_its_own_files_under_python_dash_p(script, tmp_path):
+    done = command.run(SAFE_PATH, ROOT, script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+OTHER = """
+import sys, types
+sys.modules[sys.argv[2]] = types.SimpleNamespace(__file__="/home/me/" + sys.argv[2] + ".py")
+__import__(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script, name", [
+    ("train", "utils"), ("predict", "dataset"), ("predict", "modules"),
+])  # fmt: skip
+def test_another_module_of_the_same_name_is_one_sentence(script, name):
+    done = command.run(OTHER, script, name)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: another module named {name} is loaded, /home/me/{name}")
+    assert f"needs the one in {ROOT}" in last
 
 
 LOOK = """

@@ -1,13 +1,17 @@
 """Atomic writes, tables, output folders, and how a script ends."""
 
+import errno
 import os
 import tempfile
+from unittest import mock
 
 import command
 import pandas as pd
 import pytest
 
 from adnc import files
+from adnc.cli import run_script
+from adnc.data import pixels
 from adnc.errors import InputError, printable
 
 # ---------------------------------------------------------------- atomic writes
@@ -156,6 +160,49 @@ run_script(main)
     assert (done.returncode, done.stderr) == (2, "error: AD_NC/train/AD: Permission denied\n")
     done = command.run(script, "KeyboardInterrupt()")
     assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("text", [
+    "can't start new thread",
+    "unable to open file <a.pth> in read-only mode: Too many open files (24)",
+    "[enforce fail at inline_container.cc:672] . write failed: No space left on device",
+    "std::system_error: Resource temporarily unavailable",
+    "File too large",
+])  # fmt: skip
+def test_a_limit_of_the_system_that_comes_as_a_runtime_error_is_one_line(text, capsys):
+    def main():
+        raise RuntimeError(f"{text}\nException raised from ... at c10")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: a limit of the system is reached: {text}\n"
+
+
+FEW_FILES = """
+import resource
+import predict
+from adnc.cli import run_script
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # the standard streams
+run_script(predict.main)
+"""
+
+
+def test_too_many_open_files_are_no_fault_of_the_files(ad_nc, tmp_path, run_folder):
+    words = [ad_nc / "test", "--checkpoint", run_folder / "best_model.pth", "--out", tmp_path / "p"]
+    done = command.run(FEW_FILES, *words)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and line.endswith("Too many open files")
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("limit", [errno.EMFILE, errno.ENFILE])
+def test_a_slice_that_a_limit_of_the_system_hides_is_not_left_out(ad_nc, limit):
+    problem = OSError(limit, os.strerror(limit))
+    with mock.patch.object(pixels, "open_image", side_effect=problem):
+        with pytest.raises(OSError, match=os.strerror(limit)):
+            pixels.load_slices([ad_nc / "test" / "AD" / "300_70.jpeg"], (48, 40), None)
 
 
 def test_a_warning_is_one_line():

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
-from adnc.errors import InputError
+from adnc.errors import InputError, is_system_limit
 from adnc.files import fingerprint, same_name, write_text
 
 SMALLEST, LARGEST = 16, 4096  # pixels: a smaller side shows nothing, a larger one is a photograph
@@ -256,6 +256,8 @@ def load_slices(paths, size, progress="decoding", images=None, bits=None):
         except Unfit as problem:
             return str(problem)
         except Exception as problem:  # Pillow raises nearly anything on a damaged file
+            if is_system_limit(problem):
+                raise
             reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
             return f"cannot be read as an image: {reason}"
         return None

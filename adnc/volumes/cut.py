@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adnc.data.index import METADATA, TABLE, check_match, describe_unused, read_subjects
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
-from adnc.errors import InputError
+from adnc.errors import InputError, is_system_limit
 from adnc.files import fingerprint, new_folder, same_name, write_csv, write_json
 from adnc.volumes import read
 from adnc.volumes.look import ADNI, PLANES, Look, recorded_look
@@ -457,6 +457,8 @@ def extract(table, look, out, workers=None):
         except Unfit as problem:  # another InputError concerns all volumes: a missing package
             return {"error": str(problem)}
         except OSError as problem:
+            if is_system_limit(problem):
+                raise
             return {"error": f"cannot be read: {reason(problem)}"}
         folder = out / "slices"
         if keep_classes:

@@ -16,7 +16,7 @@ import numpy as np
 from adnc import CLASSES
 from adnc.data.index import list_folder
 from adnc.data.pixels import Unfit, is_junk
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, is_system_limit, printable
 
 INSTALL = "python -m pip install -r requirements-extra.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")
@@ -168,6 +168,8 @@ def open_volume(path):
             voxels = nib.affines.voxel_sizes(affine)
             orthogonality = np.abs(np.linalg.det(affine[:3, :3] / voxels)) if voxels.all() else 0.0
     except Exception as problem:  # nibabel raises nearly anything on a damaged header
+        if is_system_limit(problem):
+            raise
         raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
 
     if len(shape) < 3:
@@ -252,6 +254,8 @@ def read_volume(image, spacing):
     try:
         voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
     except Exception as problem:  # of nibabel, gzip or zlib, on a damaged file
+        if is_system_limit(problem):
+            raise
         raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
     fine = nib.affines.voxel_sizes(canonical.affine) <= spacing / 2
