@@ -475,6 +475,38 @@ def test_a_dicom_folder_gives_the_slices_of_the_same_head(tmp_path):
         cut(tmp_path / "bad")
 
 
+def test_dicom_without_a_preamble_is_read_where_dcm2niix_reads_it(tmp_path):
+    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-extra.txt)")
+    expected = cut(write_dicom(tmp_path / "whole"))[0]
+    assert np.array_equal(cut(write_dicom(tmp_path / "bare", bare=True))[0], expected)
+    for file in write_dicom(tmp_path / "cut off").iterdir():
+        file.write_bytes(file.read_bytes()[132:])
+    with pytest.raises(Unfit, match="it makes no volume; are preamble and pixels of its files"):
+        cut(tmp_path / "cut off")
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_single_dicom_file_is_one_of_a_series(tmp_path, bare):
+    file = sorted(write_dicom(tmp_path / "series", bare=bare).iterdir())[3]
+    assert readers.holds_volumes(file)
+    with pytest.raises(InputError, match=f"one file of a DICOM series; .*: {tmp_path}/series"):
+        readers.find_volumes(file)
+
+
+@pytest.mark.parametrize("start", [
+    b"", b"\10", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n", b"\10\0text of something else", bytes(200),
+])  # fmt: skip
+def test_other_files_are_no_dicom(tmp_path, start):
+    (tmp_path / "x.dcm").write_bytes(start)
+    assert not readers.is_dicom(tmp_path / "x.dcm")
+
+
+def test_dicom_at_varying_distances_is_refused_with_that_reason(tmp_path):
+    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-extra.txt)")
+    with pytest.raises(Unfit, match="by dcm2niix: .*distance varies"):
+        cut(write_dicom(tmp_path / "series", shifted=10))
+
+
 # ---------------------------------------------------------------- the phantom's heads
 
 

@@ -32,19 +32,33 @@ def is_volume(path):
 
 
 def is_dicom(path):
+    """Whether a file begins as DICOM does: "DICM" after 128 bytes, or, without that preamble, an
+    element of group 2 or 8 with its type of two letters, or with its length in four bytes."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        start = file.read(132)
+    if start[128:] == b"DICM":
+        return True
+    group, element, kind, length = start[:2], start[2:4], start[4:6], start[4:8]
+    if group not in (b"\2\0", b"\10\0") or element[1:] != b"\0":
+        return False
+    return kind in (b"UL", b"UI", b"CS", b"SH", b"LO", b"OB", b"DA") or length[1:] == b"\0\0\0"
 
 
 def find_volumes(given):
     """A list of (path, folder relative to `given`) of the volumes in a file or folder.
 
     A folder that holds DICOM files and no volume counts as one volume. Of an Analyze pair (.img,
-    .hdr) only the .img is listed.
+    .hdr) only the .img is listed. InputError for a single DICOM file.
     """
     if not os.path.isdir(given):
+        if is_dicom(given):
+            folder = os.path.dirname(os.path.abspath(given))
+            raise InputError(
+                f"{given} is one file of a DICOM series; give the folder that holds the whole "
+                f"series and no other: {folder}"
+            )
         return [(str(given), "")] if is_volume(given) else []
     volumes = []
     for folder, folders, names in os.walk(given):
@@ -73,9 +87,9 @@ def files_of(source):
 
 
 def holds_volumes(given):
-    """Whether an input is a volume, a DICOM folder, or a folder of volumes without slices."""
+    """Whether an input is a volume, DICOM, or a folder of volumes without slices."""
     if not os.path.isdir(given):
-        return is_volume(given)
+        return is_volume(given) or is_dicom(given)
     folders = [Path(given, label) for label in CLASSES if Path(given, label).is_dir()]
     if not folders:
         folders = [given]
@@ -129,9 +143,10 @@ def convert_dicom(folder, out):
     # If images are missing, dcm2niix makes a volume with wrong distances, and its status is 1.
     if done.returncode or not volumes:
         output = done.stdout.splitlines() + done.stderr.splitlines()
-        words = ("enough", "issing", "rror", "arning")
+        # From the words that name what is wrong to those of any warning.
+        words = ("enough", "issing", "varies", "nly able", "rror", "arning")
         problems = [line.strip() for word in words for line in output if word in line]
-        problems.append("it makes no volume")
+        problems.append("it makes no volume; are preamble and pixels of its files whole?")
         raise Unfit(f"cannot be converted by dcm2niix: {problems[0]}")
     if len(volumes) > 1:
         names = ", ".join(path.stem for path in volumes[:5])
