@@ -197,13 +197,74 @@ def test_the_transform_that_was_used_is_reported(tmp_path):
         record = cut(tmp_path / "h.nii", image)[2]
         assert record["affine_from"] == source and (record["notes"] or "").startswith(note or "")
         assert bool(record["notes"]) == bool(note)
-    data = bytearray((tmp_path / "h.nii").read_bytes())
-    data[252:256] = struct.pack("<hh", 1, 1)  # qform and sform code
-    data[256:268] = struct.pack("<3f", 9, 9, 9)  # no rotation has such a quaternion
-    data[280:328] = struct.pack("<12f", *image.affine[:3].ravel())
-    (tmp_path / "h.nii").write_bytes(data)
-    notes = cut(tmp_path / "h.nii")[2]["notes"]
-    assert notes == "sform and qform disagree by up to inf mm; the sform was used"
+
+
+def write_half_turned(path, klass=nib.Nifti1Image, **changes):
+    """Write the head so that its quaternion has length 1 and w = 0, and change its header."""
+    image = stored(head(), "LPS")
+    image = klass(np.asarray(image.dataobj), image.affine)
+    image.set_qform(image.affine, 1)
+    image.set_sform(image.affine, 1)
+    nib.save(image, path)
+
+    file = readers.header_of(path)
+    opener = gzip.open if file.endswith(".gz") else open
+    with opener(file, "rb") as stream:
+        data = stream.read()
+    size = klass.header_class.template_dtype.itemsize
+    header = klass.header_class(data[:size])
+    for name, value in changes.items():
+        header[name] = value
+    with opener(file, "wb") as stream:
+        stream.write(header.binaryblock + data[size:])
+    return path
+
+
+NO_ROTATION = {"quatern_b": 9, "quatern_c": 9, "quatern_d": 9}
+NAN = {"quatern_b": np.nan}
+FLAT = {"srow_x": 0, "srow_y": 0, "srow_z": 0}
+NAN_SFORM = {"srow_y": np.nan}
+
+
+@pytest.mark.parametrize("klass, name", [
+    (nib.Nifti1Image, "h.nii"), (nib.Nifti1Image, "h.nii.gz"), (nib.Nifti2Image, "h.nii"),
+    (nib.Nifti1Pair, "h.img"),
+])  # fmt: skip
+@pytest.mark.parametrize("changes, source, note", [
+    (NO_ROTATION, "sform", "its qform is no invertible affine; the sform was used"),
+    (NAN, "sform", "its qform is no invertible affine; the sform was used"),
+    (FLAT, "qform", "its sform is no invertible affine; the qform was used"),
+    (NAN_SFORM, "qform", "its sform is no invertible affine; the qform was used"),
+    ({"quatern_d": 1.0002}, "sform", None),
+    ({"quatern_d": 1.0002, "sform_code": 0}, "qform", "its quaternion is rounded (length 1.0002)"),
+])  # fmt: skip
+def test_of_two_transforms_the_good_one_is_used(tmp_path, klass, name, changes, source, note):
+    expected = cut(write_half_turned(tmp_path / "good.nii"))[0]
+    slices, _, record = cut(write_half_turned(tmp_path / name, klass, **changes))
+    assert np.abs(slices.astype(int) - expected).max() <= 1
+    assert record["affine_from"] == source
+    assert (record["notes"] or "").startswith(note or "") and bool(record["notes"]) == bool(note)
+
+
+@pytest.mark.parametrize("changes", [
+    {**NO_ROTATION, **FLAT}, {**NO_ROTATION, "sform_code": 0}, {**FLAT, "qform_code": 0},
+])  # fmt: skip
+def test_two_transforms_that_cannot_be_used_are_refused(tmp_path, changes):
+    write_half_turned(tmp_path / "h.nii", **changes)
+    with pytest.raises(Unfit, match="cannot be inverted|w2 should be positive"):
+        cut(tmp_path / "h.nii")
+
+
+@pytest.mark.parametrize("wrong, right", [
+    ("h.nii", "h.nii.gz"), ("h.nii.gz", "h.nii"), ("h.mgz", "h.mgh"), ("h.mgh", "h.mgz"),
+    ("h.NII", "h.nii.gz"),
+])  # fmt: skip
+def test_a_volume_is_decompressed_by_what_it_holds(tmp_path, wrong, right):
+    values, affine = VALUES.astype(np.float32), AFFINE
+    klass = nib.MGHImage if "mg" in right else nib.Nifti1Image
+    expected = cut(tmp_path / right, klass(values, affine))[0]
+    (tmp_path / right).rename(tmp_path / wrong)
+    assert np.array_equal(cut(tmp_path / wrong)[0], expected)
 
 
 @pytest.mark.parametrize("side", [0.9375, 1.0, 1.25])  # exact in float32, as NIfTI stores them

@@ -4,6 +4,8 @@ nibabel is needed, dcm2niix for DICOM, deepbet for --strip (requirements-extra.t
 imported when it is used. A header is checked before a voxel is read.
 """
 
+import gzip
+import io
 import os
 import re
 import shutil
@@ -22,6 +24,7 @@ INSTALL = "python -m pip install -r requirements-extra.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")
 MIN_SIDE, MAX_SIDE = 8, 1024  # voxels
 MAX_VOXELS = 2**28  # 1 GB as float32
+MIN_ORTHOGONALITY = 0.1  # the volume of a voxel over the product of its sides
 MIN_FIELD, MAX_FIELD = 30, 1000  # mm: beyond these it is no head, or not in millimetres
 
 # ---------------------------------------------------------------- files
@@ -166,6 +169,73 @@ def reason(problem):
     return printable(text.splitlines()[0][:200])
 
 
+def open_stream(path):
+    """A file opened for reading, decompressed if it holds gzip data, whatever its name."""
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else open(path, "rb")
+
+
+def load_image(path):
+    """(nibabel image, sentences on what was wrong with its header and how it was read)."""
+    nib = import_nibabel()
+    with open_stream(header_of(path)) as stream:
+        start = stream.read(540)
+    for klass in (nib.Nifti1Pair, nib.Nifti2Pair):
+        if not klass.header_class.may_contain_header(start):
+            continue
+        # The header of a single file (.nii) is given to nibabel as that of a pair, since in a pair
+        # it may differ from the one in the file.
+        header = klass.header_class(start[: klass.header_class.template_dtype.itemsize])
+        notes = repair_transforms(header)
+        files = {"header": io.BytesIO(header.binaryblock), "image": open_stream(path)}
+        return klass.from_file_map(klass.make_file_map(files), mmap=False), notes
+    if path.lower().endswith((".mgh", ".mgz")):
+        return nib.MGHImage.from_stream(open_stream(path)), []
+    return nib.load(path, mmap=False, keep_file_open=True), []
+
+
+ROUNDING = 0.01  # of the squared length of a quaternion that is written with two decimals
+
+
+def repair_transforms(header):
+    """Repair the affines of a NIfTI header in place; returns sentences on what was done.
+
+    A quaternion longer than 1 by rounding is normalised. Of sform and qform, one that cannot be
+    used beside one that can is switched off.
+    """
+
+    def usable(form):
+        try:
+            affine, code = getattr(header, f"get_{form}")(coded=True)
+            return code > 0 and has_inverse(affine)
+        except Exception:  # nibabel raises several kinds on a quaternion that is none
+            return False
+
+    notes = []
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    squared = sum(float(header[name]) ** 2 for name in names)
+    if 1 < squared <= 1 + ROUNDING:
+        for name in names:
+            header[name] = float(header[name]) / squared**0.5
+        if not usable("sform") and squared > 1 + 1e-6:  # beyond the precision of float32
+            length = squared**0.5
+            notes.append(f"its quaternion is rounded (length {length:.6g}) and was normalised")
+    for form, other in (("sform", "qform"), ("qform", "sform")):
+        if header[f"{form}_code"] > 0 and not usable(form) and usable(other):
+            header[f"{form}_code"] = 0
+            notes.append(f"its {form} is no invertible affine; the {other} was used")
+    return notes
+
+
+def has_inverse(affine):
+    """Whether an affine (4, 4) is finite and not flat."""
+    if not np.isfinite(affine).all():
+        return False
+    voxels = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(voxels.all() and np.abs(np.linalg.det(affine[:3, :3] / voxels)) > MIN_ORTHOGONALITY)
+
+
 def open_volume(path):
     """Open a volume and check its header; its voxels are not yet read.
 
@@ -176,7 +246,7 @@ def open_volume(path):
     if not os.path.isfile(path):
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
     try:
-        image = nib.load(path, mmap=False, keep_file_open=True)
+        image, repairs = load_image(str(path))
         shape = tuple(int(side) for side in image.shape)
         affine, dtype = image.affine, image.get_data_dtype()
         with np.errstate(all="ignore"):
@@ -204,7 +274,7 @@ def open_volume(path):
         raise Unfit("has voxels that are complex; expected one real number per voxel")
     if dtype.kind not in "iufb":
         raise Unfit(f"has voxels of type {dtype}; expected one real number per voxel")
-    if not (np.isfinite(affine).all() and orthogonality > 0.1):
+    if not has_inverse(affine):
         raise Unfit(
             "has an affine that cannot be inverted, so its voxels have no place; fix its header"
         )
@@ -216,7 +286,7 @@ def open_volume(path):
             "in another unit?"
         )
 
-    notes = []
+    notes = repairs
     if orthogonality < 0.999:
         notes.append("its axes are not at right angles; it is resampled as its affine says")
     source, doubts = affine_source(image)
@@ -248,11 +318,8 @@ def affine_source(image):
     if qform_code > 0:
         ends = [(0, side - 1) for side in image.shape[:3]]
         corners = np.array(np.meshgrid(*ends, [1])).reshape(4, -1)
-        try:
-            distances = np.sqrt((((sform - header.get_qform()) @ corners)[:3] ** 2).sum(0))
-            apart = float(distances.max())
-        except Exception:  # the quaternion is invalid
-            apart = np.inf
+        distances = np.sqrt((((sform - header.get_qform()) @ corners)[:3] ** 2).sum(0))
+        apart = float(distances.max())
         if not apart <= 1:
             doubt = f"sform and qform disagree by up to {apart:.3g} mm; the sform was used"
             return "sform", [doubt]
