@@ -1,17 +1,45 @@
 """Read weight files of other projects: .pth and .safetensors, as data and never as code."""
 
 import argparse
+import codecs
+import datetime
 import os
 import re
 import warnings
-from pathlib import PosixPath
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import torch
 
 from adnc.errors import InputError, is_system_limit
 
-# Training scripts put their flags beside the weights.
-PLAIN_CLASSES = [argparse.Namespace, PosixPath]
+# Training scripts put flags, paths, sets, dates and scores beside the weights. Each of these holds
+# data alone.
+PLAIN_CLASSES = [
+    argparse.Namespace,
+    datetime.date,
+    datetime.datetime,
+    datetime.timedelta,
+    frozenset,
+    range,
+    slice,
+    np.ndarray,
+    np.dtype,
+    *[getattr(np.dtypes, name) for name in np.dtypes.__all__],
+    codecs.encode,  # which pickle calls to write bytes as text
+]
+for module in ("pathlib", "pathlib._local"):  # of Python 3.13
+    PLAIN_CLASSES += [
+        (PosixPath, f"{module}.PosixPath"),
+        (PureWindowsPath, f"{module}.WindowsPath"),  # a WindowsPath can only be made on Windows
+        (PurePosixPath, f"{module}.PurePosixPath"),
+        (PureWindowsPath, f"{module}.PureWindowsPath"),
+    ]
+for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
+    PLAIN_CLASSES += [
+        (np.float64(0).__reduce__()[0], f"{module}.scalar"),
+        (np.zeros(1).__reduce__()[0], f"{module}._reconstruct"),
+    ]
 
 
 def load_tensors(path):

@@ -46,6 +46,21 @@ def test_imports_within_the_package_go_one_way():
             del graph[name]
 
 
+WORKERS = {"multiprocessing", "torch.multiprocessing"}
+WORKER_NAMES = {"ProcessPoolExecutor", "DataLoader", "spawn", "fork", "forkserver"}
+
+
+def test_no_worker_process_is_started_to_which_pixels_would_be_pickled():
+    """Threads share the array of slices. A worker that forkserver or spawn starts would get a copy
+    of it, and Python 3.14 starts workers by forkserver."""
+    for path in [*PACKAGE, *ROOT.glob("*.py")]:
+        assert not WORKERS & set(imports(path)), path
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not WORKER_NAMES & names, path
+
+
 SAFE_PATH = """
 import os, runpy, sys
 folder = sys.argv[1]

@@ -1,9 +1,13 @@
 """Checkpoints are data, never code, and a file that does not fit gets a sentence."""
 
 import argparse
+import collections
+import datetime
+import pathlib
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -81,13 +85,39 @@ def test_foreign_cut_and_older_files_get_a_sentence(run_folder, tmp_path):
         load_checkpoint(file)
 
 
-@pytest.mark.parametrize("beside", [argparse.Namespace(lr=1, out=Path("x")), {"best": 0.9}, None])
+class OnWindows:
+    """Is pickled as a path of Windows is."""
+
+    def __reduce__(self):
+        return pathlib.WindowsPath, ("C:\\", "runs")
+
+
+@pytest.mark.parametrize("beside", [
+    argparse.Namespace(lr=1, out=Path("x")), {"best": 0.9}, None, OnWindows(),
+    {"keys": frozenset("a")}, collections.Counter("a"), range(3),
+    np.float64(0.9), np.int32(3), np.bool_(True), np.arange(3), np.dtype("f4"), np.array(["a"]),
+    datetime.datetime(2026, 1, 1),
+])  # fmt: skip
 def test_init_reads_plain_data_beside_the_weights_and_safetensors(tmp_path, beside):
-    state, file = convnext("atto").state_dict(), tmp_path / "weights.pth"
+    state, file = {"head.weight": torch.ones(2, 8)}, tmp_path / "weights.pth"
     torch.save({"model": state, "args": beside}, file)
     assert set(find_state_dict(load_tensors(file))) == set(state)
     save_file(state, tmp_path / "weights.safetensors")
     assert set(find_state_dict(load_tensors(tmp_path / "weights.safetensors"))) == set(state)
+
+
+@pytest.mark.parametrize("before, after", [
+    (b"numpy._core.", b"numpy.core."), (b"numpy.core.", b"numpy._core."),  # NumPy 2 and 1
+    (b"cpathlib\n", b"cpathlib._local\n"),  # Python 3.13
+])  # fmt: skip
+def test_init_reads_what_other_versions_wrote(tmp_path, before, after):
+    state, file = {"head.weight": torch.ones(2, 8)}, tmp_path / "weights.pth"
+    beside = [np.float64(0.9), np.arange(3), Path("x"), OnWindows()]
+    torch.save({"model": state, "beside": beside}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes().replace(before, after))
+    content = load_tensors(file)
+    assert set(find_state_dict(content)) == set(state)
+    assert content["beside"][0] == 0.9 and str(content["beside"][3]) == r"C:\runs"
 
 
 def test_init_of_a_pickled_model_says_how_to_save_its_weights(tmp_path):
@@ -97,6 +127,12 @@ def test_init_of_a_pickled_model_says_how_to_save_its_weights(tmp_path):
         match=r"contains modules.ConvNeXt, .* save the weights alone: torch.save\(model.st",
     ):
         load_tensors(tmp_path / "model.pth")
+
+
+def test_init_with_an_object_that_is_not_plain_says_which(tmp_path):
+    torch.save({"a": torch.zeros(1), "b": collections.defaultdict(list)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="contains collections.defaultdict, .* the weights alone"):
+        load_tensors(tmp_path / "x.pth")
 
 
 def test_of_several_sets_of_weights_the_largest_then_the_first_is_taken():
