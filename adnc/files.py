@@ -1,5 +1,6 @@
 """Atomic writes, CSV, output folders."""
 
+import codecs
 import csv
 import hashlib
 import json
@@ -97,7 +98,10 @@ def read_rows(path):
     A spreadsheet may begin with sep=; and end rows, or the header, with empty cells. ValueError if
     there is no row, or if one has more cells than the header.
     """
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    data = Path(path).read_bytes()
+    # The "Unicode text" of Excel begins with the mark of UTF-16.
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    text = data.decode(encoding, errors="surrogateescape")
     lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not lines:
         raise ValueError("it holds nothing but blanks")

@@ -76,16 +76,17 @@ def test_a_split_file_may_spell_paths_as_another_system_does(tmp_path):
 # ---------------------------------------------------------------- tables of spreadsheets
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("text", [
     "sep=;\nscan;subject\n1;a\n2;b\n",
     "SEP=,\r\nscan,subject\r\n1,a\r\n2,b\r\n",
     "scan,subject,,\n1,a,,\n2,b,,\n",
     "scan,subject\n1,a,,,\n2,b,\n",
-    "\ufeffScan\tSubject\t\n\n1\ta\t\n2\tb\n\n",
+    "Scan\tSubject\t\n\n1\ta\t\n2\tb\n\n",
     'scan,subject,note\n1,a,"x, y"\n2,b,\n',
 ])  # fmt: skip
-def test_tables_of_spreadsheets_are_read(tmp_path, text):
-    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+def test_tables_of_spreadsheets_are_read(tmp_path, text, encoding):
+    (tmp_path / "t.csv").write_text(text, encoding=encoding)
     table = read_table(tmp_path / "t.csv", ("scan", "subject"))
     assert table[["scan", "subject"]].to_numpy().tolist() == [["1", "a"], ["2", "b"]]
 
