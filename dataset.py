@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # this folder's files, also under python -P
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))  # under python -P it is missing
 
 from adnc import CLASSES
 from adnc.cli import Parser, add_subject_pattern, new_png, run_script

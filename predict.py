@@ -15,6 +15,7 @@ metrics.json and pictures. A file that cannot be read gets a row with the reason
 training range gets a warning.
 """
 
+import os
 import sys
 from dataclasses import replace
 from datetime import datetime
@@ -25,7 +26,8 @@ import torch
 from scipy.special import expit
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # this folder's files, also under python -P
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))  # under python -P it is missing
 
 from adnc.cli import describe_other_modules
 
@@ -204,6 +206,19 @@ def format_scans(scans, most=10):
         yield f"... and {len(scans) - most} more scans"
 
 
+def describe_folders_of_one_scan(index, look):
+    """A line if all files of a folder are slices of one scan, for the first such folder; none if
+    volumes were cut, whose slices are named here."""
+    if look:
+        return
+    lines = []
+    for folder, part in index.groupby(index.path.map(os.path.dirname), sort=False):
+        lines += describe_one_scan(part, f"all files of {folder or 'the current folder'}")
+    if len(lines) > 1:
+        lines[0] += f" (and so in {len(lines) - 1} more folders)"
+    yield from lines[:1]
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -317,7 +332,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     warnings = [
         *cut.notes,
         *slices.notes,
-        *(() if cut.look else describe_one_scan(listing.index, "all files")),
+        *describe_folders_of_one_scan(slices.index, cut.look),
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
         *describe_turned(slices, checkpoint["mean_slice"].numpy()),
         *warnings_about(predictions, checkpoint, args.coverage),

@@ -31,7 +31,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # this folder's files, also under python -P
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))  # under python -P it is missing
 
 from adnc.cli import describe_other_modules
 

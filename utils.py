@@ -14,7 +14,6 @@ import sys
 
 import numpy as np
 import torch
-from matplotlib.ticker import MaxNLocator
 from scipy.special import expit
 from tqdm import tqdm
 
@@ -232,7 +231,7 @@ def plot_training_curves(path, history, kept_epoch, title):
                 label=f"kept: epoch {kept_epoch}",
             )
             axes.set(xlabel="epoch", ylabel=f"{name} (slice-level)")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             plots.legend_above(axes)
         loss.axhline(math.log(2), color="grey", linewidth=0.8)
         loss.annotate("ln 2: chance", (history.epoch.iloc[0], math.log(2)), fontsize=7, va="bottom")

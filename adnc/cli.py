@@ -1,6 +1,7 @@
 """Command lines: a parser with one-line errors, types of flags, and how a script ends."""
 
 import argparse
+import importlib.util
 import os
 import re
 import sys
@@ -18,13 +19,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, manual):
         super().__init__(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.words = []
 
     def parse_args(self, args=None, namespace=None):
         self.words = sys.argv[1:] if args is None else list(args)
-        return super().parse_args(args, namespace)
+        return super().parse_args(self.words, namespace)
 
     def error(self, message):
-        for word in getattr(self, "words", []):
+        for word in self.words:
             if word.startswith("-") and os.path.lexists(word):
                 message += f"; if {word} is the file of this name, write -- before it"
                 break
@@ -99,15 +101,20 @@ def add_subject_pattern(group):
 
 
 def describe_other_modules(script):
-    """A sentence if a module named dataset, modules or utils is loaded that does not stand beside
-    the file `script`, such as one of a notebook; else an empty string."""
+    """A sentence if a module named dataset, modules or utils that is loaded, or would be imported,
+    is not in the folder of the file `script`, as in a notebook with a utils of its own; else an
+    empty string."""
     folder = os.path.dirname(os.path.abspath(script))
     for name in ("dataset", "modules", "utils"):
-        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in sys.modules:
+            file = getattr(sys.modules[name], "__file__", None)
+        else:
+            spec = importlib.util.find_spec(name)
+            file = spec and spec.origin
         if file and os.path.dirname(os.path.abspath(file)) != folder:
             return (
-                f"another module named {name} is loaded, {file}; {os.path.basename(script)} needs "
-                f"the one in {folder}: import it in a process of its own, or rename the other"
+                f"{file} is another module named {name}; {os.path.basename(script)} needs the one "
+                f"in {folder}: import it in a process of its own, or rename the other"
             )
     return ""
 

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adnc.errors import InputError
 
-# Of one process for the others: at the start, and later, when the first may decode a large set.
+# How long a process waits for the others: at the start, and later, when the first may decode a
+# large set.
 LONGEST_START = timedelta(minutes=2)
 LONGEST_WAIT = timedelta(minutes=30)
 
@@ -54,14 +55,16 @@ class World:
         """What process 0 holds, in all of them."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            with one_line_if_others_ended():
+                dist.broadcast_object_list(values)
         return values[0]
 
     @contextmanager
     def main_first(self):
         """A block that process 0 runs before the others, such as one that fills a cache."""
         if self.size > 1 and not self.is_main:
-            dist.barrier()
+            with one_line_if_others_ended():
+                dist.barrier()
         yield
         if self.size > 1 and self.is_main:
             dist.barrier()
@@ -71,10 +74,25 @@ class World:
             dist.destroy_process_group()
 
 
+@contextmanager
+def one_line_if_others_ended():
+    """A block that needs the other processes. InputError if one of them has ended."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if "closed" not in str(problem) and "reset" not in str(problem):
+            raise
+        raise InputError("another process has ended; its error says why") from None
+
+
 ADVICE = (
     "start several processes with torchrun, which sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR "
     "and MASTER_PORT, or unset WORLD_SIZE to train with one"
 )
+
+
+# Variables of schedulers for the number of processes. They say nothing about how to meet.
+SCHEDULERS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def read_launcher():
@@ -83,22 +101,26 @@ def read_launcher():
 
     InputError if only some of them are set, or not to numbers: each process would train alone.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
         return None
+    if "WORLD_SIZE" not in os.environ:
+        raise InputError(f"RANK is set, and WORLD_SIZE is not; {ADVICE}")
     numbers = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(name)
         if value is not None and not value.isdecimal():
             raise InputError(f"the variable {name} is {value!r}, not a number; {ADVICE}")
         numbers[name] = value and int(value)
-    if numbers["WORLD_SIZE"] <= 1 or numbers["RANK"] is None:  # SLURM may set WORLD_SIZE alone
+    if numbers["WORLD_SIZE"] == 0:
+        raise InputError(f"the variable WORLD_SIZE is 0; {ADVICE}")
+    if numbers["WORLD_SIZE"] == 1 or numbers["RANK"] is None:  # of a scheduler, perhaps
         return None
     needed = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"WORLD_SIZE is {numbers['WORLD_SIZE']} and RANK is {numbers['RANK']}, and "
-            f"{', '.join(missing)} is not set; {ADVICE}"
+            f"WORLD_SIZE is {numbers['WORLD_SIZE']} and RANK is {numbers['RANK']}, but without "
+            f"{' and '.join(missing)}; {ADVICE}"
         )
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise InputError(
@@ -116,6 +138,13 @@ def join(device):
     """
     launched = read_launcher()
     if launched is None:
+        for name in SCHEDULERS:
+            if os.environ.get(name, "1") != "1":
+                print(
+                    f"{name} is {os.environ[name]}, and this process trains alone: to train with "
+                    "several, start them with torchrun",
+                    flush=True,
+                )
         return World(), device
     rank, local_rank, size = launched
     if device.type == "cuda":
@@ -152,8 +181,8 @@ def join(device):
 
 @contextmanager
 def ended_by_ctrl_c():
-    """A block in which Ctrl-C ends the process at once: PyTorch waits in C++, where Python would
-    not hear of it."""
+    """A block in which Ctrl-C ends the process at once: Python's own handler would only be called
+    when PyTorch, which waits in C++, returns."""
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, is_system_limit, printable
 
 # ---------------------------------------------------------------- atomic writes
 
@@ -52,17 +53,20 @@ def write_csv(path, table):
 
 # ---------------------------------------------------------------- names
 
-INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))  # of no width
-
 
 def same_name(text):
     """The spelling in which the names of scans and subjects are compared.
 
     macOS writes an accent as a letter of its own, spreadsheets add blanks: one person would be two.
-    Unicode's NFKC, without characters of no width and blanks at the ends. Files are opened by the
-    name that they have.
+    Unicode's NFKC, without characters of no width (category Cf, such as marks of direction, and the
+    selectors of variants) and blanks at the ends. Files are opened by the name that they have.
     """
-    return unicodedata.normalize("NFKC", text.translate(INVISIBLE)).strip()
+    seen = [
+        char
+        for char in text
+        if unicodedata.category(char) != "Cf" and not "\ufe00" <= char <= "\ufe0f"
+    ]
+    return unicodedata.normalize("NFKC", "".join(seen)).strip()
 
 
 # ---------------------------------------------------------------- reading
@@ -73,6 +77,8 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
+        if is_system_limit(problem):
+            raise
         raise InputError(f"{path} cannot be read as JSON ({problem})") from None
 
 
@@ -88,36 +94,63 @@ def read_csv(path):
             encoding_errors="surrogateescape",
         )
     except (OSError, ValueError) as problem:
+        if is_system_limit(problem):
+            raise
         raise InputError(f"{path} cannot be read ({problem})") from None
     return table
 
 
-def read_rows(path):
+def read_text(path, names_of_files):
+    """The text of a file in UTF-8, or in UTF-16 with its mark, as Excel's "Unicode text" has it.
+
+    `names_of_files`: bytes that are not UTF-8 are kept, as in names on Linux; else ValueError.
+    """
+    data = Path(path).read_bytes()
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig", errors="surrogateescape" if names_of_files else "strict")
+    except UnicodeDecodeError as problem:
+        line = data[: problem.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not in UTF-8; save it as CSV in UTF-8") from None
+
+
+def find_separator(header, columns):
+    """The separator of the cells of a header: the first that separates the `columns`."""
+    for separator in ",;\t|":
+        (cells,) = csv.reader([header], delimiter=separator)
+        if set(columns) <= {same_name(cell).lower() for cell in cells}:
+            return separator
+    return ","
+
+
+def read_rows(path, columns):
     """The rows of a table as lists of texts, all of the length of the first one, the header.
 
     A spreadsheet may begin with sep=; and end rows, or the header, with empty cells. ValueError if
     there is no row, or if one has more cells than the header.
     """
-    data = Path(path).read_bytes()
-    # The "Unicode text" of Excel begins with the mark of UTF-16.
-    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    text = data.decode(encoding, errors="surrogateescape")
-    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
-    if not lines:
-        raise ValueError("it holds nothing but blanks")
-    declared = re.fullmatch(r"sep=(.)\W*", lines[0], re.IGNORECASE)
+    text = read_text(path, "path" in columns).lstrip()
+    declared = re.match(r"sep=(.)[^\w\r\n]*(\r\n|\r|\n)", text, re.IGNORECASE)
     if declared:
-        separator, lines = declared[1], lines[1:]
+        separator, text = declared[1], text[declared.end() :].lstrip()
     else:
-        separator = csv.Sniffer().sniff(lines[0], ",;\t| ").delimiter
-    header, *rows = csv.reader(lines, delimiter=separator)
-    for number, row in enumerate(rows, 2):
+        separator = find_separator(text.split("\n", 1)[0], columns)
+
+    table = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    for row in reader:
+        if not any(cell.strip() for cell in row):
+            continue
+        header = table[0] if table else row
         if any(cell.strip() for cell in row[len(header) :]):
-            raise ValueError(f"row {number} has {len(row)} cells, the header has {len(header)}")
-    table = [header]
-    for row in rows:
+            raise ValueError(
+                f"line {reader.line_num} has {len(row)} cells, the header has {len(header)}"
+            )
         missing = ["" for _ in header[len(row) :]]
         table.append([*row[: len(header)], *missing])
+    if not table:
+        raise ValueError("it holds nothing but blanks")
     return table
 
 
@@ -142,8 +175,10 @@ def read_table(path, columns):
     if os.path.getsize(path) == 0:
         raise InputError(f"{path} is empty; expected the columns {' and '.join(columns)}")
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, columns)
     except (OSError, ValueError, csv.Error) as problem:
+        if is_system_limit(problem):
+            raise
         raise InputError(
             f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in "
             f"UTF-8 with the columns {' and '.join(columns)}"

@@ -6,6 +6,7 @@ import datetime
 import os
 import re
 import warnings
+import zipfile
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -19,7 +20,9 @@ PLAIN_CLASSES = [
     argparse.Namespace,
     datetime.date,
     datetime.datetime,
+    datetime.time,
     datetime.timedelta,
+    datetime.timezone,
     frozenset,
     range,
     slice,
@@ -69,6 +72,12 @@ def load_tensors(path):
             raise InputError(
                 f"{path} contains {blocked[1]}, which cannot be read without running code; where "
                 "the file was made, save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from None
+        if zipfile.is_zipfile(path):  # as torch.save writes it
+            raise InputError(
+                f"{path} is damaged, or cannot be read without running code "
+                f"({type(problem).__name__}); where it was made, save the weights alone: "
+                "torch.save(model.state_dict(), FILE)"
             ) from None
         raise InputError(
             f"{path} cannot be read as tensors ({type(problem).__name__}): it is damaged, or not a "

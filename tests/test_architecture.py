@@ -47,7 +47,7 @@ def test_imports_within_the_package_go_one_way():
 
 
 WORKERS = {"multiprocessing", "torch.multiprocessing"}
-WORKER_NAMES = {"ProcessPoolExecutor", "DataLoader", "spawn", "fork", "forkserver"}
+WORKER_NAMES = {"ProcessPoolExecutor", "DataLoader", "get_context", "start_processes"}
 
 
 def test_no_worker_process_is_started_to_which_pixels_would_be_pickled():
@@ -85,13 +85,13 @@ __import__(sys.argv[1])
 
 
 @pytest.mark.parametrize("script, name", [
-    ("train", "utils"), ("predict", "dataset"), ("predict", "modules"),
+    ("train", "utils"), ("predict", "dataset"), ("tools.extract", "utils"),
 ])  # fmt: skip
 def test_another_module_of_the_same_name_is_one_sentence(script, name):
     done = command.run(OTHER, script, name)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"ImportError: another module named {name} is loaded, /home/me/{name}")
-    assert f"needs the one in {ROOT}" in last
+    expected = f"ImportError: /home/me/{name}.py is another module named {name}; "
+    assert last.startswith(expected) and f"needs the one in {ROOT}" in last
 
 
 LOOK = """
@@ -100,6 +100,7 @@ import matplotlib, numpy, pandas, PIL.Image, torch
 def state():
     return (
         sys.excepthook, sys.stdout, sys.stderr, dict(os.environ), list(warnings.filters),
+        sys.path[:],
         signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
         matplotlib.rcParams.copy(),
         PIL.Image.MAX_IMAGE_PIXELS, numpy.geterr(),

@@ -129,6 +129,12 @@ def test_init_of_a_pickled_model_says_how_to_save_its_weights(tmp_path):
         load_tensors(tmp_path / "model.pth")
 
 
+def test_init_in_a_newer_pickle_protocol_says_how_to_save_the_weights(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth", pickle_protocol=4)
+    with pytest.raises(InputError, match="damaged, or cannot be read .* save the weights alone"):
+        load_tensors(tmp_path / "x.pth")
+
+
 def test_init_with_an_object_that_is_not_plain_says_which(tmp_path):
     torch.save({"a": torch.zeros(1), "b": collections.defaultdict(list)}, tmp_path / "x.pth")
     with pytest.raises(InputError, match="contains collections.defaultdict, .* the weights alone"):

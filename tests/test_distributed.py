@@ -92,12 +92,14 @@ def set_launcher(monkeypatch, changes):
 
 @pytest.mark.parametrize("changes, sentence", [
     ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+    ({"WORLD_SIZE": None}, "RANK is set, and WORLD_SIZE is not"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
     ({"RANK": "-1"}, "RANK is '-1', not a number"),
     ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK is '0.5', not a number"),
-    ({"LOCAL_RANK": None}, "LOCAL_RANK is not set"),  # Kubeflow
-    ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
-    ({"MASTER_ADDR": "", "MASTER_PORT": None}, "MASTER_ADDR, MASTER_PORT is not set"),
+    ({"LOCAL_RANK": None}, "but without LOCAL_RANK"),  # Kubeflow
+    ({"MASTER_ADDR": None}, "but without MASTER_ADDR"),
+    ({"MASTER_ADDR": "", "MASTER_PORT": None}, "but without MASTER_ADDR and MASTER_PORT"),
     ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE 2"),
     ({"MASTER_PORT": "no port"}, "process 0 of 2 cannot join the others"),
 ])  # fmt: skip
@@ -144,19 +146,30 @@ def test_a_signal_ends_the_wait_for_others(ad_nc, rank, number):
     assert done.returncode == -number
 
 
-@pytest.mark.parametrize("changes", [
-    {"WORLD_SIZE": None}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "4", "RANK": None},  # SLURM
+@pytest.mark.parametrize("changes, line", [
+    ({"WORLD_SIZE": None, "RANK": None}, ""),
+    ({"WORLD_SIZE": "1"}, ""),
+    ({"WORLD_SIZE": "4", "RANK": None}, "WORLD_SIZE is 4, and this process trains alone"),
+    ({"WORLD_SIZE": None, "RANK": None, "SLURM_NTASKS": "4"}, "SLURM_NTASKS is 4, and this"),
+    ({"WORLD_SIZE": None, "RANK": None, "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2"),
 ])  # fmt: skip
-def test_one_process_is_a_world_of_its_own(monkeypatch, changes):
+def test_one_process_is_a_world_of_its_own_and_says_so_where_several_were_meant(
+    monkeypatch, capsys, changes, line
+):
     set_launcher(monkeypatch, changes)
     world, _ = distributed.join(torch.device("cpu"))
     assert (world.rank, world.size) == (0, 1)
+    printed = capsys.readouterr().out
+    assert printed.startswith(line) and bool(printed) == bool(line)
 
 
-def test_wrong_input_ends_all_processes(ad_nc, run_folder):
+def test_wrong_input_ends_all_processes(ad_nc, run_folder, tmp_path):
     done = start_two("--data", ad_nc, "--out", run_folder, *SMALL)
     assert all(process.returncode != 0 for process in done)
     assert "exists, and nothing is overwritten" in done[0].stderr
+    done = start_two("--data", tmp_path / "none", *SMALL)
+    assert "none does not exist" in done[0].stderr
+    assert done[1].stderr.startswith("error: another process has ended")
 
 
 def test_several_processes_on_a_cpu_do_not_train_batch_norm(ad_nc):
@@ -166,13 +179,6 @@ def test_several_processes_on_a_cpu_do_not_train_batch_norm(ad_nc):
     state.world = distributed.World(0, 2)
     with pytest.raises(ValueError, match="BatchNorm over several processes on CUDA only"):
         list(train.check_batches(state, 100, 16))
-
-
-def test_a_scheduler_that_names_only_the_number_of_processes_starts_one(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    cpu = torch.device("cpu")
-    assert distributed.join(cpu) == (distributed.World(), cpu)
 
 
 def test_the_optimizer_of_a_run_is_the_fused_one(ad_nc, tmp_path):

@@ -356,7 +356,7 @@ def test_files_that_are_all_slices_of_one_scan_are_explained(tmp_path):
     (line,) = describe_one_scan(index, "all files")
     assert line == (
         "all files are taken for 8 slices of one scan: patient_001.jpeg is slice 1 of scan "
-        "patient, as in <scan>_<slice>. If each is another scan, rename them to such as "
+        "patient, as in <scan>_<slice>. If each is another scan, rename them, for example to "
         "patient-1_1.jpeg"
     )
     write_slice(tmp_path / "in" / "other_1.jpeg", True, 0)

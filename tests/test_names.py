@@ -1,5 +1,6 @@
 """Names of scans and subjects: one person in two spellings is one, and two names never one."""
 
+import json
 import os
 import unicodedata
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import write_slice
 
 from adnc.data import subjects
-from adnc.data.index import list_inputs, read_index
+from adnc.data.index import list_inputs, read_index, read_metadata, subjects_from_names
 from adnc.data.pixels import parse_name
 from adnc.errors import InputError
 from adnc.files import read_table, same_name
@@ -84,6 +85,8 @@ def test_a_split_file_may_spell_paths_as_another_system_does(tmp_path):
     "scan,subject\n1,a,,,\n2,b,\n",
     "Scan\tSubject\t\n\n1\ta\t\n2\tb\n\n",
     'scan,subject,note\n1,a,"x, y"\n2,b,\n',
+    "scan;subject;age, years\n1;a;70,5\n2;b;71,0\n",
+    'scan,subject,note\n1,a,"two\nlines"\n2,b,\n',
 ])  # fmt: skip
 def test_tables_of_spreadsheets_are_read(tmp_path, text, encoding):
     (tmp_path / "t.csv").write_text(text, encoding=encoding)
@@ -92,10 +95,11 @@ def test_tables_of_spreadsheets_are_read(tmp_path, text, encoding):
 
 
 @pytest.mark.parametrize("text, problem", [
-    ("scan,subject\n1,a,b\n", "row 2 has 3 cells, the header has 2"),
+    ("scan,subject\n\n1,a,b\n", "line 3 has 3 cells, the header has 2"),
     ("\n \n", "nothing but blanks"),
     ("scan,subject,subject\n1,a,b\n", "each once"),
     ("sep=;\n", "cannot be read"),
+    ("scan\n1\n", "has the columns scan; expected scan and subject"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text, problem):
     (tmp_path / "t.csv").write_text(text)
@@ -103,10 +107,33 @@ def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text, problem):
         read_table(tmp_path / "t.csv", ("scan", "subject"))
 
 
+def test_a_table_that_is_not_in_utf_8_is_refused_with_its_line(tmp_path):
+    (tmp_path / "t.csv").write_bytes("scan,subject\n1,a\nMüller,b\n".encode("cp1252"))
+    with pytest.raises(InputError, match="line 3 is not in UTF-8; save it as CSV in UTF-8"):
+        read_table(tmp_path / "t.csv", ("scan", "subject"))
+
+
+@pytest.mark.parametrize("mark", "\u200b\u200e\u202a\u2066\u2061\u180e\ufe0f\u00ad\ufeff")
+def test_characters_of_no_width_make_no_other_person(mark):
+    assert same_name(f" {mark}Mül{mark}ler {mark}") == "Müller"
+
+
+def test_two_spellings_of_a_scan_with_two_subjects_are_refused(tmp_path):
+    entries = {}
+    for form, subject in (("NFC", "002_S_0001"), ("NFD", "002_S_0002")):
+        name = unicodedata.normalize(form, "Müller")
+        entries[name] = {"label": 2, "raw": f"ADNI_{subject}_MR.nii"}
+    (tmp_path / "meta_data_with_label.json").write_text(json.dumps(entries), encoding="utf-8")
+    with pytest.raises(InputError, match="names two subjects of scan Müller"):
+        read_metadata(tmp_path / "meta_data_with_label.json")
+
+
 # ---------------------------------------------------------------- names of volumes
 
 
-@pytest.mark.parametrize("name", ["sub-01_ses-2_T1w", "Müller", "Иван", "山田", "a.b-c_d"])
+@pytest.mark.parametrize("name", [
+    "sub-01_ses-2_T1w", "Müller", "Иван", "山田", "हिन्दी", "ภาษาไทย", "a.b-c_d",
+])  # fmt: skip
 def test_letters_of_all_scripts_are_kept(name):
     assert safe_name(name) == name
 
@@ -128,3 +155,25 @@ def test_volumes_whose_names_differ_in_an_accent_or_in_case_are_different_scans(
     scans = find_all([tmp_path]).scan
     assert len({scan.lower() for scan in scans}) == 6
     assert {"Müller", "Möller", "Иван", "Анна"} <= set(scans)
+
+
+def test_the_name_of_a_scan_does_not_depend_on_what_is_given_beside_it(tmp_path):
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    paths = []
+    for folder in ("one/anat", "two/anat"):
+        (tmp_path / folder).mkdir(parents=True)
+        paths.append(tmp_path / folder / "_x.nii")
+        nib.save(image, paths[-1])
+    forwards = find_all(paths).set_index("source").scan
+    backwards = find_all(paths[::-1]).set_index("source").scan
+    assert forwards.sort_index().equals(backwards.sort_index()) and forwards.nunique() == 2
+
+
+def test_bids_subjects_have_whole_names_in_any_script(tmp_path):
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4))
+    for name in ("sub-Müller_T1w", "sub-Möller_T1w", "sub-Иван_ses-2_T1w"):
+        nib.save(image, tmp_path / f"{name}.nii")
+    table = find_all([tmp_path])
+    assert set(table.subject) == {"sub-Müller", "sub-Möller", "sub-Иван"}
+    read, _ = subjects_from_names(table.scan)
+    assert dict(zip(table.scan, table.subject)) == read

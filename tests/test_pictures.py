@@ -130,6 +130,7 @@ def test_mean_slices_by_number_show_a_window_that_tells_the_classes_apart(tmp_pa
 
 SCRIPT = """
 import sys
+import adnc
 import matplotlib
 before = matplotlib.rcParams.copy()
 from adnc.scoring import plots
@@ -141,6 +142,25 @@ assert "matplotlib.pyplot" not in sys.modules
 names = set(before) - {"backend"}  # to read it would import a backend
 assert all(matplotlib.rcParams[name] == before[name] for name in names)
 """
+
+
+IMPORTED = """
+import os, sys
+import adnc
+import matplotlib
+assert os.environ["MPLBACKEND"] == sys.argv[1]
+if sys.argv[1] == "pdf":  # one that is there remains the user's
+    assert matplotlib.rcParams["backend"] == "pdf"
+"""
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "foo", "pdf"])
+def test_matplotlib_is_imported_whatever_backend_is_named(backend):
+    """A newer matplotlib refuses to be imported if MPLBACKEND names a backend that is missing."""
+    words = [sys.executable, "-c", IMPORTED, backend]
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pictures_are_the_same_whatever_backend_and_settings_the_user_has(tmp_path, pictures):

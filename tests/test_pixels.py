@@ -300,6 +300,14 @@ def test_a_tiff_whose_white_is_zero_is_never_read_as_its_negative(tmp_path, phot
         assert read[0, 0] == 0 and read[16, 16] == values[16, 16]
 
 
+def test_a_tiff_of_signed_bytes_is_not_read_as_unsigned(tmp_path):
+    values = np.arange(-64, 64, dtype=np.int8).repeat(8).reshape(32, 32)
+    path = tmp_path / "a_1.tif"
+    Image.fromarray(values.view(np.uint8)).save(path, tiffinfo={pixels.SAMPLE_FORMAT: 2})
+    with pytest.raises(pixels.Unfit, match="a TIFF of signed bytes"):
+        pixels.read_grey(path)
+
+
 def test_mutated_files_are_used_or_refused_with_a_reason(tmp_path, repeats):
     seeds = [data for data, *_ in (*CONVERTED.values(), *REFUSED.values()) if len(data) < 10_000]
     generator = random.Random(0)

@@ -63,7 +63,7 @@ def test_an_ordinary_background_stays_as_it_is(tmp_path, background, shift, scal
 def test_slices_that_are_no_head_on_black_are_named(tmp_path):
     values = np.random.default_rng(0).normal(500, 100, (40, 40, 40)).astype(np.float32)
     _, _, record = cut(tmp_path / "a.nii", nib.Nifti1Image(values, np.eye(4)), spacing=1.0)
-    assert "this is no head on black" in record["notes"]
+    assert "its background is not black" in record["notes"]
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 255], [0, 1, 2, 3]])
@@ -76,10 +76,42 @@ def test_a_mask_is_no_head(tmp_path, labels):
 @pytest.mark.parametrize("name, problem", [
     ("sub-01_desc-brain_mask", "by its name, which ends in _mask"),
     ("sub-01_ses-2_dseg", "_dseg"), ("sub-1_label-GM_probseg", "_probseg"),
+    ("sub-1_brainmask", "_brainmask"),
 ])  # fmt: skip
 def test_what_is_no_head_by_its_bids_name_is_left_out(tmp_path, name, problem):
-    with pytest.raises(Unfit, match=problem):
-        cut(tmp_path / f"{name}.nii.gz", noisy_head(), spacing=4.0)
+    for ending in (".nii.gz", ".NII.GZ"):
+        with pytest.raises(Unfit, match=problem):
+            cut(tmp_path / f"{name}{ending}", noisy_head(), spacing=4.0)
+
+
+def test_masks_and_labels_are_found_before_they_are_smoothed(tmp_path):
+    inside = np.asarray(head(*place((2, 2, 2), (75, 93, 72))).dataobj) > 0
+    affine = place((2, 2, 2), (75, 93, 72))[0]
+    with pytest.raises(Unfit, match="2 different values, as a mask does"):
+        cut(tmp_path / "a.nii", nib.Nifti1Image(inside.astype(np.uint8), affine), spacing=6.0)
+    labels = np.where(inside, 1 + np.arange(72) // 3, 0).astype(np.int16)
+    _, _, record = cut(tmp_path / "b.nii", nib.Nifti1Image(labels, affine), spacing=6.0)
+    assert "holds only 19 different values: is it a segmentation?" in record["notes"]
+
+
+@pytest.mark.parametrize("spacing", [4.0, 8.0])  # at 8 mm the volume is smoothed
+@pytest.mark.parametrize("change", ["mixed", "bright"])
+def test_padding_below_zero_is_found_where_it_is_mixed_or_far_away(tmp_path, spacing, change):
+    expected = cut(tmp_path / "a.nii", noisy_head(), spacing=spacing)[0]
+    image = noisy_head()
+    values = np.asarray(image.dataobj)
+    padded = np.where(values == 0, -1024, values * (16 if change == "bright" else 1))
+    if change == "mixed":  # as linear interpolation does at the border of the head
+        padded = (padded + np.roll(padded, 1, 0)) / 2
+        expected = None
+    slices, _, record = cut(
+        tmp_path / "b.nii", nib.Nifti1Image(padded.astype(np.float32), image.affine),
+        spacing=spacing,
+    )  # fmt: skip
+    assert "-1024 was taken for the background" in record["notes"] and record["black"] == 0
+    assert slices[:, 0].max() == 0 and 100 < np.median(slices[slices > 60]) < 180
+    if expected is not None:
+        assert np.abs(slices.astype(int) - expected).max() <= 2
 
 
 def test_another_contrast_than_t1_is_named(tmp_path):
@@ -542,8 +574,16 @@ def test_dicom_without_a_preamble_is_read_where_dcm2niix_reads_it(tmp_path):
     assert np.array_equal(cut(write_dicom(tmp_path / "bare", bare=True))[0], expected)
     for file in write_dicom(tmp_path / "cut off").iterdir():
         file.write_bytes(file.read_bytes()[132:])
-    with pytest.raises(Unfit, match="it makes no volume; are preamble and pixels of its files"):
+    with pytest.raises(Unfit, match="the files may be damaged or lack their preamble"):
         cut(tmp_path / "cut off")
+
+
+def test_dicom_in_which_zero_is_white_is_refused(tmp_path):
+    pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-extra.txt)")
+    for file in write_dicom(tmp_path / "series").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"MONOCHROME2", b"MONOCHROME1"))
+    with pytest.raises(Unfit, match="would be read as its negative"):
+        cut(tmp_path / "series")
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -658,6 +698,6 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-extra.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))
-    brain = readers.strip_skull(*readers.read_volume(image, 1.0)) > 0
+    brain = readers.strip_skull(*readers.read_volume(image)) > 0
     mask = np.asarray(nib.load(adult[1]).dataobj) > 0
     assert 2 * (brain & mask).sum() / (brain.sum() + mask.sum()) > 0.92

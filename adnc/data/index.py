@@ -56,7 +56,7 @@ NAME_PATTERNS = {
     "OASIS-1, OASIS-2": r"(OAS[12]_\d{4})_MR\d+(_.+)?",  # subject, session, acquisition
     "OASIS-3": r"(?:sub-)?(OAS3\d{4})_.+",
     "ADNI": r"(?:.*[_-])?(\d{3}_S_\d{4,5})(?:_.+)?",
-    "BIDS": r"(sub-[A-Za-z0-9]+)(_ses-[A-Za-z0-9]+)?(_.+)?",
+    "BIDS": r"(sub-[^\W_]+)(_ses-[^\W_]+)?(_.+)?",
 }
 
 
@@ -116,6 +116,8 @@ def read_metadata(path):
             continue
         names = [os.path.basename(value) for value in entry.values() if isinstance(value, str)]
         matches = set(re.findall(r"ADNI_(\d{3}_S_\d{4,5})_", " ".join(names)))
+        if scan in subjects:  # in another spelling
+            matches.add(subjects[scan])
         if len(matches) > 1:
             raise InputError(
                 f"{path} names two subjects of scan {scan} ({', '.join(sorted(matches))}); "
@@ -313,16 +315,16 @@ def complete(table, subjects, order):
 
 
 def describe_one_scan(table, where):
-    """A line if all rows of a table are slices of one scan: files that are numbered by patient look
-    like that. `where` names the files."""
+    """A line if all rows of a table that have a number are slices of one scan: files that are
+    numbered by patient look like that. `where` names the files."""
     numbered = table[table.slice.notna()]
-    if len(numbered) < 2 or len(numbered) < len(table) or numbered.scan.nunique() > 1:
+    if len(numbered) < 2 or numbered.scan.nunique() > 1:
         return
     name = os.path.basename(numbered.path.iloc[0])
     scan, number = numbered.scan.iloc[0], numbered.slice.iloc[0]
     yield (
         f"{where} are taken for {len(numbered):,} slices of one scan: {name} is slice {number} of "
-        f"scan {scan}, as in <scan>_<slice>. If each is another scan, rename them to such as "
+        f"scan {scan}, as in <scan>_<slice>. If each is another scan, rename them, for example to "
         f"{scan}-{number}_1{os.path.splitext(name)[1]}"
     )
 

@@ -34,6 +34,7 @@ FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }
+SAMPLE_FORMAT, SIGNED = 339, 2  # the tag of a TIFF for the type of its numbers
 PHOTOMETRIC = 262  # the tag of a TIFF that says whether 0 is white (0) or black (1)
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
@@ -117,6 +118,9 @@ def read_grey(path):
     image.load()  # outside `upright`, which would hide that the pixels are damaged
     image = upright(image)
     if image.mode == "L":
+        # Pillow reads signed bytes as unsigned: what is below 0 would become bright.
+        if opened.format == "TIFF" and SIGNED in opened.tag_v2.get(SAMPLE_FORMAT, ()):
+            raise Unfit("is a TIFF of signed bytes; save it with unsigned ones")
         return image, 0.0
     if opened.format == "TIFF" and image.mode[0] == "I" and opened.tag_v2.get(PHOTOMETRIC) == 0:
         raise Unfit(
@@ -193,8 +197,10 @@ def header(path):
     """(height, width) of an upright image file, or None if it cannot be read."""
     try:
         return upright(open_image(path)).size[::-1]
-    except Exception:  # decoding the file will say what is wrong with it
-        return None
+    except Exception as problem:
+        if is_system_limit(problem):
+            raise
+        return None  # decoding the file will say what is wrong with it
 
 
 def hash_pixels(pixels):

@@ -10,6 +10,7 @@ are those of the file; no picture can confirm them.
 import os
 import re
 import tempfile
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -90,6 +91,20 @@ def look_of(checkpoint, flags):
 # ---------------------------------------------------------------- an array to slices
 
 FEW_VALUES = 4  # of a mask, or of a segmentation into background, fluid, grey and white matter
+MANY_LABELS = 64  # a segmentation into structures has fewer, a scan has more
+
+
+def check_values(volume, dtype):
+    """A list with a sentence if a volume may be a segmentation. Unfit if it has as few values as a
+    mask, or only one."""
+    n_values = len(np.unique(thin_out(volume)))
+    if n_values < 2:
+        raise Unfit("holds a single grey level, or no finite numbers; expected a head")
+    if n_values <= FEW_VALUES:
+        raise Unfit(f"holds {n_values} different values, as a mask does; expected a head")
+    if n_values <= MANY_LABELS and dtype.kind in "iu":
+        return [f"holds only {n_values} different values: is it a segmentation?"]
+    return []
 
 
 def thin_out(volume):
@@ -106,8 +121,11 @@ def faces(volume):
     )
 
 
+MIXED = 0.2  # the largest share of voxels of a head that resampling mixes with the background
+
+
 def blacken_background(volume):
-    """(volume, a sentence or None): a background that is not about the darkest value becomes it.
+    """(volume, list of a sentence): a background that is not about the darkest value becomes it.
 
     The background is the most frequent value on the six faces, if a tenth of them have it: what
     pads a series, or what was put outside of a brain. With -1024 all tissue would be bright, and in
@@ -116,19 +134,23 @@ def blacken_background(volume):
     values, counts = np.unique(faces(volume), return_counts=True)
     background = values[counts.argmax()]
     if not np.isfinite(background) or counts.max() < 0.1 * counts.sum():
-        return volume, None
+        return volume, []
     rest = thin_out(volume)
     rest = rest[rest != background]
     if rest.size == 0:
-        return volume, None
+        return volume, []
+    taken = f"{background:g} was taken for the background"
+    # Below a head that begins at 0. Where the two were mixed by resampling, some of it is below 0.
+    if background < 0 and np.mean(rest < 0) < MIXED:
+        return np.maximum(volume, 0), [f"{taken}, and what is below 0 made black"]
     low, high = np.percentile(rest, (2, 98))
-    is_grey = background > low + 0.1 * (high - low)
-    is_far_below = background < min(0, low - 0.5 * (high - low))
-    if not (is_grey or is_far_below):
-        return volume, None
-    black = 0.0 if is_far_below and low > 0 else low
-    note = f"{background:g} was taken for the background, and made as dark as {black:.4g}"
-    return np.where(volume == background, volume.dtype.type(black), volume), note
+    if background > low + 0.1 * (high - low):
+        dark = np.where(volume == background, volume.dtype.type(low), volume)
+        return dark, [f"{taken}, and made as dark as {low:.4g}"]
+    if background < min(0, low - 0.5 * (high - low)):
+        dark = np.maximum(volume, volume.dtype.type(low))
+        return dark, [f"{taken}, and made as dark as {low:.4g}"]
+    return volume, []
 
 
 def find_head(volume):
@@ -145,9 +167,6 @@ def find_head(volume):
         bright = sample.max(initial=black)
     if not bright > black:
         raise Unfit("holds a single grey level, or no finite numbers; expected a head")
-    n_values = len(np.unique(sample))
-    if n_values <= FEW_VALUES:
-        raise Unfit(f"holds {n_values} different values, as a mask does; expected a head")
     threshold = black + 0.1 * (bright - black)
     head = volume > threshold
     middle = []
@@ -247,21 +266,26 @@ def extract_volume(path, look):
     OSError if that cannot be done.
     """
     suffix = bids_suffix(path)
-    if suffix in NO_HEADS:
+    if suffix and suffix.lower().endswith(NO_HEADS):
         raise Unfit(f"is no head by its name, which ends in _{suffix}")
     with tempfile.TemporaryDirectory(prefix="dicom-") as folder:
         if os.path.isdir(path):
             path = read.convert_dicom(path, folder)
         image, record, notes = read.open_volume(path)
         with np.errstate(all="ignore"):  # an overflow becomes infinite, and is counted below
-            volume, affine = read.read_volume(image, look.spacing)
-    if look.strip:
-        volume = read.strip_skull(np.nan_to_num(volume, nan=0, posinf=0, neginf=0), affine)
+            volume, affine = read.read_volume(image)
     if suffix not in (None, "T1w"):
         notes.append(f"its name says {suffix}, not T1w: other contrasts have other greys")
-    volume, note = blacken_background(volume)
-    if note:
-        notes.append(note)
+    notes += check_values(volume, image.get_data_dtype())
+    # Before the volume is smoothed, which mixes background and head.
+    volume, backgrounds = blacken_background(volume)
+    with np.errstate(all="ignore"):
+        volume = read.smooth_fine_axes(volume, affine, look.spacing)
+    if look.strip:
+        volume = read.strip_skull(np.nan_to_num(volume, nan=0, posinf=0, neginf=0), affine)
+        volume, outside = blacken_background(volume)
+        backgrounds += outside
+    notes += backgrounds
     black, white, middle = find_head(volume)
     lost = ~np.isfinite(volume)
     if lost.any():
@@ -287,8 +311,8 @@ def extract_volume(path, look):
     border = (np.median(faces(volume)) - black) / (white - black) * grey
     if border > 2 * NEAR_BLACK:
         notes.append(
-            f"the border of the volume has grey {border:.0f}: this is no head on black, as the "
-            "slices in training show it"
+            f"the border of the volume has grey {border:.0f}: its background is not black, unlike "
+            "that of the training slices"
         )
     record.update(
         plane=look.plane,
@@ -307,12 +331,13 @@ def extract_volume(path, look):
 
 # ---------------------------------------------------------------- many volumes
 
-NO_HEADS = ("mask", "dseg", "probseg")  # suffixes of BIDS
+NO_HEADS = ("mask", "seg")  # ends of suffixes: brainmask, dseg, probseg
 
 
 def bids_suffix(path):
     """The suffix of a name in the form of BIDS, T1w of sub-01_T1w.nii.gz, or None."""
-    match = re.fullmatch(r"sub-.*_([A-Za-z0-9]+)\.(nii|mg[hz]|img|hdr)(\.gz)?", Path(path).name)
+    pattern = r"sub-.*_([A-Za-z0-9]+)\.(nii|mg[hz]|img|hdr)(\.gz)?"
+    match = re.fullmatch(pattern, Path(path).name, re.IGNORECASE)
     return match and match[1]
 
 
@@ -325,7 +350,11 @@ def safe_name(name):
     Letters and digits of all scripts, dots, - and _ are kept. Where anything else was replaced or
     cut off, a hash of the name is added, so that different names never become equal.
     """
-    safe = re.sub(r"[^\w.-]+", "-", name).lstrip(".")
+    safe = ""
+    for char in name:
+        kept = char in "._-" or unicodedata.category(char)[0] in "LMN"  # letters, marks, numbers
+        safe += char if kept else " "
+    safe = re.sub(" +", "-", safe).lstrip(".")
     while len(os.fsencode(safe)) > LONGEST:
         safe = safe[1:]  # the end of a name tells more than its beginning
     if safe == name:
@@ -337,7 +366,8 @@ def name_scans(volumes):
     """A table of volumes, given as (path, folder): source, folder, scan, name, subject and session.
 
     A scan has the name of its file (see `safe_name`); if two files have one name, the folders are
-    put before it. Subject and session are those of BIDS names such as sub-01_ses-2_T1w.nii.gz.
+    put before it, and if that is not enough, a hash of the path behind it. Subject and session are
+    those of BIDS names such as sub-01_ses-2_T1w.nii.gz.
     """
     table = pd.DataFrame(volumes, columns=["source", "folder"])
     stem = table.source.map(os.path.abspath).map(os.path.basename)
@@ -346,12 +376,25 @@ def name_scans(volumes):
     table["scan"] = stem.map(safe_name)
     table["name"] = stem
     twins = table.scan.str.lower().duplicated(keep=False)  # for some systems they are the same file
-    table.loc[twins, "scan"] = (table.folder + "_" + stem).str.replace(os.sep, "_").map(safe_name)
-    number = table.groupby(table.scan.str.lower()).cumcount()
-    table["scan"] += ("-" + (number + 1).astype(str)).where(number > 0, "")
+    paths = table.source.map(os.path.abspath)
+    # A file that was given by itself has no folder in the table.
+    folder = table.folder.where(~table.folder.isin(["", "."]), paths.map(folder_name))
+    longer = (folder.map(same_name) + "_" + stem).str.replace(os.sep, "_").map(safe_name)
+    table["scan"] = table.scan.where(~twins, longer)
+    twins = table.scan.str.lower().duplicated(keep=False)
+    table["scan"] = table.scan.where(~twins, table.scan + "-" + paths.map(fingerprint_of_path))
     for column, key in (("subject", "sub"), ("session", "ses")):
-        table[column] = table.source.str.findall(rf"(?:^|[_/\\])({key}-[A-Za-z0-9]+)").str[-1]
+        pattern = rf"(?:^|[_/\\])({key}-[^\W_]+)(?=[_/\\.]|$)"
+        table[column] = table.source.map(same_name).str.findall(pattern).str[-1]
     return table
+
+
+def folder_name(path):
+    return os.path.basename(os.path.dirname(path))
+
+
+def fingerprint_of_path(path):
+    return fingerprint(path, 6)
 
 
 def find_all(inputs):

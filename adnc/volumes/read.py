@@ -24,7 +24,7 @@ INSTALL = "python -m pip install -r requirements-extra.txt"
 EXTENSIONS = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".img.gz", ".hdr", ".hdr.gz")
 MIN_SIDE, MAX_SIDE = 8, 1024  # voxels
 MAX_VOXELS = 2**28  # 1 GB as float32
-MIN_ORTHOGONALITY = 0.1  # the volume of a voxel over the product of its sides
+MIN_ORTHOGONALITY = 0.1  # see `orthogonality`
 MIN_FIELD, MAX_FIELD = 30, 1000  # mm: beyond these it is no head, or not in millimetres
 
 # ---------------------------------------------------------------- files
@@ -39,8 +39,11 @@ def is_dicom(path):
     element of group 2 or 8 with its type of two letters, or with its length in four bytes."""
     if not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
-        start = file.read(132)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(132)
+    except PermissionError:  # reading it as what it is will say so
+        return False
     if start[128:] == b"DICM":
         return True
     group, element, kind, length = start[:2], start[2:4], start[4:6], start[4:8]
@@ -126,11 +129,23 @@ def load_deepbet():
     return BrainExtraction(no_gpu=True)
 
 
+def is_negative(path):
+    """Whether a DICOM file says MONOCHROME1: 0 is white."""
+    with open(path, "rb") as file:
+        header, _, _ = file.read(2**20).partition(b"\xe0\x7f\x10\0")  # the element of pixels
+    return b"MONOCHROME1" in header
+
+
 def convert_dicom(folder, out):
     """Convert a DICOM folder with dcm2niix; returns the path of the NIfTI file in the folder `out`.
 
-    Unfit if dcm2niix makes no volume, or several.
+    Unfit if dcm2niix makes no volume, or several, or if 0 is white.
     """
+    if any(is_negative(path) for path in files_of(folder)):
+        raise Unfit(  # dcm2niix does not invert them
+            "holds DICOM in which 0 is white (MONOCHROME1), and would be read as its negative; "
+            "save it as MONOCHROME2"
+        )
     try:
         from dcm2niix import bin as program
     except ImportError:
@@ -146,10 +161,10 @@ def convert_dicom(folder, out):
     # If images are missing, dcm2niix makes a volume with wrong distances, and its status is 1.
     if done.returncode or not volumes:
         output = done.stdout.splitlines() + done.stderr.splitlines()
-        # From the words that name what is wrong to those of any warning.
-        words = ("enough", "issing", "varies", "nly able", "rror", "arning")
-        problems = [line.strip() for word in words for line in output if word in line]
-        problems.append("it makes no volume; are preamble and pixels of its files whole?")
+        # dcm2niix warns of much that is harmless: lines that name what is wrong come first.
+        words = ("not large enough", "missing", "varies", "only able", "error", "warning")
+        problems = [line.strip() for word in words for line in output if word in line.lower()]
+        problems.append("it finds no images; the files may be damaged or lack their preamble")
         raise Unfit(f"cannot be converted by dcm2niix: {problems[0]}")
     if len(volumes) > 1:
         names = ", ".join(path.stem for path in volumes[:5])
@@ -228,12 +243,18 @@ def repair_transforms(header):
     return notes
 
 
+def orthogonality(affine):
+    """The volume of a voxel over the product of its sides: 1 for a box, 0 for a flat one or for an
+    affine (4, 4) that is not finite."""
+    voxels = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not voxels.all():
+        return 0.0
+    return float(np.abs(np.linalg.det(affine[:3, :3] / voxels)))
+
+
 def has_inverse(affine):
     """Whether an affine (4, 4) is finite and not flat."""
-    if not np.isfinite(affine).all():
-        return False
-    voxels = np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(voxels.all() and np.abs(np.linalg.det(affine[:3, :3] / voxels)) > MIN_ORTHOGONALITY)
+    return orthogonality(affine) > MIN_ORTHOGONALITY
 
 
 def open_volume(path):
@@ -251,7 +272,7 @@ def open_volume(path):
         affine, dtype = image.affine, image.get_data_dtype()
         with np.errstate(all="ignore"):
             voxels = nib.affines.voxel_sizes(affine)
-            orthogonality = np.abs(np.linalg.det(affine[:3, :3] / voxels)) if voxels.all() else 0.0
+            right_angles = orthogonality(affine) > 0.999
     except Exception as problem:  # nibabel raises nearly anything on a damaged header
         if is_system_limit(problem):
             raise
@@ -287,7 +308,7 @@ def open_volume(path):
         )
 
     notes = repairs
-    if orthogonality < 0.999:
+    if not right_angles:
         notes.append("its axes are not at right angles; it is resampled as its affine says")
     source, doubts = affine_source(image)
     record = {
@@ -326,11 +347,10 @@ def affine_source(image):
     return "sform", []
 
 
-def read_volume(image, spacing):
+def read_volume(image):
     """Read the voxels of an opened volume: (float32 array, affine), with axes nearest to x, y, z.
 
-    Along axes whose voxels are half of `spacing` (mm) or less, the volume is smoothed by a Gaussian
-    as wide as `spacing` at half its height, against aliasing. Unfit for a damaged file.
+    Unfit for a damaged file.
     """
     nib = import_nibabel()
     try:
@@ -340,10 +360,19 @@ def read_volume(image, spacing):
             raise
         raise Unfit(f"cannot be read as a volume: {reason(problem)}") from None
     canonical = nib.as_closest_canonical(nib.Nifti1Image(voxels, image.affine))
-    fine = nib.affines.voxel_sizes(canonical.affine) <= spacing / 2
-    if fine.any():
-        canonical = nib.processing.smooth_image(canonical, np.where(fine, spacing, 0))
     return np.asarray(canonical.dataobj, dtype=np.float32), canonical.affine
+
+
+def smooth_fine_axes(volume, affine, spacing):
+    """The volume, smoothed against aliasing along axes whose voxels are half of `spacing` (mm) or
+    less, by a Gaussian as wide as `spacing` at half its height."""
+    nib = import_nibabel()
+    fine = nib.affines.voxel_sizes(affine) <= spacing / 2
+    if not fine.any():
+        return volume
+    image = nib.Nifti1Image(volume, affine)
+    smooth = nib.processing.smooth_image(image, np.where(fine, spacing, 0))
+    return np.asarray(smooth.dataobj, dtype=np.float32)
 
 
 def strip_skull(volume, affine):
