@@ -271,6 +271,8 @@ def audit(slices):
     )
     yield f"image sizes: {sizes}; {(index.colour > 0).sum():,} slices are in colour"
 
+    if not (index.split == "train").any():
+        return
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")
     yield (

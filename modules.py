@@ -308,6 +308,16 @@ def our_name(name):
     return name
 
 
+def is_like(tensor, ours):
+    """Whether a tensor of a file can be a parameter or buffer like `ours`: dense, finite, real
+    where ours is."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return False
+    if not ours.is_floating_point():
+        return True
+    return tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+
+
 def load_weights(model, state_dict):
     """Fill `model` from a ConvNeXt state dict of this project, the paper's code, torchvision or
     timm.
@@ -316,13 +326,20 @@ def load_weights(model, state_dict):
     gives the same output. Tensors of another shape, such as a head for other classes, are left.
 
     Returns (loaded, left): names of the parameters that were filled, and names on either side
-    without a partner. Raises ValueError if no block of the model was filled.
+    without a partner. Raises ValueError if no block of the model was filled, or if the tensors are
+    not dense real numbers.
     """
     ours = model.state_dict()
     loaded, left = [], []
     for theirs, tensor in state_dict.items():
         name = our_name(theirs)
-        if name == "downsample_layers.0.0.weight" and name in ours and ours[name].shape[1] == 1:
+        if name in ours and not is_like(tensor, ours[name]):
+            raise ValueError(
+                f"{theirs} ({tensor.dtype}, {tensor.layout}, {tensor.device}) holds no dense, "
+                "finite, real numbers; expected the weights of a trained model"
+            )
+        stem = name == "downsample_layers.0.0.weight" and name in ours and tensor.ndim == 4
+        if stem and ours[name].shape[1] == 1:
             tensor = tensor.sum(1, keepdim=True)
         # torchvision's layer_scale is (C, 1, 1) and timm's linear layers may be (4C, C, 1, 1)
         if (

@@ -266,7 +266,8 @@ def read_saved_flags(out, given, parser):
     if one of those that are `given` now is another one and must not be."""
     if not (out / "last.pth").exists():
         raise InputError(
-            f"{out} holds no last.pth to resume; start the run again, under a new --out"
+            f"{out} holds no last.pth to resume: nothing was trained; delete it, or start the run "
+            "under a new --out"
         )
     last = load_checkpoint(out / "last.pth")
     if "optimizer" not in last:

@@ -8,6 +8,7 @@ the gradients are averaged by DistributedDataParallel. Process 0 alone validates
 
 import os
 import signal
+import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -163,6 +164,10 @@ def join(device):
             f"{LONGEST_START.total_seconds():.0f} seconds",
             flush=True,
         )
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    except OSError as problem:  # PyTorch would try again and again
+        raise InputError(f"{address} is not known on this machine ({problem}); {ADVICE}") from None
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         with ended_by_ctrl_c():

@@ -72,10 +72,21 @@ def same_name(text):
 # ---------------------------------------------------------------- reading
 
 
+def unique_keys(pairs):
+    """A dict of pairs; ValueError if a key is there twice, of which json would keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice} is there twice")
+    return content
+
+
 def read_json(path):
     """The content of a JSON file; InputError if it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as problem:
         if is_system_limit(problem):
             raise
@@ -118,7 +129,7 @@ def read_text(path, names_of_files):
 def find_separator(header, columns):
     """The separator of the cells of a header: the first that separates the `columns`."""
     for separator in ",;\t|":
-        (cells,) = csv.reader([header], delimiter=separator)
+        (cells,) = csv.reader([header], delimiter=separator, skipinitialspace=True)
         if set(columns) <= {same_name(cell).lower() for cell in cells}:
             return separator
     return ","
@@ -131,14 +142,17 @@ def read_rows(path, columns):
     there is no row, or if one has more cells than the header.
     """
     text = read_text(path, "path" in columns).lstrip()
-    declared = re.match(r"sep=(.)[^\w\r\n]*(\r\n|\r|\n)", text, re.IGNORECASE)
+    declared = re.match(r"\"?sep=(.)[^\w\r\n]*(\r\n|\r|\n)", text, re.IGNORECASE)
     if declared:
         separator, text = declared[1], text[declared.end() :].lstrip()
     else:
         separator = find_separator(text.split("\n", 1)[0], columns)
 
     table = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    # strict: a quote that is never closed would swallow the rows after it
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True
+    )
     for row in reader:
         if not any(cell.strip() for cell in row):
             continue
@@ -156,7 +170,7 @@ def read_rows(path, columns):
 
 # Words in a table of subjects that stand for "not known", in lower case.
 MISSING = {
-    "", "?", "-", "--", ".", "na", "n/a", "n.a.", "#n/a", "<na>", "nan", "none", "null", "missing",
+    "", "?", "-", "--", ".", "na", "n/a", "n.a.", "k.a.", "<na>", "nan", "none", "null", "missing",
     "unknown", "unk", "not available", "tbd", "tba", "to be determined",
     "anonymous", "anonymised", "anonymized", "-9", "-99", "-999",
 }  # fmt: skip
@@ -183,7 +197,7 @@ def read_table(path, columns):
             f"{path} cannot be read as a table ({str(problem).strip()}); expected a CSV file in "
             f"UTF-8 with the columns {' and '.join(columns)}"
         ) from None
-    header = [name.strip().lower() for name in rows[0]]
+    header = [same_name(name).lower() for name in rows[0]]
     table = pd.DataFrame(rows[1:], columns=header, dtype=object)
     table = table.loc[:, [bool(name) for name in header]]
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
@@ -194,7 +208,9 @@ def read_table(path, columns):
     for name in table:
         table[name] = table[name].map(same_name, na_action="ignore")
         if name != "scan":
-            table[name] = table[name].mask(table[name].str.lower().isin(MISSING))
+            # What begins with # is an error of a spreadsheet, such as #N/A, #NV or #REF!.
+            is_missing = table[name].str.lower().isin(MISSING) | table[name].str.startswith("#")
+            table[name] = table[name].mask(is_missing)
     return table
 
 
@@ -205,6 +221,11 @@ def require_new(path, flag="--out"):
     """InputError if something exists at `path`: nothing is ever overwritten."""
     if os.path.lexists(path):
         raise InputError(f"{path} exists, and nothing is overwritten; choose a new {flag}")
+    parent = Path(os.path.abspath(path)).parent
+    while not parent.exists():
+        parent = parent.parent
+    if parent.is_dir() and not os.access(parent, os.W_OK):
+        raise InputError(f"{path} cannot be made: {parent} is read-only; choose another {flag}")
 
 
 def new_folder(path, flag="--out"):

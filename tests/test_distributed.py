@@ -101,7 +101,8 @@ def set_launcher(monkeypatch, changes):
     ({"MASTER_ADDR": None}, "but without MASTER_ADDR"),
     ({"MASTER_ADDR": "", "MASTER_PORT": None}, "but without MASTER_ADDR and MASTER_PORT"),
     ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE 2"),
-    ({"MASTER_PORT": "no port"}, "process 0 of 2 cannot join the others"),
+    ({"MASTER_PORT": "no port"}, "127.0.0.1:no port is not known on this machine"),
+    ({"MASTER_ADDR": "no.such.host"}, "no.such.host:29511 is not known on this machine"),
 ])  # fmt: skip
 def test_variables_of_a_launcher_that_do_not_fit_are_one_sentence(monkeypatch, changes, sentence):
     set_launcher(monkeypatch, changes)

@@ -39,6 +39,26 @@ def test_variant_has_as_many_parameters_as_torchvisions(variant):
         assert parameters(convnext(variant, in_chans=3, num_classes=1000)) == parameters(theirs)
 
 
+@pytest.mark.parametrize("change", [
+    lambda weight: weight.to(torch.int8),
+    lambda weight: weight.to(torch.complex64),
+    lambda weight: weight * float("nan"),
+    lambda weight: weight.to_sparse(),
+    lambda weight: weight.to("meta"),
+])  # fmt: skip
+def test_weights_that_are_no_real_numbers_are_refused(change):
+    model = convnext("atto")
+    weights = {**model.state_dict(), "norm.weight": change(model.norm.weight.data)}
+    with pytest.raises(ValueError, match="norm.weight .* holds no dense, finite, real numbers"):
+        load_weights(model, weights)
+
+
+def test_a_stem_of_another_form_is_left():
+    model = convnext("atto", in_chans=1)
+    weights = {**model.state_dict(), "downsample_layers.0.0.weight": torch.ones(640)}
+    assert "downsample_layers.0.0.weight" in load_weights(model, weights)[1]
+
+
 def test_outputs_equal_torchvisions_with_its_weights():
     theirs = fill(torchvision.models.convnext_tiny())
     ours = convnext("tiny", in_chans=3, num_classes=1000).eval()

@@ -11,7 +11,13 @@ import pytest
 from conftest import write_slice
 
 from adnc.data import subjects
-from adnc.data.index import list_inputs, read_index, read_metadata, subjects_from_names
+from adnc.data.index import (
+    list_inputs,
+    read_index,
+    read_metadata,
+    read_subject_table,
+    subjects_from_names,
+)
 from adnc.data.pixels import parse_name
 from adnc.errors import InputError
 from adnc.files import read_table, same_name
@@ -105,6 +111,49 @@ def test_a_table_that_cannot_be_understood_is_refused(tmp_path, text, problem):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError, match=problem):
         read_table(tmp_path / "t.csv", ("scan", "subject"))
+
+
+@pytest.mark.parametrize("text", ['scan,subject\n1,"a\n2,b\n', 'scan,subject\n1,"a\n2,"b\n3,c\n'])
+def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        read_table(tmp_path / "t.csv", ("scan", "subject"))
+
+
+@pytest.mark.parametrize("cell", ["#NV", "#REF!", "#N/A", "k.A.", "NaN"])
+def test_errors_of_a_spreadsheet_are_unknown_subjects(tmp_path, cell):
+    (tmp_path / "t.csv").write_text(f"scan,subject\n1,a\n2,{cell}\n")
+    assert read_table(tmp_path / "t.csv", ("scan", "subject")).subject.isna().tolist() == [0, 1]
+
+
+def test_a_key_that_is_twice_in_metadata_is_refused(tmp_path):
+    (tmp_path / "m.json").write_text('{"1": {"raw": "ADNI_002_S_0001_"}, "1": {}}')
+    with pytest.raises(InputError, match="the key 1 is there twice"):
+        read_metadata(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("one, other", [
+    ("0513", "513"), ("P513", "p513"), ("P 513", "P-513"), ("P-513", "P\u2013513"),
+    ("sub-0513", "0513"), ("513_S_0513", "513_s_0513"),
+])  # fmt: skip
+def test_subjects_that_differ_in_what_is_easily_mistyped_are_named(one, other):
+    table = pd.DataFrame({"scan": list("abc"), "subject": [one, other, "another"]})
+    (line,) = subjects.describe_doubtful_names(table)
+    assert line.startswith(f"SUSPICIOUS: the subjects {one} and {other} differ only in")
+    table.loc[1, "subject"] = "someone"
+    assert list(subjects.describe_doubtful_names(table)) == []
+
+
+def test_a_subject_with_an_unusual_share_of_the_scans_is_named():
+    names = ["x" for _ in range(6)] + [f"s{i}" for i in range(30)]
+    table = pd.DataFrame({"scan": range(36), "subject": names})
+    (line,) = subjects.describe_doubtful_names(table)
+    assert line.startswith("SUSPICIOUS: 6 of 36 scans have the subject x: is it a word for")
+
+
+def test_reals_of_a_spreadsheet_are_the_whole_numbers_that_they_were(tmp_path):
+    (tmp_path / "subjects.csv").write_text("scan,subject\n1.0,513\n2,513.0\n")
+    assert read_subject_table(tmp_path / "subjects.csv")[0] == {"1": "513", "2": "513"}
 
 
 def test_a_table_that_is_not_in_utf_8_is_refused_with_its_line(tmp_path):

@@ -93,7 +93,7 @@ REFUSED = {  # name: (bytes, what the reason says)
     "truncated.jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
     "truncated.png": (encoded(L)[:200], "cannot be read as an image"),
     "checksum.png": (encoded(L)[:100] + b"xyz" + encoded(L)[103:], "cannot be read as an image"),
-    "empty.jpeg": (b"", "its 0 bytes are none of JPEG, PNG, BMP, TIFF, WEBP"),
+    "empty.jpeg": (b"", "is empty"),
     "text.jpeg": (b"text, not an image", "its 18 bytes are none of JPEG, PNG"),
     "gif.png": (encoded(L, "GIF"), "are none of JPEG, PNG"),
     "animated.png": (encoded(L, save_all=True, append_images=[L.rotate(9)]), "holds 2 pictures"),
@@ -229,7 +229,7 @@ def test_a_readable_file_is_decoded_as_pillow_decodes_it(ad_nc, tmp_path):
 
 def test_a_set_without_a_readable_file_has_no_common_size(tmp_path):
     (tmp_path / "x_1.jpeg").write_bytes(b"not an image")
-    with pytest.raises(InputError, match="none of the 1 files can be read as an image: .*x_1.jpeg"):
+    with pytest.raises(InputError, match="can be read as an image, such as .*x_1.jpeg: the"):
         common_size([str(tmp_path / "x_1.jpeg")])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from heads import AFFINE, CENTRE, VALUES, centre_of, cut, head, nib, place, stored, write_dicom
+from PIL import Image
 
 from adnc.data.index import describe_unused
 from adnc.data.pixels import Unfit
@@ -606,6 +607,55 @@ def test_dicom_at_varying_distances_is_refused_with_that_reason(tmp_path):
     pytest.importorskip("dcm2niix", reason="DICOM folders need dcm2niix (requirements-extra.txt)")
     with pytest.raises(Unfit, match="by dcm2niix: .*distance varies"):
         cut(write_dicom(tmp_path / "series", shifted=10))
+
+
+@pytest.mark.parametrize("damage", ["bit", "sum"])
+def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
+    data = bytearray(gzip.compress(noisy_head().to_bytes()))
+    data[len(data) // 2 if damage == "bit" else -6] ^= 4
+    (tmp_path / "h.nii.gz").write_bytes(data)
+    with pytest.raises(Unfit, match="cannot be read as a volume"):
+        cut(tmp_path / "h.nii.gz")
+
+
+def test_voxels_without_a_place_are_read_from_behind_the_header(tmp_path):
+    expected = cut(tmp_path / "h.nii", head())[0]
+    data = bytearray((tmp_path / "h.nii").read_bytes())
+    data[108:112] = bytes(4)
+    (tmp_path / "h.nii").write_bytes(data)
+    slices, _, record = cut(tmp_path / "h.nii")
+    assert np.array_equal(slices, expected) and "gives no place of the voxels" in record["notes"]
+
+
+@pytest.mark.parametrize("name", ["aseg.mgz", "aparc+aseg.mgz", "lh.ribbon.mgz", "wmparc.mgz"])
+def test_segmentations_of_freesurfer_are_no_heads(tmp_path, name):
+    with pytest.raises(Unfit, match="FreeSurfer segmentation"):
+        cut(tmp_path / name, nib.MGHImage(VALUES.astype(np.float32), AFFINE))
+
+
+def test_linked_folders_are_read_once_and_unreadable_ones_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "real").mkdir()
+    nib.save(head(), tmp_path / "real" / "h.nii")
+    (tmp_path / "set" / "link").symlink_to("../real")
+    (tmp_path / "real" / "back").symlink_to("../set")
+    paths = [path for path, _ in readers.find_volumes(tmp_path / "set")]
+    assert paths == [str(tmp_path / "set" / "link" / "h.nii")]
+    monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    with pytest.raises(PermissionError):
+        readers.find_volumes(tmp_path / "set")
+
+
+def test_dicom_is_found_behind_many_other_files_and_under_any_ending(tmp_path):
+    folder = write_dicom(tmp_path / "series")
+    for number in range(60):
+        (folder / f"0_{number}.txt").write_text("a note")
+    for file in folder.glob("*.dcm"):
+        file.rename(file.with_suffix(".img"))
+    assert readers.find_volumes(folder) == [(str(folder), ".")]
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(folder / "preview.png")
+    with pytest.raises(InputError, match="1 pictures beside volumes or DICOM"):
+        readers.holds_volumes(folder)
 
 
 # ---------------------------------------------------------------- the phantom's heads

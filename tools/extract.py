@@ -19,6 +19,7 @@ if no volume could be cut.
 import sys
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 from adnc.cli import Parser, number, run_script
 from adnc.data.pixels import load_slices, out_of_range
@@ -57,7 +58,10 @@ def main(argv=None):
         look = replace(ADNI, **flags)
         print(f"{look} (ADNI)")
     else:
-        checkpoint = load_checkpoint(args.like)
+        path = Path(args.like)
+        if path.is_dir():  # a run
+            path = path / "best_model.pth"
+        checkpoint = load_checkpoint(path)
         look, origin, warnings = cut.look_of(checkpoint, flags)
         print(f"{look} ({origin})")
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from adnc import CLASSES
 from adnc.data.pixels import EXTENSIONS, is_junk, parse_name
-from adnc.data.subjects import archive_id, assign_groups, set_root
+from adnc.data.subjects import archive_id, assign_groups, describe_doubtful_names, set_root
 from adnc.errors import InputError, printable
 from adnc.files import MISSING, read_json, read_table, same_name
 
@@ -135,6 +135,8 @@ def read_metadata(path):
 def read_subject_table(path):
     """(subjects, {}) of subjects.csv."""
     table = read_table(path, ("scan", "subject"))
+    for column in ("scan", "subject"):  # a spreadsheet turns a column with an empty cell into reals
+        table[column] = table[column].str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
     known = table[table.scan != ""].dropna(subset="subject").drop_duplicates(["scan", "subject"])
     twice = known.scan[known.scan.duplicated()]
     if len(twice):
@@ -404,6 +406,7 @@ def list_set(root, pattern=None):
         notes += describe_one_scan(part, f"all files of {split}/{label}")
     notes += describe_unused(root, [*table.path, *sources])
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
+    notes += describe_doubtful_names(index)
     return Listing(index, str(root), list(sources), notes)
 
 

@@ -53,8 +53,9 @@ class Unfit(InputError):
 
 
 def is_junk(name):
-    """Leftovers of archives and tools: .DS_Store, ._x.jpeg, .ipynb_checkpoints, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+    """Leftovers of archives and tools: .DS_Store, ._x.jpeg, .ipynb_checkpoints, __MACOSX,
+    @eaDir."""
+    return name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def parse_name(path):
@@ -77,6 +78,8 @@ def open_image(path):
     if not os.path.isfile(path):  # reading from a pipe would wait forever
         raise Unfit("is not a file" if os.path.exists(path) else "does not exist")
     size = os.path.getsize(path)
+    if size == 0:
+        raise Unfit("is empty")
     if size > LARGEST**2 * 16:
         raise Unfit(f"has {size:,} bytes, more than {LARGEST} x {LARGEST} pixels can need")
 
@@ -233,7 +236,11 @@ def common_size(paths):
         sizes = pd.Series([size for size in pool.map(header, paths) if size])
     if sizes.empty:
         examples = ", ".join(list(paths)[:2])
-        raise InputError(f"none of the {len(paths)} files can be read as an image: {examples}")
+        _, _, (reason,) = load_slices(list(paths)[:1], (SMALLEST, SMALLEST), None)
+        raise InputError(
+            f"none of the {len(paths)} files can be read as an image, such as {examples}: the "
+            f"first {reason}"
+        )
     return sizes.mode()[0]
 
 

@@ -310,6 +310,34 @@ def describe_validation(index):
         )
 
 
+def loose_name(subject):
+    """A name without what is easily written in two ways: case, blanks, dashes, leading zeros."""
+    text = re.sub(r"[\W_]+", "_", same_name(subject).casefold()).removeprefix("sub_")
+    return re.sub(r"(?<!\d)0+(?=\d)", "", text)
+
+
+MANY_SCANS = 5  # of one subject, if they are more than a tenth of all: perhaps a word for "unknown"
+
+
+def describe_doubtful_names(index):
+    """Lines on subjects that may be one person in two spellings, or no person."""
+    known = index.dropna(subset="subject")
+    names = known.subject.drop_duplicates()
+    for _, alike in names.groupby(names.map(loose_name)):
+        if len(alike) > 1:
+            yield (
+                f"SUSPICIOUS: the subjects {' and '.join(alike[:2])} differ only in case, blanks, "
+                "dashes or zeros: if they are one person, write them alike in the table"
+            )
+            break
+    n_scans = known.groupby("subject").scan.nunique()
+    if len(n_scans) > 1 and n_scans.max() >= max(MANY_SCANS, 0.1 * index.scan.nunique()):
+        yield (
+            f"SUSPICIOUS: {n_scans.max()} of {index.scan.nunique()} scans have the subject "
+            f"{n_scans.idxmax()}: is it a word for an unknown one? Then leave its cells empty"
+        )
+
+
 def describe_both_classes(index):
     """A line on subjects with scans of both classes, if any; AD_NC has none."""
     n_classes = index.dropna(subset="subject").groupby("subject").label.nunique()

@@ -268,6 +268,8 @@ def extract_volume(path, look):
     suffix = bids_suffix(path)
     if suffix and suffix.lower().endswith(NO_HEADS):
         raise Unfit(f"is no head by its name, which ends in _{suffix}")
+    if FREESURFER_LABELS.match(Path(path).name):
+        raise Unfit("is no head by its name, which is that of a FreeSurfer segmentation")
     with tempfile.TemporaryDirectory(prefix="dicom-") as folder:
         if os.path.isdir(path):
             path = read.convert_dicom(path, folder)
@@ -332,6 +334,7 @@ def extract_volume(path, look):
 # ---------------------------------------------------------------- many volumes
 
 NO_HEADS = ("mask", "seg")  # ends of suffixes: brainmask, dseg, probseg
+FREESURFER_LABELS = re.compile(r"((lh|rh)\.)?(aseg|aparc|wmparc|ribbon|filled)\b", re.IGNORECASE)
 
 
 def bids_suffix(path):
@@ -385,7 +388,9 @@ def name_scans(volumes):
     table["scan"] = table.scan.where(~twins, table.scan + "-" + paths.map(fingerprint_of_path))
     for column, key in (("subject", "sub"), ("session", "ses")):
         pattern = rf"(?:^|[_/\\])({key}-[^\W_]+)(?=[_/\\.]|$)"
-        table[column] = table.source.map(same_name).str.findall(pattern).str[-1]
+        # Not of folders above the input, which may be the name of a study.
+        below = (table.folder + os.sep + stem).map(same_name)
+        table[column] = below.str.findall(pattern).str[-1]
     return table
 
 
@@ -418,10 +423,20 @@ def find_all(inputs):
     return name_scans(list(volumes.values()))
 
 
+def class_folder(folder):
+    """The folder of the class that a relative folder is in, train/AD of train/AD/sub-1/anat; "" if
+    it is in none."""
+    match = re.match(r"(?:(train|test)[/\\])?(AD|NC)(?=[/\\]|$)", folder, re.IGNORECASE)
+    if not match:
+        return ""
+    split, label = match.groups()
+    return os.path.join((split or "").lower(), label.upper())
+
+
 def in_classes(table):
-    """Whether each volume is in a folder AD/ or NC/, of train/ or test/ if there are such."""
-    pattern = r"((train|test)[/\\])?(AD|NC)"
-    return table.folder.map(lambda folder: bool(re.fullmatch(pattern, folder))).astype(bool)
+    """Whether each volume is in a folder AD/ or NC/, of train/ or test/ if there are such, or in a
+    folder in it."""
+    return table.folder.map(lambda folder: bool(class_folder(folder))).astype(bool)
 
 
 def describe_mixed(table):
@@ -433,8 +448,8 @@ def describe_mixed(table):
     if inside.all() or not inside.any():
         return None
     return (
-        f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/, the others, such "
-        f"as {table.source[~inside].iloc[0]}, are not: then no slice gets a class"
+        f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/ of an input, the "
+        f"others, such as {table.source[~inside].iloc[0]}, are not: then no slice gets a class"
     )
 
 
@@ -476,7 +491,14 @@ def add_table_subjects(table, inputs):
     for row in table.itertuples(index=False):
         # Tables list a scan by the name of its file, even if folders were put before its own name.
         column.append(subjects.get(row.scan, subjects.get(row.name, row.subject)))
-    return table.assign(subject=column), used, lines
+    table = table.assign(subject=column)
+    n_unknown = int(table.subject.isna().sum())
+    if used and n_unknown:
+        first, tables = table.name[table.subject.isna()].iloc[0], " or ".join(map(str, used))
+        lines.append(
+            f"{n_unknown} of {len(table)} volumes, such as {first}, have no subject in {tables}"
+        )
+    return table, used, lines
 
 
 def extract(table, look, out, workers=None):
@@ -505,7 +527,7 @@ def extract(table, look, out, workers=None):
             return {"error": f"cannot be read: {reason(problem)}"}
         folder = out / "slices"
         if keep_classes:
-            folder = folder / row.folder
+            folder = folder / class_folder(row.folder)
         folder.mkdir(parents=True, exist_ok=True)
         for number, pixels in zip(numbers, slices):
             Image.fromarray(pixels).save(folder / f"{row.scan}_{number}.png")
@@ -616,8 +638,8 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
             names = ["--keep-slices"] if keep else []
             names += [f"--{name}" for name in flags]
             raise InputError(
-                f"{', '.join(names)}: for volumes only, and the inputs hold slices; leave it out, "
-                "or give a volume, or a folder of volumes without slices beside them"
+                f"{', '.join(names)}: for volumes only, and no input is one; leave it out, or give "
+                "a volume, or a folder of volumes"
             )
         return result
 

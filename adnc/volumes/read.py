@@ -17,6 +17,7 @@ import numpy as np
 
 from adnc import CLASSES
 from adnc.data.index import list_folder
+from adnc.data.pixels import EXTENSIONS as IMAGES
 from adnc.data.pixels import Unfit, is_junk
 from adnc.errors import InputError, is_system_limit, printable
 
@@ -56,7 +57,8 @@ def find_volumes(given):
     """A list of (path, folder relative to `given`) of the volumes in a file or folder.
 
     A folder that holds DICOM files and no volume counts as one volume. Of an Analyze pair (.img,
-    .hdr) only the .img is listed. InputError for a single DICOM file.
+    .hdr) only the .img is listed. Links are followed. InputError for a single DICOM file, OSError
+    for a folder that cannot be read.
     """
     if not os.path.isdir(given):
         if is_dicom(given):
@@ -66,17 +68,28 @@ def find_volumes(given):
                 f"series and no other: {folder}"
             )
         return [(str(given), "")] if is_volume(given) else []
-    volumes = []
-    for folder, folders, names in os.walk(given):
+    volumes, seen = [], set()
+    for folder, folders, names in os.walk(given, followlinks=True, onerror=fail):
+        if os.path.realpath(folder) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if not is_junk(name))
         names = sorted(name for name in names if not is_junk(name))
         place = os.path.relpath(folder, given)
-        here = [name for name in names if is_volume(name)]
+        paths = {name: os.path.join(folder, name) for name in names}
+        # Some scanners name DICOM files .img.
+        here = [name for name in names if is_volume(name) and not is_dicom(paths[name])]
         headers = {header_of(name) for name in here if header_of(name) != name}
-        volumes += [(os.path.join(folder, name), place) for name in here if name not in headers]
-        if not here and any(is_dicom(os.path.join(folder, name)) for name in names[:50]):
+        volumes += [(paths[name], place) for name in here if name not in headers]
+        others = [path for path in paths.values() if not path.lower().endswith(IMAGES)]
+        if not here and any(map(is_dicom, others)):
             volumes.append((folder, place))
     return volumes
+
+
+def fail(problem):
+    raise problem
 
 
 def header_of(path):
@@ -93,7 +106,8 @@ def files_of(source):
 
 
 def holds_volumes(given):
-    """Whether an input is a volume, DICOM, or a folder of volumes without slices."""
+    """Whether an input is a volume, DICOM, or a folder of volumes without slices. InputError for a
+    folder of DICOM with pictures beside it, which may be slices or previews."""
     if not os.path.isdir(given):
         return is_volume(given) or is_dicom(given)
     folders = [Path(given, label) for label in CLASSES if Path(given, label).is_dir()]
@@ -101,6 +115,11 @@ def holds_volumes(given):
         folders = [given]
     for folder in folders:
         images, _ = list_folder(folder)
+        if images and any(place == "." for _, place in find_volumes(folder)):
+            raise InputError(
+                f"{folder} holds {len(images)} pictures beside volumes or DICOM; give those that "
+                "are meant in a folder of their own"
+            )
         if images:
             return False
     return bool(find_volumes(given))
@@ -157,7 +176,14 @@ def convert_dicom(folder, out):
     command = [program, *options, os.path.abspath(folder)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
 
-    volumes = sorted(Path(out).glob("*.nii"))
+    # With distances that vary, it may add a second version of a series.
+    volumes = sorted(path for path in Path(out).glob("*.nii") if "_Eq" not in path.name)
+    if len(volumes) > 1:
+        names = ", ".join(path.stem for path in volumes[:5])
+        raise Unfit(
+            f"holds {len(volumes)} series ({names}); expected one: leave one in the folder, or "
+            "convert it with dcm2niix and name a file"
+        )
     # If images are missing, dcm2niix makes a volume with wrong distances, and its status is 1.
     if done.returncode or not volumes:
         output = done.stdout.splitlines() + done.stderr.splitlines()
@@ -166,12 +192,6 @@ def convert_dicom(folder, out):
         problems = [line.strip() for word in words for line in output if word in line.lower()]
         problems.append("it finds no images; the files may be damaged or lack their preamble")
         raise Unfit(f"cannot be converted by dcm2niix: {problems[0]}")
-    if len(volumes) > 1:
-        names = ", ".join(path.stem for path in volumes[:5])
-        raise Unfit(
-            f"holds {len(volumes)} series ({names}); expected one: leave one in the folder, or "
-            "convert it with dcm2niix and name a file"
-        )
     return volumes[0]
 
 
@@ -203,6 +223,9 @@ def load_image(path):
         # it may differ from the one in the file.
         header = klass.header_class(start[: klass.header_class.template_dtype.itemsize])
         notes = repair_transforms(header)
+        if header["magic"] == header.single_magic and header["vox_offset"] < header.sizeof_hdr:
+            header["vox_offset"] = header.sizeof_hdr + 4
+            notes.append("its header gives no place of the voxels; they were read from behind it")
         files = {"header": io.BytesIO(header.binaryblock), "image": open_stream(path)}
         return klass.from_file_map(klass.make_file_map(files), mmap=False), notes
     if path.lower().endswith((".mgh", ".mgz")):
@@ -355,6 +378,10 @@ def read_volume(image):
     nib = import_nibabel()
     try:
         voxels = np.asarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
+        stream = image.file_map["image"].fileobj
+        if isinstance(stream, gzip.GzipFile):  # which checks its sum at the end
+            while stream.read(2**20):
+                pass
     except Exception as problem:  # of nibabel, gzip or zlib, on a damaged file
         if is_system_limit(problem):
             raise
