@@ -6,10 +6,19 @@ import pytest
 import torch
 from fake_predictions import random_predictions, write_run
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from adnc.errors import InputError
 from adnc.files import write_csv
-from docs.experiments import learning_curve, orientation, probe, residual, stress, tables
+from docs.experiments import (
+    learning_curve,
+    orientation,
+    probe,
+    residual,
+    stress,
+    tables,
+    transfer,
+)
 from modules import ConvNeXtBlock, convnext, make_model
 
 CPU = torch.device("cpu")
@@ -130,6 +139,31 @@ def test_turns_are_counted_as_found_and_upright_scans_as_no_alarm(phantom):
     n_scans = int(alarms.split()[-1])
     assert n_scans >= 4 and slice_alarms == f"0 of {20 * n_scans}"
     assert alarms == f"0 of {n_scans}" and set(found) == {f"{n_scans} of {n_scans}"}
+
+
+# ---------------------------------------------------------------- other sets than the trained one
+
+
+def test_runs_are_compared_with_the_dark_share_on_another_set(run_folder, phantom, capsys):
+    capsys.readouterr()
+    transfer.main([str(run_folder), "--sets", str(phantom / "AD_NC")])
+    printed = capsys.readouterr().out
+    assert f"{phantom / 'AD_NC'}: 10 subjects, " in printed
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == ["run", "mean of 1", "ensemble", "dark share"]
+
+
+def test_an_ensemble_of_noisy_scores_is_better_than_their_mean():
+    rng = np.random.default_rng(0)
+    is_ad = np.arange(400) % 2 == 0
+    scores = {name: is_ad + rng.normal(0, 1, 400) for name in ("a", "b", "dark share")}
+    rows = [line.split("|") for line in transfer.format_scores(is_ad, pd.DataFrame(scores))[2:]]
+    found = {row[1].strip(): float(row[2].split()[0]) for row in rows}
+    for name in ("a", "b", "dark share"):
+        assert found[name] == pytest.approx(roc_auc_score(is_ad, scores[name]), abs=5e-4)
+    assert found["ensemble"] > found["mean of 2"] + 0.03
+    assert found["mean of 2"] == pytest.approx((found["a"] + found["b"]) / 2, abs=1e-3)
 
 
 # ---------------------------------------------------------------- the residual stream

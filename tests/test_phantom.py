@@ -7,6 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -14,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from adnc.phantom.anatomy import render
 from adnc.phantom.draw import STARTS, draw, plan, plan_local
+from adnc.phantom.varied import LATENTS, SLICES, VARIATIONS, render_varied, varied_anatomy
 from adnc.scoring.baselines import STRENGTHS, shrink
 from tools import phantom as tool
 
@@ -242,3 +244,50 @@ def test_a_blur_shows_little_of_the_local_cue(repeats):
         model = LogisticRegression(C=strength, max_iter=500).fit(train_x, y[~test].repeat(6))
         p = model.predict_proba(test_x)[:, 1].reshape(-1, 6).mean(1)
         assert auroc(p[y[test]], p[~y[test]]) < 0.7
+
+
+# ---------------------------------------------------------------- the phantom made for transfer
+
+
+def test_the_varied_phantom_has_its_own_scanner_for_each_slice(tmp_path):
+    """The same bytes with any number of threads, twelve slices a subject, a table of latents."""
+    for workers in (1, 3):
+        draw(tmp_path / str(workers), 10, seed=2, workers=workers, progress=False, cue="varied")
+    assert hash_files(tmp_path / "1") == hash_files(tmp_path / "3")
+    table = pd.read_csv(tmp_path / "1" / "latents.csv")
+    assert list(table) == ["scan", "subject", "label", "split", "atrophy", "ageing", *LATENTS]
+    assert len(table) == 10
+    files = sorted((tmp_path / "1").rglob("*.jpeg"))
+    assert len(files) == 10 * SLICES
+    slices = []
+    for file in files:
+        with Image.open(file) as image:
+            slices.append(np.asarray(image))
+    assert {pixels.shape for pixels in slices} == {(112, 112)}
+    medians = [np.median(pixels[pixels > 30]) for pixels in slices]
+    assert np.std(medians) > 20
+    backgrounds = [pixels[:5, :5].mean() for pixels in slices]
+    assert 0.1 < np.mean(np.array(backgrounds) > 1) < 0.6
+
+
+def test_disease_shows_in_the_hippocampus_and_less_in_what_ageing_changes_too():
+    scans = plan_local(80, seed=3)
+    sizes = [varied_anatomy(3, scan.subject, scan.atrophy, scan.ageing) for scan in scans]
+    table = pd.DataFrame([{name: getattr(size, name) for name in LATENTS} for size in sizes])
+    is_ad = np.array([scan.label == "AD" for scan in scans])
+    aurocs = {name: auroc(table[name][is_ad], table[name][~is_ad]) for name in LATENTS}
+    assert aurocs["hippocampus"] < 0.05 and aurocs["horn"] > 0.9
+    assert 0.55 < aurocs["ventricle"] < 0.8 and 0.55 < aurocs["sulcus"] < 0.8
+
+
+def test_a_variation_can_be_left_out_without_changing_the_others():
+    scan = plan_local(10, seed=3)[0]
+    whole = render_varied(scan, 3)[0].astype(float)
+    plain = render_varied(scan, 3, VARIATIONS)[0].astype(float)
+    apart = {}
+    for name in VARIATIONS:
+        other = render_varied(scan, 3, (name,))[0].astype(float)
+        apart[name] = np.abs(other - whole).mean()
+    assert all(0 < value < np.abs(plain - whole).mean() for value in apart.values()), apart
+    assert np.array_equal(render_varied(scan, 3)[0], whole)
+    assert (plain[:, :3, :3] == 0).all()  # without noise outside of the brain

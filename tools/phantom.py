@@ -19,7 +19,7 @@ HEADS/brains/ and HEADS/heads.csv.
 """
 
 from adnc.cli import SEED, Parser, new_png, number, run_script
-from adnc.phantom.draw import contact_sheet, draw, draw_volumes
+from adnc.phantom.draw import CUES, contact_sheet, draw, draw_volumes
 
 
 def parse_args(argv=None):
@@ -28,7 +28,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is drawn").add_argument
     subjects, heads = number(10, 5000, int), number(1, 100, int)
     add("--subjects", type=subjects, metavar="N", help="the real set has 680 (60)")
-    add("--cue", choices=("global", "local"), help="see above (global)")
+    add("--cue", choices=CUES, help="see above (global)")
     add("--seed", type=SEED, default=0, metavar="S", help="another seed, another set (0)")
     add("--volumes", type=heads, metavar="N", help="draw N heads as NIfTI instead of slices")
     add("--sheet", type=new_png, metavar="PNG", help="save a contact sheet; alone without OUT")
@@ -40,7 +40,7 @@ def parse_args(argv=None):
         parser.error("--volumes needs OUT, a folder to draw into")
     if args.volumes and (args.subjects or args.cue):
         parser.error("--volumes draws heads of the global cue; leave out --subjects and --cue")
-    if args.sheet and args.cue == "local":
+    if args.sheet and args.cue in ("local", "varied"):
         parser.error("--sheet shows the global cue; leave out --cue")
     args.subjects = args.subjects or 60
     args.cue = args.cue or "global"

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from adnc.errors import InputError
 from adnc.files import write_atomically, write_csv, write_text
 from adnc.phantom.anatomy import Scan, render, render_head
+from adnc.phantom.varied import render_varied
 from adnc.volumes.read import import_nibabel
 
 EFFECT = 1.37  # half the distance between the classes, in SD; Phi(1.37) = 0.915
@@ -208,26 +209,41 @@ def new_folders(out, *names):
         (out / name).mkdir(parents=True)
 
 
-def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global"):
+CUES = ("global", "local", "varied")
+
+
+def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global", without=()):
     """Draw a set under the folder `out`; returns the path of out/AD_NC.
 
-    The bytes depend on subjects, seed and cue ("global" or "local") alone. `workers` is the number
-    of threads. InputError if `out` holds a set.
+    The bytes depend on subjects, seed and cue (one of CUES) alone; with the cue "varied" also on
+    the variations of `adnc.phantom.varied` that it goes `without`. `workers` is the number of
+    threads. InputError if `out` holds a set.
     """
-    scans = plan_local(subjects, seed) if cue == "local" else plan(subjects, seed)
+    scans = plan(subjects, seed) if cue == "global" else plan_local(subjects, seed)
     out = Path(out)
     new_folders(out, "AD_NC")
     for folder in ("train/AD", "train/NC", "test/AD", "test/NC"):
         (out / "AD_NC" / folder).mkdir(parents=True)
 
     def write(scan):
-        folder = out / "AD_NC" / scan.split / scan.label
-        for index, pixels in zip(scan.indices, render(scan, seed)):
-            Image.fromarray(pixels).save(folder / f"{scan.scan}_{index}.jpeg", quality=92)
+        if cue == "varied":
+            slices, qualities, sizes = render_varied(scan, seed, without)
+            names = range(1, len(slices) + 1)
+        else:
+            slices, names = render(scan, seed), scan.indices
+            qualities, sizes = [92 for _ in names], {}
+        for pixels, name, quality in zip(slices, names, qualities):
+            file = out / "AD_NC" / scan.split / scan.label / f"{scan.scan}_{name}.jpeg"
+            Image.fromarray(pixels).save(file, quality=quality)
+        return sizes
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(write, scans)
-        list(tqdm(done, "phantom", len(scans), unit=" scans", disable=None if progress else True))
+        bar = tqdm(done, "phantom", len(scans), unit=" scans", disable=None if progress else True)
+        sizes = pd.DataFrame(list(bar))
+    if cue == "varied":
+        table = pd.DataFrame(scans)[["scan", "subject", "label", "split", "atrophy", "ageing"]]
+        write_csv(out / "latents.csv", pd.concat([table, sizes], axis=1).round(4))
     write_text(out / "meta_data_with_label.json", json.dumps(metadata(scans, seed), indent=1))
     return out / "AD_NC"
 

@@ -1,0 +1,116 @@
+"""How well do networks rank the subjects of sets that they were not trained on?
+
+    python -m docs.experiments.transfer runs/phantom-s? --sets OASIS/AD_NC LOCAL/AD_NC
+
+All subjects of a set are used, of train/ and test/, with the labels of its folders: the runs must
+not have seen them. The score of a subject is the mean logit over its slices. Printed for each set:
+subject-level AUROC of each run with its interval, Spearman's correlation of its scores with the
+dark share of the head (adnc.scoring.baselines), the mean over runs, their ensemble (the mean of
+their standardised scores), the dark share itself, and the paired difference from it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata, spearmanr
+
+from adnc.cli import Parser, run_script
+from adnc.errors import InputError
+from adnc.scoring.assess import format_table
+from adnc.scoring.baselines import all_dark_shares
+from dataset import decode_set
+from predict import predict_logits
+from utils import build_model, load_checkpoint, pick_device
+
+RESAMPLES = 2000
+
+
+def auroc(is_ad, scores):
+    """AUROC of each column of scores (N, ...) for is_ad bool (N,); ties count half."""
+    ranks = rankdata(scores, axis=0)
+    n_ad = is_ad.sum()
+    above = ranks[is_ad].sum(0) - n_ad * (n_ad + 1) / 2
+    return above / (n_ad * (~is_ad).sum())
+
+
+def bootstrap(is_ad, scores):
+    """AUROC of each column of scores (N, C) in RESAMPLES resamples of the subjects, (B, C).
+
+    A resample without one of the classes is drawn again.
+    """
+    rng = np.random.default_rng(0)
+    resamples = []
+    while len(resamples) < RESAMPLES:
+        rows = rng.integers(0, len(is_ad), len(is_ad))
+        if 0 < is_ad[rows].sum() < len(rows):
+            resamples.append(auroc(is_ad[rows], scores[rows]))
+    return np.array(resamples)
+
+
+def subject_scores(slices, values):
+    """Mean of values (N,) over the slices of each subject, a Series; sorted by subject."""
+    return pd.Series(np.asarray(values)).groupby(slices.index.subject.to_numpy()).mean()
+
+
+def read_scores(runs, root, device):
+    """(is_ad bool (S,), DataFrame with a column for each run and one for the dark share)."""
+    slices = decode_set(root, progress=None)
+    if slices.index.subject.isna().any():
+        raise InputError(f"{root} has scans whose subject is not known")
+    columns = {}
+    for run in runs:
+        checkpoint = load_checkpoint(Path(run) / "best_model.pth")
+        keys = ("image_size", "mean", "std")
+        logits = predict_logits(
+            build_model(checkpoint), slices, device=device, amp=None,
+            **{key: checkpoint[key] for key in keys},
+        )  # fmt: skip
+        columns[Path(run).name] = subject_scores(slices, logits)
+    dark = all_dark_shares(slices.images, slices.rows)[:, 0]
+    columns["dark share"] = subject_scores(slices, dark)
+    table = pd.DataFrame(columns)
+    is_ad = subject_scores(slices, slices.is_ad).loc[table.index] > 0.5
+    return is_ad.to_numpy(), table
+
+
+def format_scores(is_ad, table):
+    """Lines of a Markdown table for the scores of `read_scores`."""
+    names = list(table)[:-1]
+    standard = (table[names] - table[names].mean()) / table[names].std()
+    columns = {**table, "ensemble": standard.mean(axis=1)}
+    order = [*names, "ensemble", "dark share"]
+    scores = np.column_stack([columns[name] for name in order])
+    points, resamples = auroc(is_ad, scores), bootstrap(is_ad, scores)
+    means = np.column_stack([resamples[:, : len(names)].mean(1), resamples])
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    differences = np.percentile(means - resamples[:, -1:], (2.5, 97.5), axis=0)
+
+    rows = [["", "subject-level AUROC", "minus that of the dark share", "rank correlation with it"]]
+    values = [points[: len(names)].mean(), *points]
+    for i, name in enumerate([f"mean of {len(names)}", *order]):
+        apart, same = "", ""
+        if name != "dark share":
+            worst, best = differences[:, i]
+            apart = f"{values[i] - points[-1]:+.3f} [{worst:+.3f}, {best:+.3f}]"
+        if name in names:
+            same = f"{spearmanr(table[name], table['dark share'])[0]:.2f}"
+        rows.append([name, f"{values[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]", apart, same])
+    return format_table([*rows[:1], *rows[2:-2], rows[1], *rows[-2:]])
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+    parser.add_argument("--sets", nargs="+", required=True, metavar="AD_NC", help="sets to rank")
+    args = parser.parse_args(argv)
+    device = pick_device()
+    for root in args.sets:
+        is_ad, table = read_scores(args.runs, root, device)
+        print(f"\n{root}: {len(is_ad)} subjects, {is_ad.sum()} AD\n")
+        for line in format_scores(is_ad, table):
+            print(line)
+
+
+if __name__ == "__main__":
+    run_script(main)
