@@ -3,6 +3,7 @@
     python -m tools.phantom ADNI                              # 60 subjects, 140 scans, 2,800 slices
     python -m tools.phantom ADNI --subjects 680 --seed 1      # the size of the real set
     python -m tools.phantom LOCAL --cue local --subjects 250  # a cue that a blur does not show
+    python -m tools.phantom VARIED --cue varied               # each slice from another scanner
     python -m tools.phantom HEADS --volumes 4                 # four heads with a skull, as NIfTI
     python -m tools.phantom --sheet figures/phantom.png       # a contact sheet only
 
@@ -13,7 +14,10 @@ writes
 
 The brain is a parametric shape. One number per subject, its atrophy, drives the anatomy; the
 classes overlap, so that the best possible subject-level accuracy is about 0.915. With --cue local
-only the temporal horn and the hippocampus show it. A result on the phantom shows that the code
+only the temporal horn and the hippocampus show it. With --cue varied the slices are 112 x 112, four
+along each plane; contrast, sharpness, noise, pose and background of each are drawn at random;
+disease also widens ventricles and sulci, and so does age; the sizes that were drawn are in
+VARIED/latents.csv. A result on the phantom shows that the code
 works; it says nothing about Alzheimer's disease. --volumes writes HEADS/heads/sub-*_T1w.nii.gz,
 HEADS/brains/ and HEADS/heads.csv.
 """
