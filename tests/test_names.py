@@ -149,6 +149,8 @@ def test_a_subject_with_an_unusual_share_of_the_scans_is_named():
     table = pd.DataFrame({"scan": range(36), "subject": names})
     (line,) = subjects.describe_doubtful_names(table)
     assert line.startswith("SUSPICIOUS: 6 of 36 scans have the subject x: is it a word for")
+    table.loc[30:, "subject"] = "y"  # six scans, too: people who came often
+    assert list(subjects.describe_doubtful_names(table)) == []
 
 
 def test_reals_of_a_spreadsheet_are_the_whole_numbers_that_they_were(tmp_path):

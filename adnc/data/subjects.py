@@ -316,7 +316,9 @@ def loose_name(subject):
     return re.sub(r"(?<!\d)0+(?=\d)", "", text)
 
 
-MANY_SCANS = 5  # of one subject, if they are more than a tenth of all: perhaps a word for "unknown"
+# Scans of one subject, if they are also a tenth of all and twice those of the next one: the subject
+# may be a word for "unknown".
+MANY_SCANS = 5
 
 
 def describe_doubtful_names(index):
@@ -330,11 +332,14 @@ def describe_doubtful_names(index):
                 "dashes or zeros: if they are one person, write them alike in the table"
             )
             break
-    n_scans = known.groupby("subject").scan.nunique()
-    if len(n_scans) > 1 and n_scans.max() >= max(MANY_SCANS, 0.1 * index.scan.nunique()):
+    n_scans = known.groupby("subject").scan.nunique().sort_values()
+    if len(n_scans) < 2:
+        return
+    second, most = n_scans.iloc[-2:]
+    if most >= max(MANY_SCANS, 0.1 * index.scan.nunique(), 2 * second):
         yield (
-            f"SUSPICIOUS: {n_scans.max()} of {index.scan.nunique()} scans have the subject "
-            f"{n_scans.idxmax()}: is it a word for an unknown one? Then leave its cells empty"
+            f"SUSPICIOUS: {most} of {index.scan.nunique()} scans have the subject "
+            f"{n_scans.index[-1]}: is it a word for an unknown one? Then leave its cells empty"
         )
 
 
