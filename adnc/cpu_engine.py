@@ -61,7 +61,8 @@ def make_engine(model, *, device, amp):
         problem = str(error).splitlines()[0]
     else:
         size, difference = exact.abs().max().item(), (answer - exact).abs().max().item()
-        if difference <= (1e-3 if amp is None else 0.1) * size:
+        tolerance = 1e-3 if amp is None else 0.1
+        if difference <= tolerance * size:
             return folded
         problem = f"its logits differ by {difference:.2g} from {size:.2g}"
     message = f"the fast engine cannot be used here ({problem}); the plain model predicts, slower"

@@ -82,7 +82,8 @@ def write_slice(path, bright, seed, size=(48, 40)):
     within a minute."""
     x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     noise = np.random.default_rng(seed).normal(0, 6, x.shape)
-    pixels = (220 if bright else 90) * np.exp(-3 * (x**2 + y**2)) + noise
+    peak = 220 if bright else 90
+    pixels = peak * np.exp(-3 * (x**2 + y**2)) + noise
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 

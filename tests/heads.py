@@ -68,7 +68,8 @@ AFFINE = head().affine
 def element(group, number, kind, value):
     """The bytes of a DICOM element."""
     value = value.encode() if isinstance(value, str) else value
-    value += (b"\0" if kind == "UI" else b" ") * (len(value) % 2)
+    if len(value) % 2:  # lengths are even
+        value += b"\0" if kind == "UI" else b" "
     if kind in ("OB", "OW"):
         size = struct.pack("<HI", 0, len(value))
     else:

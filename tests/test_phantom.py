@@ -15,7 +15,15 @@ from sklearn.preprocessing import StandardScaler
 
 from adnc.phantom.anatomy import render
 from adnc.phantom.draw import STARTS, draw, plan, plan_local
-from adnc.phantom.varied import LATENTS, SLICES, VARIATIONS, render_varied, varied_anatomy
+from adnc.phantom.varied import (
+    LATENTS,
+    SIDE,
+    SLICES,
+    VARIATIONS,
+    put_in_head,
+    render_varied,
+    varied_anatomy,
+)
 from adnc.scoring.baselines import STRENGTHS, shrink
 from tools import phantom as tool
 
@@ -268,6 +276,20 @@ def test_the_varied_phantom_has_its_own_scanner_for_each_slice(tmp_path):
     assert np.std(medians) > 20
     backgrounds = [pixels[:5, :5].mean() for pixels in slices]
     assert 0.1 < np.mean(np.array(backgrounds) > 1) < 0.6
+
+
+def test_a_skull_is_a_ring_around_the_brain_with_air_outside():
+    y, x = np.mgrid[:SIDE, :SIDE] - SIDE / 2
+    radius = 1.5 * np.hypot(y, x)  # mm
+    share = (radius < 50).astype(np.float32)
+    heads = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        image, mask = put_in_head(0.7 * share, share, 1.5, rng, plain=False)
+        assert (image[radius > 66] == 0).all() and (mask[radius > 66] == 0).all()
+        assert np.allclose(image[radius < 46], 0.7)
+        heads.append(mask[(radius > 52) & (radius < 60)].mean())
+    assert min(heads) == 0 and max(heads) > 0.9
 
 
 def test_disease_shows_in_the_hippocampus_and_less_in_what_ageing_changes_too():

@@ -399,7 +399,8 @@ def render_head(scan, seed=0, every=1):
     head = np.hypot(values + noise[0], noise[1])  # Rician
 
     y, z = 128, HEIGHT - 124
-    left = affine[0, 0] * int(np.flatnonzero(away[:, y, z] <= 13)[0]) - 5  # mm from the first slice
+    first = int(np.flatnonzero(away[:, y, z] <= 13)[0])
+    left = affine[0, 0] * first - 5  # mm from the first slice
     grid = np.ogrid[tuple(slice(side) for side in brain.shape)]
     capsule = (affine[0, 0] * grid[0] - left) ** 2 + (grid[1] - y) ** 2 + (grid[2] - z) ** 2 < 6**2
     head[capsule] = 255

@@ -176,9 +176,10 @@ def put_in_head(tissue, share, spacing, rng, plain):
     """(image, mask): the brain alone, or with what a bad extraction leaves of fluid and skull."""
     if plain or rng.random() < 0.6:
         return tissue * share, share
-    away = distance_transform_edt(distance_transform_edt(share < 0.5) * spacing >= 12) * spacing
-    away = 12 - away  # mm to the brain's closing
-    ends = (2.0, 4.0, 6.0, 7.5, 12.0)  # fluid, bone, marrow, bone, scalp
+    # mm to the closing of the brain by 25 mm, into whose folds a skull does not follow
+    outside = distance_transform_edt(share < 0.5) * spacing
+    away = 25 - distance_transform_edt(outside < 25) * spacing
+    ends = (2.0, 4.0, 6.0, 7.5, 12.0)  # fluid, bone, marrow, bone, scalp, then air
     brightness = np.array((0.15, 0.05, 0.45, 0.05, 0.85, 0.0), np.float32)
     brightness *= np.append(rng.uniform(0.7, 1.3, 5), 0)
     head = brightness[np.searchsorted(ends, away)]

@@ -29,9 +29,10 @@ RESAMPLES = 2000
 def auroc(is_ad, scores):
     """AUROC of each column of scores (N, ...) for is_ad bool (N,); ties count half."""
     ranks = rankdata(scores, axis=0)
-    n_ad = is_ad.sum()
+    n_ad = int(is_ad.sum())
+    n_nc = len(is_ad) - n_ad
     above = ranks[is_ad].sum(0) - n_ad * (n_ad + 1) / 2
-    return above / (n_ad * (~is_ad).sum())
+    return above / (n_ad * n_nc)
 
 
 def bootstrap(is_ad, scores):
