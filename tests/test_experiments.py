@@ -1,5 +1,7 @@
 """Scripts of docs/experiments: stress test, linear probe, learning curves, tables."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -188,8 +190,9 @@ def test_a_stream_in_16_bits_loses_a_branch_that_the_model_keeps():
     (torch.nn.GELU(), (4, 1000)),
 ])  # fmt: skip
 def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(layer, shape):
-    """PyTorch's own emulation of a convolution's gradient rounds more often than a CPU with
-    bfloat16."""
+    """How often a kernel of PyTorch rounds within a convolution's gradient depends on the CPU: by
+    1.2 % in all on one. The imitation rounds once, so it is as close to the exact gradient as
+    bfloat16's 8 bits are."""
     torch.manual_seed(0)
     x = torch.randn(shape).bfloat16()
 
@@ -202,9 +205,11 @@ def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(layer, s
 
     imitated, gradient = result(residual.imitation("float32"), x.float())
     real, real_gradient = result(torch.autocast("cpu", torch.bfloat16), x)
+    exact_gradient = result(nullcontext(), x.float())[1]
     assert (imitated == real).float().mean() > 0.999  # ties may differ
     assert (imitated != layer(x.float())).float().mean() > 0.5
-    assert (gradient - real_gradient).norm() < 0.01 * real_gradient.norm()
+    assert 0 < (gradient - exact_gradient).norm() < 2**-8 * exact_gradient.norm()
+    assert (gradient - real_gradient).norm() < 0.05 * real_gradient.norm()
 
 
 def test_the_imitated_16_bit_stream_loses_what_bfloat16_loses():
