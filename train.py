@@ -440,27 +440,37 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     device.
 
     `batch_size` is the number of slices over all processes, B if there is one process. A step whose
-    loss or gradient is not finite is skipped. Returns a tensor (4,) on the device: the sum of the
-    losses, the number of correct predictions and of slices (all 0 if skipped), and 1 if the step
-    was skipped, else 0. A skipped step changes no weight, no running statistic and no average.
+    loss, gradient or running statistics are not finite is skipped: it changes no weight, no running
+    statistic, no average and nothing of the optimizer. Returns a tensor (4,) on the device: the sum
+    of the losses, the number of correct predictions and of slices (all 0 if skipped), and 1 if the
+    step was skipped, else 0.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    buffers = [buffer.clone() for buffer in state.model.buffers()]
+    buffers = list(state.model.buffers())
+    before = [buffer.clone() for buffer in buffers]
     with autocast(state.device, state.amp):
         logits = state.forward(x.contiguous(memory_format=torch.channels_last))
         loss = criterion(logits, y).float().sum()
     # Gradients are averaged over the processes, so that this makes them those of the mean loss of
-    # the whole batch. NaN if the loss is not finite: then no gradient is, and the step is skipped.
-    share = torch.where(loss.isfinite(), state.world.size / (batch_size or len(x)), torch.nan)
+    # the whole batch. NaN if the loss is not finite or a variance of BatchNorm has overflowed: then
+    # no gradient is finite, in any process, and the step is skipped.
+    finite = torch.stack([values.isfinite().all() for values in (loss, *buffers)]).all()
+    share = torch.where(finite, state.world.size / (batch_size or len(x)), torch.nan)
     state.scaler.scale(loss * share).backward()
 
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
+    finite = grad_norm.isfinite()
+    # Finite gradients whose norm overflows would be clipped to 0, and the optimizer would take a
+    # step without them: one NaN tells the scaler to skip it.
+    gradients[0].mul_(torch.where(finite, 1.0, torch.nan))
+    scale = state.scaler.scale(torch.ones_like(loss))
     state.scaler.unscale_(state.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
+    nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_grad, grad_norm / scale)
     state.scaler.step(state.optimizer)  # does nothing if a gradient is not finite
     state.scaler.update()
-    finite = grad_norm.isfinite()
-    for buffer, before in zip(state.model.buffers(), buffers):
-        buffer.copy_(torch.where(finite, buffer, before))
+    for buffer, old in zip(buffers, before):
+        buffer.copy_(torch.where(finite, buffer, old))
     if state.ema is not None and finite:
         state.ema.update_parameters(state.model)
 

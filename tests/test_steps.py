@@ -11,7 +11,7 @@ from conftest import train_steps
 import dataset
 import train
 from dataset import Batches
-from modules import convnext
+from modules import convnext, make_model
 from train import TrainState, make_loss, train_one_epoch, train_step, validate
 from utils import build_model, load_checkpoint
 
@@ -192,28 +192,49 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(
     assert all(weight.isfinite().all() for weight in last["weights"].values())
 
 
-@pytest.mark.parametrize("variant", ["atto", "narrow"])  # the second has BatchNorm
-@pytest.mark.parametrize("poison", ["images", "loss"])
-def test_a_skipped_step_changes_no_weight_no_statistic_and_no_average(variant, poison):
-    state, x, y = (
-        make_state(variant, ema=0.5),
-        torch.randn(4, 1, 32, 32),
-        torch.tensor([0, 1, 1, 0]),
-    )
-    step(state, x, y)
-    before = copy.deepcopy([state.model.state_dict(), state.ema.state_dict()])
-    criterion = make_loss()
-    if poison == "images":
-        x = x * float("nan")
-    else:  # with a finite gradient
+NETWORKS = {
+    "atto": {"variant": "atto"},
+    "batch norm in the head": {"variant": "atto", "head_norm": "batch"},
+    "narrow": {"variant": "narrow"},
+    "cnn": {"variant": "cnn"},
+}
 
-        def criterion(logits, y):
-            return make_loss()(logits, y) + float("inf")
+
+def everything(state):
+    """Tensors of all that a step changes, but for the scale of the scaler."""
+    tensors = [*state.model.state_dict().values(), *state.ema.state_dict().values()]
+    for moments in state.optimizer.state.values():
+        tensors += moments.values()
+    return [tensor.clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("amp", [None, torch.float16])  # the second with a scaler that scales
+@pytest.mark.parametrize(
+    "pixel, loss", [(float("nan"), 1), (1e22, 1), (3e38, 1), (0, float("inf")), (0, 1e25)]
+)
+def test_a_skipped_step_changes_nothing(network, amp, pixel, loss):
+    """1e22 is a pixel whose square overflows, in the variance of BatchNorm; the last loss has
+    finite gradients, whose norm overflows."""
+    torch.manual_seed(0)
+    model = make_model(in_chans=1, num_classes=2, **NETWORKS[network])
+    state = TrainState(model, device=CPU, amp=amp, lr=1e-3, ema=0.5)
+    state.amp = None  # a CPU has no float16
+    x, y = torch.randn(4, 1, 32, 32), torch.tensor([0, 1, 1, 0])
+    assert step(state, x, y)[3] == 0
+    before = everything(state)
+    x[2, 0, 9:11, 9] += pixel
+
+    def criterion(logits, y):
+        return make_loss()(logits, y) * loss
 
     sums = train_step(state, x, y, criterion=criterion)
+    if sums[3] == 0:  # then all that it changed is finite
+        assert pixel == 1e22 and network in ("atto", "batch norm in the head")
+        assert all(tensor.isfinite().all() for tensor in everything(state))
+        return
     assert sums.tolist() == [0, 0, 0, 1]
-    for old, new in zip(before, [state.model.state_dict(), state.ema.state_dict()]):
-        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert all(torch.equal(old, new) for old, new in zip(before, everything(state)))
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
@@ -227,7 +248,7 @@ def test_a_model_with_batch_norm_learns_although_every_tenth_batch_is_bad(amp):
         x = torch.randn(6, 1, 16, 16) * 0.3
         x[y == 1, :, 4:12, 4:12] += 1
         if number % 10 == 9:
-            worst = (float("inf"), float("nan"), 3e38)[number // 10 % 3]
+            worst = (float("inf"), float("nan"), 3e38, 1e22)[number // 10 % 4]
             x[3, 0, 5:9, 5] = worst
             bad += 1
         assert step(state, x, y)[3] == (number % 10 == 9)
