@@ -134,7 +134,29 @@ def test_swapped_classes_end_in_a_question():
     table["label"] = np.where(table.label == "AD", "NC", "AD")
     conclusion = conclude(table)
     assert conclusion["verdict"] == assess.SWAPPED
-    assert "WORSE THAN CHANCE: are AD and NC swapped" in conclusion["sentences"][1]
+    assert "That is WORSE THAN CHANCE: are AD and NC swapped" in conclusion["sentences"][1]
+    few = table[table.subject.isin([f"p{i}" for i in range(8)])]
+    for changed in (conclude(few), conclude(table, exposure="yes")):
+        assert changed["verdict"] == assess.SWAPPED
+
+
+def test_a_baseline_that_is_worse_than_chance_asks_whether_the_classes_are_swapped():
+    table = random_predictions(80)
+    wrong = np.where(table.label == "AD", 0.1, 0.9)
+    useless = conclude(table, p_AD=0.5, logistic_regression=wrong)
+    assert useless["verdict"] == assess.SWAPPED
+    assert useless["sentences"][1].startswith("The logistic regression, AUROC 0.000 [0.000, 0.")
+    works = conclude(table, logistic_regression=wrong)  # the model has learned the classes of test
+    assert works["verdict"] == assess.WORKS
+
+
+def test_a_model_that_ranks_well_and_calls_all_scans_alike_hears_what_is_wrong():
+    table = complete(random_predictions(80))
+    low = metrics.with_predictions(table.assign(p_AD=table.p_AD / 3))
+    conclusion = score(low, "test", coverage=0.9)["conclusion"]
+    assert conclusion["verdict"] == assess.NOT_SHOWN
+    assert "It ranks the subjects better than chance" in conclusion["sentences"][1]
+    assert "--threshold youden" in conclusion["sentences"][2]
 
 
 def test_subjects_of_training_are_no_test_and_few_subjects_no_verdict():
@@ -145,6 +167,8 @@ def test_subjects_of_training_are_no_test_and_few_subjects_no_verdict():
     assert conclude(one_class)["verdict"] == assess.TOO_FEW
     unknown = conclude(table, exposure="unknown")
     assert "unknown whether training saw them" in unknown["sentences"][0]
+    some = np.where(table.subject < "p2", "unknown", "no")
+    assert "not seen in training" not in conclude(table, exposure=some)["sentences"][0]
 
 
 def test_subjects_not_seen_in_training_are_printed_first_and_decide():

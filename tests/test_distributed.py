@@ -30,13 +30,13 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_two(*words):
-    """Run train.py in two processes, with the variables that torchrun sets."""
+def start_two(*words, script=ROOT / "train.py"):
+    """Run train.py, or another script, in two processes, with the variables that torchrun sets."""
     launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def start(rank):
         environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return command.run(ROOT / "train.py", *words, env=environment)
+        return command.run(script, *words, env=environment)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(start, range(2)))
@@ -74,6 +74,39 @@ def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
     with without_evaluation():  # any number of processes resumes it
         train.main(["--out", str(tmp_path / "two"), "--resume", "--epochs", "3"])
     assert load_checkpoint(tmp_path / "two" / "last.pth")["epoch"] == 3
+
+
+BAD_STEP = """
+import torch
+import train
+from adnc import distributed
+from modules import convnext
+from utils import pick_device, seed_everything
+seed_everything(0)
+world, device = distributed.join(pick_device("cpu"))
+state = train.TrainState(convnext("atto"), device=device, amp=None, lr=1e-3, ema=0.5, world=world)
+for bad_rank in (None, 1, None):
+    x, y = torch.randn(2, 1, 32, 32), torch.tensor([0, 1])
+    if world.rank == bad_rank:
+        x[0, 0, 0, 0] = float("inf")
+    before = [p.clone() for p in state.model.parameters()]
+    sums = train.train_step(state, x, y, criterion=train.make_loss(), batch_size=4)
+    changed = any((p != old).any() for p, old in zip(state.model.parameters(), before))
+    weights = sum(p.double().sum() for p in state.model.parameters())
+    print(int(sums[3]), bool(changed), repr(weights.item()))
+world.leave()
+"""
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(BAD_STEP)
+    done = start_two(script=script)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+    first, second = (each.stdout.splitlines()[-3:] for each in done)
+    assert first == second  # the same weights
+    steps = [line.split()[:2] for line in first]
+    assert steps == [["0", "True"], ["1", "False"], ["0", "True"]]
 
 
 LAUNCHED = {

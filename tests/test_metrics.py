@@ -252,11 +252,32 @@ def test_a_better_model_is_better_and_the_same_model_is_not():
         assert metrics.is_better(comparison, name) and comparison[name]["p"] < 0.01
 
     same = metrics.compare(a, a)["scan"]
-    assert not metrics.is_better(same, "accuracy") and same["accuracy"]["p"] == 1
+    assert not metrics.is_better(same, "accuracy") and same["accuracy"]["p"] is None
 
     swapped = metrics.compare(b, a)["scan"]
     assert swapped["accuracy"]["difference"] == -comparison["accuracy"]["difference"]
     assert not metrics.is_better(swapped, "accuracy")
+
+
+def test_the_interval_of_a_difference_is_never_a_point():
+    table = random_predictions(20)
+    perfect = metrics.with_predictions(table.assign(p_AD=np.where(table.label == "AD", 0.9, 0.1)))
+    constant = metrics.with_predictions(table.assign(p_AD=0.5))
+    tables = {"random": table, "perfect": perfect, "constant": constant}
+    samples = {name: metrics.bootstrap_scores(each) for name, each in tables.items()}
+    for one in samples:
+        for other in samples:
+            comparison = metrics.compare(samples[one], samples[other])
+            for unit in ("scan", "subject"):
+                for name in metrics.METRICS:
+                    part = comparison[unit][name]
+                    low, high = part["ci95"]
+                    assert low + 0.01 < high and low <= part["difference"] <= high
+                    assert one != other or low == -high
+    better = metrics.compare(samples["perfect"], samples["constant"])["subject"]
+    low, high = better["auroc"]["ci95"]
+    assert low == pytest.approx(metrics.exact_interval(1, 10)[0] - 0.5) and high == 0.5
+    assert metrics.is_better(better, "auroc")
 
 
 def test_five_subjects_are_too_few_to_be_better():

@@ -147,8 +147,13 @@ def conclude(scores):
     unit = main_unit(part)
     sample, exposure = part[unit], scores["exposure"]
     who = f"the {sample['n']:,} {unit}s not seen in training"
-    if part is scores and exposure["no"] == 0:
+    if part is scores and exposure["unknown"]:
         who = f"{sample['n']:,} {unit}s of which it is unknown whether training saw them"
+        if exposure["no"]:
+            who = (
+                f"{sample['n']:,} {unit}s (for {exposure['unknown']:,} scans it is unknown whether "
+                "training saw the subject)"
+            )
     if part is scores and exposure["yes"]:
         who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
     first = (
@@ -156,7 +161,15 @@ def conclude(scores):
         f"({unit}-level)."
     )
 
-    if part is scores and exposure["yes"]:
+    worse = find_worse_than_chance(part, unit)
+    if worse:
+        verdict = SWAPPED
+        second = (
+            f"{worse} WORSE THAN CHANCE: are AD and NC swapped, in the folders, in the metadata, "
+            "or in the training set of this checkpoint?"
+        )
+        third = "Find out before you use any of these numbers."
+    elif part is scores and exposure["yes"]:
         verdict = NO_TEST
         second = "That is no test: a model can recognise subjects that it has seen."
         third = "Test it on other subjects, or train with --drop-test-subjects."
@@ -171,19 +184,36 @@ def conclude(scores):
             f"guessing; {metrics.MIN_GROUPS} are needed."
         )
         third = "Add subjects, or let --fold and --folds predict each of them once."
-    elif sample["ci95"]["auroc"] and sample["ci95"]["auroc"][1] < 0.5:
-        verdict = SWAPPED
-        second = (
-            "That is WORSE THAN CHANCE: are AD and NC swapped, in the folders, in the metadata, or "
-            "in the training set of this checkpoint?"
-        )
-        third = "Find out before you use any of these numbers."
     else:
         beaten, not_beaten = beaten_baselines(part, unit)
         second = describe_beaten(beaten, not_beaten)
         verdict = NOT_SHOWN if CHANCE in not_beaten else WORKS
+        if verdict == NOT_SHOWN and ranks_better_than_chance(sample):
+            second += f" It ranks the {unit}s better than chance, and calls too many of them alike."
         third = next_step(verdict, part, unit)
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
+
+
+def find_worse_than_chance(part, unit):
+    """The beginning of a sentence if the interval of the model's AUROC is below 0.5, or that of the
+    logistic regression, which learned the same classes, while the model has learned none; else
+    None."""
+    limits = part[unit]["ci95"]["auroc"]
+    if limits and limits[1] < 0.5:
+        return "That is"
+    baseline = part.get("baselines", {}).get("logistic_regression")
+    if baseline is None or ranks_better_than_chance(part[unit]):
+        return None
+    limits = baseline[unit]["ci95"]["auroc"]
+    if limits and limits[1] < 0.5:
+        return f"The logistic regression, AUROC {cell(baseline[unit], 'auroc')}, is"
+    return None
+
+
+def ranks_better_than_chance(sample):
+    """Whether the interval of the AUROC of a summary is above 0.5."""
+    limits = sample["ci95"]["auroc"]  # None if the model says the same of every scan
+    return limits is not None and limits[0] > 0.5
 
 
 def describe_distrust(checkpoint):
@@ -212,8 +242,7 @@ def beaten_baselines(part, unit):
     The majority class stands for guessing: it is beaten in accuracy, too.
     """
     differences = part.get("minus_baseline", {})
-    limits = part[unit]["ci95"]["auroc"]  # None if the model says the same of every scan
-    guessing = limits is not None and limits[0] > 0.5
+    guessing = ranks_better_than_chance(part[unit])
     if "majority_class" in differences:
         guessing &= metrics.is_better(differences["majority_class"][unit], "accuracy")
     better = {CHANCE: guessing}
@@ -244,6 +273,11 @@ def join(names, word):
 
 
 def next_step(verdict, part, unit):
+    if verdict == NOT_SHOWN and ranks_better_than_chance(part[unit]):
+        return (
+            "Do not use its predictions: train longer, or let --threshold youden choose the "
+            "threshold on validation."
+        )
     if verdict == NOT_SHOWN:
         return (
             "Do not use its predictions: train on more subjects or with another --recipe, and look "

@@ -266,7 +266,7 @@ def edge_interval(name, score, groups):
     so that the interval is that of m cases. (Obuchowski & Lieber 2002 treat the same problem.) The
     other metrics of both classes take the same m.
     """
-    classes = SHARES[name]
+    classes = SHARES.get(name, ("AD", "NC"))
     if classes == ("AD", "NC"):
         return exact_interval(score, groups["all"])
     if classes:
@@ -324,12 +324,24 @@ def summarise(samples):
 def summarise_unit(sample):
     ci95 = {}
     for name, values in sample.resampled.items():
-        score = sample.scores[name]
-        if name in SHARES and score in (0, 1):
-            ci95[name] = edge_interval(name, score, sample.class_groups)
+        if is_at_edge(sample, name):
+            ci95[name] = limits_of(sample, name)
         else:
             ci95[name] = interval(values)
     return {"n": sample.n, "groups": sample.groups, **sample.scores, "ci95": ci95}
+
+
+def is_at_edge(sample, name):
+    """Whether a metric is 0 or 1, where the bootstrap of a Sample says nothing."""
+    return name in SHARES and sample.scores[name] in (0, 1)
+
+
+def limits_of(sample, name):
+    """[low, high] of a metric of a Sample: exact at 0 and 1, else of its bootstrap, also if that is
+    a point, as of a constant model."""
+    if is_at_edge(sample, name):
+        return edge_interval(name, sample.scores[name], sample.class_groups)
+    return percentiles(sample.resampled[name])
 
 
 def mean_scores(tables):
@@ -386,18 +398,25 @@ def compare(a, b):
 def difference(a, b, name):
     """{"difference", "ci95", "p"} of a metric of two Samples, or None if it is not defined.
 
-    If both are 0 or 1 in every resample, the bootstrap says nothing: then the interval is that of
-    the two `edge_interval`s, and p is None.
+    The interval is that of the paired bootstrap, but where that says nothing, and p is then None.
+    If one of the scores is 0 or 1, the interval goes from the lower end of one to the upper end of
+    the other, which holds however the two depend on each other. If the difference is the same in
+    all resamples, as of equal predictions, it is plus and minus the exact bound on the share of
+    groups in which the two differ, of which none was seen.
     """
     resampled = a.resampled[name] - b.resampled[name]
     resampled = resampled[np.isfinite(resampled)]
     if len(resampled) == 0:  # a score that is not defined is undefined in all resamples
         return None
-    result = {"difference": a.scores[name] - b.scores[name]}
-    if name in SHARES and a.scores[name] in (0, 1) and b.scores[name] in (0, 1):
-        low_a, high_a = edge_interval(name, a.scores[name], a.class_groups)
-        low_b, high_b = edge_interval(name, b.scores[name], b.class_groups)
+    score_a, score_b = a.scores[name], b.scores[name]
+    result = {"difference": score_a - score_b}
+    if (is_at_edge(a, name) or is_at_edge(b, name)) and score_a != score_b:
+        (low_a, high_a), (low_b, high_b) = limits_of(a, name), limits_of(b, name)
         return {**result, "ci95": [low_a - high_b, high_a - low_b], "p": None}
+    if np.ptp(resampled) < 1e-12:
+        bound = edge_interval(name, 0, a.class_groups)[1]
+        ci95 = [result["difference"] - bound, result["difference"] + bound]
+        return {**result, "ci95": ci95, "p": None}
     rarer = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = float(min(1, 2 * (rarer + 1) / (len(resampled) + 1)))
     return {**result, "ci95": percentiles(resampled), "p": p}
