@@ -155,9 +155,12 @@ def check_classes(index, root):
     for split in ("train", "val"):
         missing = set(CLASSES) - set(index.label[index.split == split])
         if missing:
+            groups = index[index.split.isin(["train", "val"])].groupby("label").group.nunique()
+            there = " and ".join(f"{groups.get(label, 0)} {label}" for label in CLASSES)
             raise InputError(
-                f"{root}: no {' or '.join(sorted(missing))} is left for {split}; expected subjects "
-                "of both classes in train and in val (see --val-fraction, --subjects, --split)"
+                f"{root}: no {' or '.join(sorted(missing))} is left for {split}: train and val "
+                f"have {there} subjects together; expected two or more of each class, one of them "
+                "for val (see --val-fraction, --subjects, --split)"
             )
 
 

@@ -41,7 +41,7 @@ from adnc.data.augment import MEAN, STD, eval_transform
 from adnc.data.index import describe_one_scan, list_inputs
 from adnc.data.orientation import describe_turned
 from adnc.data.pixels import out_of_range
-from adnc.data.subjects import describe_same_names, find_exposure
+from adnc.data.subjects import describe_same_names, describe_shared_names, find_exposure
 from adnc.errors import InputError, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
@@ -143,10 +143,11 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 
 
 def warn_of_rows(predictions, column, what, begin=""):
-    """Warnings about the rows that have a text in a column: the first ten, and how many there
-    are. `begin` is put before each text."""
+    """Warnings about the rows that have a text in a column: the first row of each of ten scans, and
+    how many rows there are. `begin` is put before each text."""
     rows = predictions[predictions[column].notna()]
-    for path, text in rows[["path", column]].head(10).itertuples(index=False):
+    firsts = rows.drop_duplicates("scan")
+    for path, text in firsts[["path", column]].head(10).itertuples(index=False):
         yield f"{path} {begin}{text}"
     if len(rows):
         yield f"{len(rows)} of {len(predictions)} {what} (column {column} of predictions.csv)"
@@ -173,7 +174,7 @@ def warnings_about(predictions, checkpoint, coverage):
     n_unlabelled = readable.label.isna().sum()
     if 0 < n_unlabelled < len(readable):
         yield f"{n_unlabelled} of {len(readable)} slices have no label: no scores are computed"
-    yield from warn_of_rows(predictions, "error", "files could not be read")
+    yield from warn_of_rows(predictions, "error", "files could not be used")
     yield from warn_of_rows(
         readable,
         "out_of_range",
@@ -189,12 +190,13 @@ def warnings_about(predictions, checkpoint, coverage):
         )
 
 
-def format_scans(scans, most=10):
-    """A line for each of the first scans of a table of `metrics.aggregate`."""
+def format_scans(scans, trusted=True, most=10):
+    """A line for each of the first scans of a table of `metrics.aggregate`. `trusted` is whether
+    the model may give a verdict."""
     for row in scans.head(most).itertuples():
         slices = f"{row.n_slices} slice{'s' if row.n_slices > 1 else ''}"
         verdict = metrics.verdict(row)
-        if verdict == "no verdict":
+        if not trusted or verdict == "no verdict":
             text = f"no verdict: {slices}"
         else:
             name = "AD|NC (uncertain)" if verdict == "AD|NC" else verdict
@@ -334,6 +336,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         *slices.notes,
         *describe_folders_of_one_scan(slices.index, cut.look),
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
+        *describe_shared_names(slices.index, args.inputs),
         *describe_turned(slices, checkpoint["mean_slice"].numpy()),
         *warnings_about(predictions, checkpoint, args.coverage),
     ]
@@ -345,7 +348,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists "
             "why"
         )
-    for line in format_scans(scans):
+    for line in format_scans(scans, trusted=describe_distrust(checkpoint) is None):
         print(printable(line))
     if scores:
         print("\n".join(format_assessment(scores)))

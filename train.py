@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import entr
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -566,12 +567,12 @@ def validate(state, slices, *, image_size, batch_size):
 
 # ---------------------------------------------------------------- all epochs
 
-# All of slices, except for the last score.
+ABOUT_ROWS = "losses and accuracies of slices, AUROC of scans:"
 HEADER = "epoch        lr     loss     acc  val loss  val acc  bal acc  scan AUROC    img/s"
 
 
-def format_epoch(row, best, remark):
-    """A row of the epoch table, aligned with HEADER."""
+def format_epoch(row, best, *remarks):
+    """A row of the epoch table, aligned with HEADER; remarks that are None are left out."""
     auroc = "-" if row["val_scan_auroc"] is None else f"{row['val_scan_auroc']:.3f}"
     cells = [
         f"{row['epoch']:>5}",
@@ -588,11 +589,38 @@ def format_epoch(row, best, remark):
         cells.append("best")
     if row["skipped_steps"]:
         cells.append(f"{row['skipped_steps']} steps skipped, not finite")
-    if remark:
-        cells.append(remark)
-    if row["epoch"] >= 3 and not row["train_loss"] < math.log(2) - 0.01:
-        cells.append("training loss not below ln 2: not learning")
-    return "  ".join(cells)
+    return "  ".join([*cells, *(remark for remark in remarks if remark)])
+
+
+def guessing_losses(share_ad, label_smoothing):
+    """(guessing, lowest): the cross-entropy of a model that says of every slice how frequent AD is,
+    and of a perfect one, with label smoothing."""
+    losses = []
+    for p in ((1 - label_smoothing) * share_ad + label_smoothing / 2, label_smoothing / 2):
+        losses.append(float(entr(p) + entr(1 - p)))
+    return losses
+
+
+def describe_standstill(history, guessing, lowest):
+    """A remark if the training loss is still that of guessing, and has not fallen for three epochs;
+    else None."""
+    losses = [row["train_loss"] for row in history[-3:]]
+    margin = 0.02 * (guessing - lowest)
+    if len(losses) < 3 or losses[-1] < max(guessing, losses[0]) - margin:
+        return None
+    return f"training loss not below {guessing:.3f}, that of guessing: not learning"
+
+
+def describe_end(history, keep, guessing):
+    """Lines on a run whose training loss did not end below that of guessing."""
+    loss, kept = history[-1]["train_loss"], kept_row(history, keep)
+    if loss < guessing:
+        return
+    what = f"the training loss ended at {loss:.4g}, not below {guessing:.3f}, that of guessing: "
+    if kept["train_loss"] < guessing:
+        yield f"{what}it was so at epoch {kept['epoch']}, which was kept; try a lower --lr"
+    else:
+        yield f"{what}the model has not learned; try a lower --lr"
 
 
 def kept_row(history, keep):
@@ -631,6 +659,7 @@ def fit(state, slices, args, out, card, log):
         lr=args.lr,
     )
     criterion = make_loss(args.label_smoothing)
+    losses = guessing_losses(train.is_ad.mean(), args.label_smoothing)
     mix = make_mix(args.mixup, args.cutmix)
     if args.compile:
         state.model.compile()
@@ -642,6 +671,7 @@ def fit(state, slices, args, out, card, log):
             if kept_row(state.history, args.keep) is state.history[-1]:
                 save_model(out, card, state)
 
+    log(ABOUT_ROWS)
     log(HEADER)
     while state.epoch < args.epochs:
         best = kept_row(state.history, args.keep)
@@ -678,7 +708,8 @@ def fit(state, slices, args, out, card, log):
             if is_best:
                 save_model(out, card, state)
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
-            log(format_epoch(state.history[-1], is_best and args.keep == "best", remark))
+            still = describe_standstill(state.history, *losses)
+            log(format_epoch(state.history[-1], is_best and args.keep == "best", remark, still))
 
     if world.is_main:
         n_slices = f"{len(train.index):,} training and {len(val.index):,} validation slices"
@@ -883,7 +914,10 @@ def check_batches(state, n_slices, batch_size):
             f"--batch-size is {batch_size}, and there are {n_slices:,} training slices"
         )
     if batch_size > n_slices:
-        yield f"--batch-size is {batch_size}, and there are {n_slices:,} training slices: one step"
+        yield (
+            f"--batch-size is {batch_size}, and there are {n_slices:,} training slices: one step "
+            "an epoch"
+        )
     rest = n_slices % batch_size
     if 0 < rest < state.min_batch:
         yield (
@@ -929,6 +963,7 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     checkpoint["test_read_after"] = test_read_after
     for line in describe_background(slices.index):
         log(line)
+    log("fitting the baselines, and measuring the scale of attribution maps")
     checkpoint["baselines"] = fit_baselines(slices)
     checkpoint["map_scale"] = measure_map_scale(
         checkpoint, build_model(checkpoint), slices.part("train"), device
@@ -1105,6 +1140,9 @@ def train(args, world, device, amp):
         log(line)
     for line in subjects.describe_transfer(slices.index, init):
         log(line)
+    if init and init["exposure"]:
+        for line in subjects.describe_same_names(slices.index, init["exposure"]):
+            log(f"--init: {line}")
     if device.type == "cpu" and is_busy():
         log("this machine is busy: set OMP_NUM_THREADS=1, or training may take many times as long")
     for line in lines:
@@ -1134,13 +1172,8 @@ def train(args, world, device, amp):
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
         log(f"predict again with:\n  {how_to_predict(slices.root, out)}")
-    loss = state.history[-1]["train_loss"]
-    if not loss < math.log(2):
-        log(
-            f"the training loss ended at {loss:.4g}, not below ln 2 = 0.693, that of guessing: the "
-            "model has not learned; try a lower --lr"
-        )
-    for line in last_lines:
+    guessing, _ = guessing_losses(slices.part("train").is_ad.mean(), args.label_smoothing)
+    for line in (*describe_end(state.history, args.keep, guessing), *last_lines):
         log(line)
 
 

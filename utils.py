@@ -208,7 +208,8 @@ def plot_lr_schedule(path, *, steps_per_epoch, epochs, **schedule):
     rates = [
         lr_at(step, steps_per_epoch=steps_per_epoch, epochs=epochs, **schedule) for step in steps
     ]
-    with plots.figure(path, "learning rate: warm-up, then cosine, by step") as ((axes,),):
+    title = f"{path.parent.name}: learning rate, warm-up, then cosine, by step"
+    with plots.figure(path, title) as ((axes,),):
         axes.plot(steps / steps_per_epoch, rates)
         axes.set(xlabel="epoch", ylabel="learning rate")
 

@@ -184,6 +184,9 @@ def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| Brier"))
     assert f"{brier:.3f} [" in row
     assert "| logistic regression on a blur |" in text
+    assert "Does the network know more than the dark share of the head?" in text
+    auroc = np.mean([read_scores(run / "test")["subject"]["auroc"] for run in seeds])
+    assert f"The mean over seeds has a subject-level AUROC of {auroc:.3f} [" in text
 
     with pytest.raises(InputError, match="--out takes runs of one seed"):
         run_evaluate(capsys, *seeds, "--out", tmp_path / "out")
@@ -191,11 +194,13 @@ def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
 
 def test_leaks_and_flags_of_averaged_seeds_are_named(seeds, tmp_path, capsys):
     table = worse(few_slices(), 2)
-    leaks = ["trained with --split-by slice"]
-    other = write_run(tmp_path / "o", table, seed=2, lr=1e-3, leaks=leaks)
-    text = run_evaluate(capsys, seeds[0], other)
+    leaks, notes = ["trained with --split-by slice"], ["test was read before, after epoch 3"]
+    other = write_run(tmp_path / "o", table, seed=2, lr=1e-3, leaks=leaks, notes=notes)
+    text = run_evaluate(capsys, seeds[0], other, "--against", seeds[0])
     assert "warning: the runs differ in --lr" in text
-    assert "mean over 2 seeds; LEAKY: trained with --split-by slice" in text
+    stated = "LEAKY: trained with --split-by slice; test was read before, after epoch 3"
+    assert f"mean over 2 seeds; {stated}" in text
+    assert f"mean over 2 and 1 seeds; first: {stated}\n" in text
 
 
 # ---------------------------------------------------------------- comparisons
@@ -255,11 +260,11 @@ def test_a_comparison_names_the_leaks_of_both_sides_and_scores_unseen_subjects(t
 
     n_seen, n = table.scan[seen].nunique(), table.scan.nunique()
     title = (
-        f"second LEAKY: trained with --split-by slice, {n_seen} of {n} scans are of subjects "
+        f"second: LEAKY: trained with --split-by slice, {n_seen} of {n} scans are of subjects "
         "seen in training"
     )
     comparison = read_scores(tmp_path / "out", "comparison")
-    assert title in text and title in comparison["title"] and "first LEAKY" not in text
+    assert title in text and title in comparison["title"] and "first: LEAKY" not in text
     assert "the same, only subjects that neither has seen in training" in text
     assert comparison["scan"]["groups"] == 30
     assert comparison["unseen_subjects"]["scan"]["groups"] == 27

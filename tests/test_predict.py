@@ -17,6 +17,7 @@ from adnc import files
 from adnc.data.index import list_inputs
 from adnc.errors import InputError
 from adnc.scoring import metrics
+from adnc.scoring.assess import WORKS
 from adnc.scoring.calibration import apply_calibration
 from dataset import load_inputs
 from modules import convnext
@@ -223,13 +224,19 @@ def test_coverage_writes_a_prediction_set_for_each_scan(run_folder, ad_nc, tmp_p
         .prediction_set
     )
     assert set(sets) <= {"AD", "NC", "AD|NC"} and sets["300"] == "AD" and sets["400"] == "NC"
-    run_predict(run_folder, tmp_path / "b", ad_nc / "test", flags=["--coverage", "0.9"])
+    works = {"verdict": WORKS, "unit": "subject", "sentences": ["one.", "two.", "three."]}
+    trusted = changed_checkpoint(run_folder, tmp_path / "trusted.pth", conclusion=works)
+    run_predict(
+        run_folder, tmp_path / "b", ad_nc / "test", flags=["--coverage", "0.9"], checkpoint=trusted
+    )
     assert (
         pd.read_csv(tmp_path / "b" / "scans.csv").prediction_set == "AD|NC"
     ).all()  # four validation subjects
     printed = capsys.readouterr()
+    distrusted, printed_out = printed.out.split("results in", 1)
+    assert "scan 300: no verdict: 5 slices" in distrusted  # too few subjects in its test
     assert "2 validation subjects allow a coverage of at most 0.667" in printed.err
-    assert "scan 300: AD|NC (uncertain), p_AD" in printed.out
+    assert "scan 300: AD|NC (uncertain), p_AD" in printed_out
     assert (
         json.loads((tmp_path / "b" / "metrics.json").read_text())["prediction_sets"]["uncertain"]
         == 1
@@ -248,7 +255,7 @@ def test_a_file_that_cannot_be_read_gets_a_row_with_the_reason(run_folder, ad_nc
     bad = table[table.slice == 71].iloc[0]
     assert "cannot be read as an image" in bad.error and np.isnan(bad.p_AD)
     assert pd.read_csv(tmp_path / "out" / "scans.csv").n_slices.tolist() == [1]
-    assert "1 of 2 files could not be read" in capsys.readouterr().err
+    assert "1 of 2 files could not be used" in capsys.readouterr().err
 
 
 def test_nothing_readable_is_an_error_but_the_reasons_are_written(run_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Groups, splits and folds: a subject, a scan or a copy of a slice is never on two sides."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -367,6 +368,19 @@ def test_a_copy_of_a_test_scan_whose_subject_was_seen_is_seen_too():
 def test_exposure_is_unknown_if_a_subject_of_training_is_unknown():
     recorded = subjects.record_exposure(table_of(["100", "101"], ["a", None], ["e", "f"]))
     assert subjects.find_exposure(table_of(["1"], ["b"], ["g"]), recorded).tolist() == ["unknown"]
+
+
+def test_a_name_in_two_folders_of_a_prediction_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one/AD", "one/NC", "two", "two2"):
+        Path(folder).mkdir(parents=True)
+    names = ["sub-1", "sub-1", "002_S_6795", "002_S_6795", "sub-2"]
+    table = at(["one/a.png", "two/b.png", "one/c.png", "two/d.png", "two2/e.png"], names)
+    (line,) = subjects.describe_shared_names(table, ["one", "two/"])
+    assert line.startswith("1 names of subjects are in several folders, such as sub-1 in ")
+    assert list(subjects.describe_shared_names(table, ["one"])) == []
+    both = at(["one/AD/a.png", "one/NC/b.png"], ["sub-1", "sub-1"])
+    assert list(subjects.describe_shared_names(both, ["one/AD", "one/NC"])) == []
 
 
 def test_two_records_of_exposure_are_merged():

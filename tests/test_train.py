@@ -338,11 +338,46 @@ def test_a_run_that_has_not_learned_says_so_in_its_last_lines(ad_nc, tmp_path):
     flags = ["--model", "cnn", "--lr", "50", "--epochs", "3", "--keep", "last"]
     run = train_small(ad_nc, tmp_path / "run", *flags)
     lines = (run / "training_log.txt").read_text().splitlines()
-    assert "training loss not below ln 2: not learning" in "\n".join(lines)
+    assert "training loss not below 0.693, that of guessing: not learning" in "\n".join(lines)
     assert any("the model has not learned; try a lower --lr" in line for line in lines[-5:])
     scores = json.loads((run / "test" / "metrics.json").read_text())
     assert lines[-3:] == scores["conclusion"]["sentences"]
     assert load_checkpoint(run / "best_model.pth")["conclusion"] == scores["conclusion"]
+
+
+@pytest.mark.parametrize("share_ad, smoothing, trained, remarked", [
+    (0.5, 0.1, (0.695, 0.692, 0.691), True),
+    (0.5, 0.1, (0.75, 0.72, 0.69), False),  # it still falls
+    (0.5, 0.1, (0.69, 0.66, 0.64), False),
+    (0.2, 0.0, (0.505, 0.503, 0.499), True),  # knows how rare AD is, and nothing else
+    (0.2, 0.0, (0.49, 0.47, 0.45), False),
+    (0.5, 0.9, (0.6930, 0.6910, 0.6890), False),  # of 0.688 at least
+    (0.5, 0.1, (0.71, float("nan"), float("nan")), True),
+    (0.5, 0.1, (0.69, 0.69), False),
+])  # fmt: skip
+def test_a_training_loss_that_stands_still_at_that_of_guessing_is_remarked(
+    share_ad, smoothing, trained, remarked
+):
+    losses = train.guessing_losses(share_ad, smoothing)
+    criterion = train.make_loss(smoothing)
+    y = torch.tensor([0] * 8 + [1] * 2) if share_ad == 0.2 else torch.arange(10) % 2
+    constant = torch.tensor([(1 - smoothing) * (1 - share_ad), (1 - smoothing) * share_ad])
+    constant = (constant + smoothing / 2).log().expand(10, 2)
+    assert losses[0] == pytest.approx(criterion(constant, y).mean().item(), abs=1e-6)
+    history = [{"train_loss": loss} for loss in trained]
+    assert (train.describe_standstill(history, *losses) is not None) == remarked
+
+
+def test_a_run_that_diverges_after_its_kept_epoch_says_so():
+    rows = [
+        {"epoch": 1, "train_loss": 0.5, "val_accuracy": 0.9, "val_loss": 0.4},
+        {"epoch": 2, "train_loss": 1398.0, "val_accuracy": 0.5, "val_loss": 900.0},
+    ]
+    (line,) = train.describe_end(rows, "best", 0.693)
+    assert "ended at 1398" in line and "epoch 1, which was kept" in line
+    (line,) = train.describe_end(rows, "last", 0.693)
+    assert "the model has not learned; try a lower --lr" in line
+    assert list(train.describe_end(rows[:1], "best", 0.693)) == []
 
 
 def test_a_model_no_better_than_the_larger_class_on_validation_says_so(
@@ -357,8 +392,9 @@ def test_a_model_no_better_than_the_larger_class_on_validation_says_so(
 def test_a_batch_larger_than_the_set_is_remarked(ad_nc, tmp_path):
     run = train_steps(ad_nc, tmp_path / "run", "--epochs", "1", "--batch-size", "64")
     log = (run / "training_log.txt").read_text()
-    assert "--batch-size is 64, and there are 50 training slices: one step" in log
-    assert "scan AUROC" in log and "WARNING: validation has only 1 AD, 1 NC subjects" in log
+    assert "--batch-size is 64, and there are 50 training slices: one step an epoch" in log
+    assert "losses and accuracies of slices, AUROC of scans:" in log
+    assert "WARNING: validation has only 1 AD, 1 NC subjects" in log
 
 
 def test_a_busy_machine_is_advised_to_use_one_thread(monkeypatch):

@@ -126,12 +126,17 @@ def check_flags(pools):
     return warnings
 
 
-def find_leaks(pools):
-    """Sentences about the leaks of several Pools, without repeats."""
-    leaks = []
+def describe_pools(pools):
+    """What titles say of several Pools, without repeats: a list of "LEAKY: ..." and their notes."""
+    leaks, notes = [], []
     for one in pools:
-        leaks += assess.find_leaks(one.table, **one.stated)[0]
-    return list(dict.fromkeys(leaks))
+        found = assess.find_leaks(one.table, **one.stated)
+        leaks += found[0]
+        notes += found[1]
+    notes = list(dict.fromkeys(notes))
+    if leaks:
+        notes.insert(0, f"LEAKY: {', '.join(dict.fromkeys(leaks))}")
+    return notes
 
 
 # ---------------------------------------------------------------- comparisons
@@ -179,9 +184,9 @@ def compare_runs(first, second):
     if len(tables) > 2:
         title += f", mean over {len(first)} and {len(second)} seeds"
     for name, pools in (("first", first), ("second", second)):
-        leaks = find_leaks(pools)
-        if leaks:
-            title += f"; {name} LEAKY: {', '.join(leaks)}"
+        stated = describe_pools(pools)
+        if stated:
+            title += f"; {name}: {'; '.join(stated)}"
     comparisons = {title: tables}
 
     unseen = pd.concat([table.exposure == "no" for table in tables], axis=1).all(axis=1)
@@ -247,10 +252,10 @@ def evaluate_pool(one, part, out=None):
     else:
         scores = assess.score(one.table, title, **one.stated, coverage=coverage)
 
-    lines = [*check_flags([one]), *assess.format_assessment(scores)]
+    lines = check_flags([one])
     if len(one.runs) > 1:
-        lines += ["", *format_each_run(one.runs)]
-    return lines
+        lines += [*format_each_run(one.runs), ""]
+    return [*lines, *assess.format_assessment(scores)]
 
 
 def format_each_run(runs):
@@ -267,7 +272,7 @@ def format_each_run(runs):
         each = ", ".join(f"{value:.3f}" for value in values)
         yield (
             f"{unit}-level {METRICS[name]} of each run: {each}; their mean, each model on its own "
-            f"scale: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f}); the scores above are "
+            f"scale: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f}); all scores below are "
             "pooled"
         )
 
@@ -275,23 +280,31 @@ def format_each_run(runs):
 def evaluate_seeds(pools):
     """Lines with scores and baselines averaged over Pools of the same slices, one per seed."""
     tables = align([one.table for one in pools])
-    title = f"mean over {len(pools)} seeds"
-    leaks = find_leaks(pools)
-    if leaks:
-        title += f"; LEAKY: {', '.join(leaks)}"
-
-    scores = metrics.summarise(mean_scores(tables))
-    unit = "subject" if scores["subject"] else "scan"
-    parts = {"the model": scores[unit]}
+    title = "; ".join([f"mean over {len(pools)} seeds", *describe_pools(pools)])
+    model = mean_scores(tables)
+    scores = metrics.summarise(model)
+    unit = assess.main_unit(scores)
+    parts, means = {"the model": scores[unit]}, {}
+    for name in (*metrics.BASELINES, "with_dark_share"):
+        if all(table[name].notna().all() for table in tables):
+            means[name] = mean_scores([metrics.as_baseline(table, name) for table in tables])
     for name, label in metrics.BASELINES.items():
-        if tables[0][name].notna().all():
-            means = mean_scores([metrics.as_baseline(table, name) for table in tables])
-            parts[label] = metrics.summarise(means)[unit]
+        if name in means:
+            parts[label] = metrics.summarise(means[name])[unit]
+    scores["minus_baseline"] = {name: metrics.compare(model, means[name]) for name in means}
 
     rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
     for label, part in parts.items():
         rows.append([label, *(cell(part, name) for name in COMPARED)])
-    return [*check_flags(pools), *assess.format_scores(scores, title), "", *format_table(rows)]
+    lines = [*check_flags(pools), *assess.format_scores(scores, title), "", *format_table(rows)]
+    if {"dark_share", "with_dark_share"} <= set(means):
+        scores["beyond_dark_share"] = assess.compare_with_dark_share(
+            model, means["with_dark_share"], means["dark_share"]
+        )
+        lines += assess.format_beyond(scores)
+    beaten = assess.describe_beaten(*assess.beaten_baselines(scores, unit))
+    auroc = cell(scores[unit], "auroc")
+    return [*lines, "", f"The mean over seeds has a {unit}-level AUROC of {auroc}. {beaten}"]
 
 
 # ---------------------------------------------------------------- command

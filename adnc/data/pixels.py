@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -220,8 +221,10 @@ def hash_pixels(pixels):
 
 
 def progress_bar(work, label, total):
-    """A bar on a terminal; none if the label is None."""
+    """A bar on a terminal, elsewhere a line; nothing if the label is None."""
     hidden = None if label else True
+    if label and not sys.stderr.isatty():
+        print(f"{label} {total:,} slices", flush=True)
     return tqdm(work, label, total, unit=" slices", disable=hidden, leave=False)
 
 

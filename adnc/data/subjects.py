@@ -452,6 +452,24 @@ def describe_same_names(table, recorded):
         )
 
 
+def describe_shared_names(index, inputs):
+    """A line on subjects whose name, which is no id of an archive, is in several INPUTs of a
+    prediction: it counts as one person."""
+    roots = {}
+    for given in dict.fromkeys(str(given).rstrip("/") for given in inputs):
+        inside = (index.path == given) | index.path.str.startswith(f"{given}/")
+        for subject in index.subject[inside].dropna().unique():
+            roots.setdefault(subject, set()).add(str(set_root(given)))
+    shared = [name for name in roots if len(roots[name]) > 1 and archive_id(name) is None]
+    if shared:
+        first, second, *_ = sorted(roots[shared[0]])
+        yield (
+            f"{len(shared)} names of subjects are in several folders, such as {shared[0]} in "
+            f"{first} and in {second}, and count as one person each; if they are not, predict the "
+            "folders apart"
+        )
+
+
 def describe_transfer(index, init):
     """A line for each split with subjects that the weights of --init were trained on.
 

@@ -111,14 +111,22 @@ def score_part(predictions, coverage):
             scores["minus_baseline"][name] = metrics.compare(samples, baseline)
     if "dark_share" in baselines and predictions.with_dark_share.notna().all():
         both = bootstrap_scores(metrics.as_baseline(predictions, "with_dark_share"))
-        scores["beyond_dark_share"] = {
-            "network_minus": only_auroc(scores["minus_baseline"]["dark_share"]),
-            "both_minus": only_auroc(metrics.compare(both, baselines["dark_share"])),
-        }
+        scores["beyond_dark_share"] = compare_with_dark_share(
+            samples, both, baselines["dark_share"]
+        )
 
     if predictions.prediction_set.notna().all():
         scores["prediction_sets"] = score_sets(predictions, coverage)
     return scores
+
+
+def compare_with_dark_share(network, both, dark_share):
+    """AUROC of the network minus that of the dark share, and of both together minus it, from
+    results of `bootstrap_scores`."""
+    return {
+        "network_minus": only_auroc(metrics.compare(network, dark_share)),
+        "both_minus": only_auroc(metrics.compare(both, dark_share)),
+    }
 
 
 def only_auroc(comparison):

@@ -63,9 +63,9 @@ def figure(path, title, columns=1, height=3.2, width=4.2, ratios=(1,), grid=True
         write_atomically(path, lambda temporary: drawing.savefig(temporary, dpi=150, format="png"))
 
 
-def legend_above(axes, columns=2):
+def legend_above(axes, columns=2, **options):
     """A legend that covers no curve."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, **options)
 
 
 def plain_text(text):
@@ -108,7 +108,7 @@ def plot_roc(path, tables, title):
             axes.plot(false_positive_rate, sensitivity, label=label, **LOOK[unit])
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         axes.set(xlabel="1 - specificity", ylabel="sensitivity (AD)", aspect="equal")
-        axes.legend(loc="lower right", title="AUROC")  # below the diagonal
+        legend_above(axes, title="AUROC")
 
 
 def plot_calibration(path, tables, title):

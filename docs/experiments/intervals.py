@@ -6,7 +6,7 @@ Accuracy: n independent groups, each right with the true probability; the covera
 over the possible numbers of right groups. AUROC: n / 2 groups of each class with normal scores, the
 means so far apart that the true AUROC is the given one; 1,000 samples. "bootstrap" is the
 percentile interval alone, which at 0 and 1 is a point; "used" is that of metrics.json, which is
-exact there.
+exact there. An interval that is not given holds nothing.
 """
 
 import numpy as np
@@ -38,7 +38,8 @@ def intervals(y, p):
 
 
 def holds(limits, true):
-    return limits is None or limits[0] - 1e-9 <= true <= limits[1] + 1e-9
+    """Whether an interval holds the true value; one that is not given does not."""
+    return limits is not None and limits[0] - 1e-9 <= true <= limits[1] + 1e-9
 
 
 def accuracy_coverage(n, true):

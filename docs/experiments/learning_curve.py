@@ -15,7 +15,7 @@ from adnc.files import read_csv
 from adnc.scoring import metrics, plots
 from adnc.scoring.assess import cell, format_table
 from modules import describe_model
-from tools.evaluate import align, find_leaks, pool_seeds, read_flags
+from tools.evaluate import align, describe_pools, pool_seeds, read_flags
 
 
 def learning_curve(folders):
@@ -47,7 +47,7 @@ def learning_curve(folders):
             scores = metrics.summarise(metrics.mean_scores(members))
             curves.setdefault(name, {})[n_subjects] = scores["subject"] or scores["scan"]
     curves = {name: dict(sorted(sizes.items())) for name, sizes in curves.items()}
-    return curves, [f"LEAKY: {leak}" for leak in find_leaks(every_pool)]
+    return curves, describe_pools(every_pool)
 
 
 def training_sizes(curves):
