@@ -208,10 +208,12 @@ def everything(state):
     return [tensor.clone() for tensor in tensors]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("amp", [None, torch.float16])  # the second with a scaler that scales
+@pytest.mark.parametrize("network, amp", [
+    *((network, None) for network in NETWORKS),
+    ("narrow", torch.float16),  # with a scaler that scales
+])  # fmt: skip
 @pytest.mark.parametrize(
-    "pixel, loss", [(float("nan"), 1), (1e22, 1), (3e38, 1), (0, float("inf")), (0, 1e25)]
+    "pixel, loss", [(float("inf"), 1), (1e22, 1), (0, float("nan")), (0, 1e25)]
 )
 def test_a_skipped_step_changes_nothing(network, amp, pixel, loss):
     """1e22 is a pixel whose square overflows, in the variance of BatchNorm; the last loss has

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import command
 import numpy as np
@@ -314,10 +315,16 @@ def test_a_set_that_cannot_be_split_is_refused(tmp_path):
 # ---------------------------------------------------------------- the demo
 
 
-def test_the_demo_learns_and_prints_a_command_that_predicts(tmp_path, monkeypatch, capsys, repeats):
+def test_the_demo_learns_and_prints_a_command_that_predicts(
+    phantom, tmp_path, monkeypatch, capsys, repeats
+):
     """`python train.py --demo`, on fewer subjects, and then the command that it prints."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "DEMO_SUBJECTS", repeats(12, train.DEMO_SUBJECTS))
+
+    def draw_ten(out, *args, **kwargs):
+        shutil.copytree(phantom, out)
+
+    monkeypatch.setattr(train, "draw", repeats(draw_ten, train.draw))
     monkeypatch.chdir(tmp_path)
     train.main(["--demo"])
     (run,) = (tmp_path / "runs").iterdir()
