@@ -201,21 +201,16 @@ def test_augmentation_can_be_reduced(ad_nc, tmp_path, augment):
     assert history(full).train_loss[0] != history(other).train_loss[0]
 
 
-def test_init_starts_from_torchvision_and_reports_what_it_left(ad_nc, tmp_path):
-    torch.save(torchvision.models.convnext_tiny().state_dict(), tmp_path / "tv.pth")
-    run = train_steps(
-        ad_nc,
-        tmp_path / "run",
-        "--model",
-        "tiny",
-        "--epochs",
-        "1",
-        "--init",
-        str(tmp_path / "tv.pth"),
-    )
-    log = (run / "training_log.txt").read_text()
-    assert "180 of 182 tensors loaded, left: head.weight, head.bias" in log
-    assert "--init does not record its training subjects" in log
+def test_init_starts_from_torchvision_and_reports_what_it_left(tmp_path):
+    pretrained = torchvision.models.convnext_tiny()
+    torch.save(pretrained.state_dict(), tmp_path / "tv.pth")
+    model, lines = modules.convnext("tiny"), []
+    init = train.load_init(model, str(tmp_path / "tv.pth"), lines.append)
+    assert init == {"file": "tv.pth", "exposure": None}
+    assert "180 of 182 tensors loaded, left: head.weight, head.bias" in lines[0]
+    assert "--init does not record its training subjects" in lines[1]
+    own, theirs = model.stages[2][3].dwconv.weight, pretrained.features[5][3].block[0].weight
+    assert torch.equal(own, theirs)
 
 
 def test_init_of_a_run_inherits_its_exposure(ad_nc, run_folder, tmp_path):
