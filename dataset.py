@@ -189,15 +189,22 @@ def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
 class Batches:
     """Batches of (images uint8 (B, 1, H, W), labels int64 (B,)) of a SliceSet, on the device.
 
+    `p_ad` (N,), the probability of AD of each slice, replaces its class: labels are then float32
+    (B, 2), the shares of NC and AD.
+
     With a generator the order is a random permutation drawn from it; without one, batches follow
     the index. The last batch may be smaller. One thread fetches the next batch. The set is put on a
     GPU once if it fits into half of the free memory; else each batch is pinned and copied. With
     `world` processes, process `rank` gets the rows rank, rank + world, ... of each batch.
     """
 
-    def __init__(self, slices, batch_size, *, generator=None, device=None, rank=0, world=1):
+    def __init__(
+        self, slices, batch_size, *, generator=None, device=None, rank=0, world=1, p_ad=None
+    ):
         self.images, self.rows = slices.images, slices.rows
         self.labels = torch.from_numpy(slices.is_ad.astype(np.int64))
+        if p_ad is not None:
+            self.labels = torch.from_numpy(np.stack((1 - p_ad, p_ad), 1).astype(np.float32))
         self.batch_size, self.generator = batch_size, generator
         self.device = device or torch.device("cpu")
         self.rank, self.world = rank, world

@@ -1,18 +1,19 @@
 """Predict slices, scans and subjects with a trained checkpoint.
 
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
-    python predict.py 218391_78.jpeg                   # one slice, with the newest run under runs/
-    python predict.py SLICES --coverage 0.9            # AD, NC, or AD|NC if the model is not sure
+    python predict.py 218391_78.jpeg --checkpoint runs/tiny    # one slice
+    python predict.py SLICES --checkpoint RUN --coverage 0.9   # AD, NC, or AD|NC if it is not sure
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
     python predict.py SLICES --explain auto            # attribution maps of each slice
     python predict.py SLICES --report report.html      # an HTML page with every scan
 
 INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI, MGZ, Analyze), a
 DICOM folder, or a folder of volumes. The checkpoint decides the architecture, the image size and,
-if it knows, how volumes are cut. Written to --out: predictions.csv (one row per slice), scans.csv
-and subjects.csv (mean p_AD, the calibrated probability of AD), and if the labels are known
-metrics.json and pictures. A file that cannot be read gets a row with the reason; a slice out of the
-training range gets a warning.
+if it knows, how volumes are cut. Without --checkpoint, weights/phantom.pth is used, which was
+trained on drawings alone: it gives scores and ranks, and no verdicts. Written to --out:
+predictions.csv (one row per slice), scans.csv and subjects.csv (mean p_AD, the calibrated
+probability of AD), and if the labels are known metrics.json and pictures. A file that cannot be
+read gets a row with the reason; a slice out of the training range gets a warning.
 """
 
 import os
@@ -48,6 +49,7 @@ from adnc.scoring import metrics
 from adnc.scoring.assess import (
     describe_distrust,
     format_assessment,
+    is_drawn,
     statements,
     write_results,
 )
@@ -157,7 +159,7 @@ def warnings_about(predictions, checkpoint, coverage):
     """Warnings about calibrated predictions, as lines of text."""
     readable = predictions[predictions.p_AD.notna()]
     distrust = describe_distrust(checkpoint)
-    if distrust:
+    if distrust and not is_drawn(checkpoint):  # which the last line says
         yield f"this model: {distrust}"
     for leak in statements(checkpoint)["leaks"]:
         yield f"the model is LEAKY: {leak}"
@@ -190,13 +192,17 @@ def warnings_about(predictions, checkpoint, coverage):
         )
 
 
-def format_scans(scans, trusted=True, most=10):
+def format_scans(scans, trusted=True, drawn=False, most=10):
     """A line for each of the first scans of a table of `metrics.aggregate`. `trusted` is whether
-    the model may give a verdict."""
-    for row in scans.head(most).itertuples():
+    the model may give a verdict, `drawn` whether it saw drawings alone: then it gives ranks."""
+    ranks = scans.p_AD.rank(ascending=False, method="min").astype(int)
+    for row, rank in zip(scans.head(most).itertuples(), ranks):
         slices = f"{row.n_slices} slice{'s' if row.n_slices > 1 else ''}"
         verdict = metrics.verdict(row)
-        if not trusted or verdict == "no verdict":
+        if drawn:
+            rank = f"rank {rank} of {len(scans)}"
+            text = f"no verdict: score {row.p_AD:.3f}, {rank}, mean of {slices}"
+        elif not trusted or verdict == "no verdict":
             text = f"no verdict: {slices}"
         else:
             name = "AD|NC (uncertain)" if verdict == "AD|NC" else verdict
@@ -230,7 +236,8 @@ def parse_args(argv=None):
         "inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either"
     )
     parser.add_argument(
-        "--checkpoint", metavar="RUN", help="a run or its best_model.pth (default: the newest)"
+        "--checkpoint", metavar="RUN",
+        help="a run or its best_model.pth (default: weights/phantom.pth, trained on drawings)",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)"
@@ -253,23 +260,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def newest_checkpoint():
-    checkpoints = sorted(
-        Path("runs").glob("*/best_model.pth"), key=lambda path: path.stat().st_mtime
-    )
-    if not checkpoints:
-        raise InputError(
-            "there is no runs/*/best_model.pth; train a model with train.py, or name one with "
-            "--checkpoint"
-        )
-    return checkpoints[-1]
+PHANTOM = Path(__file__).parent / "weights" / "phantom.pth"
 
 
 def main(argv=None):
     args = parse_args(argv)
     out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    path = Path(args.checkpoint or PHANTOM)
     if path.is_dir():
         path = path / "best_model.pth"
     checkpoint = load_checkpoint(path)
@@ -281,6 +279,11 @@ def main(argv=None):
         raise InputError(
             "the checkpoint is not calibrated, since its run did not finish; finish it with "
             "--resume, or leave out --coverage"
+        )
+    if args.coverage is not None and is_drawn(checkpoint):
+        raise InputError(
+            f"--coverage is for verdicts, and {path} was trained on drawings alone and gives none; "
+            "leave it out, or name a model trained on people with --checkpoint"
         )
     if args.report:
         from adnc.explain import report
@@ -310,9 +313,11 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     cut = cut_volumes(args, checkpoint)
     listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
     name = describe_model(checkpoint["model"]["variant"])
+    drawn = is_drawn(checkpoint)
     print(
-        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}; "
-        f"{len(listing.index):,} slices on {device}, {precision_name(amp)}"
+        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}"
+        f"{', trained on drawings alone' if drawn else ''}; {len(listing.index):,} slices on "
+        f"{device}, {precision_name(amp)}"
     )
     for line in cut.lines:
         print(printable(line))
@@ -329,15 +334,18 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
     scores = write_results(
         predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
-        calibration=checkpoint.get("calibration"),
+        calibration=checkpoint.get("calibration"), verdicts=not drawn,
     )  # fmt: skip
+    turned = []
+    if not drawn:  # drawings are of all planes, mirrored and turned
+        turned = describe_turned(slices, checkpoint["mean_slice"].numpy())
     warnings = [
         *cut.notes,
         *slices.notes,
         *describe_folders_of_one_scan(slices.index, cut.look),
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
         *describe_shared_names(slices.index, args.inputs),
-        *describe_turned(slices, checkpoint["mean_slice"].numpy()),
+        *turned,
         *warnings_about(predictions, checkpoint, args.coverage),
     ]
     for warning in warnings:
@@ -348,7 +356,8 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists "
             "why"
         )
-    for line in format_scans(scans, trusted=describe_distrust(checkpoint) is None):
+    trusted = describe_distrust(checkpoint) is None
+    for line in format_scans(scans, trusted, drawn):
         print(printable(line))
     if scores:
         print("\n".join(format_assessment(scores)))
@@ -382,6 +391,8 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             explained=explained,
         )
         print(write_report(args.report, page))
+    if drawn:
+        print(f"The model was {describe_distrust(checkpoint)}")
 
 
 def cut_volumes(args, checkpoint):

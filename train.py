@@ -1,6 +1,7 @@
 """Train a ConvNeXt to tell AD from NC.
 
     python train.py --demo                             # no data needed: draws a phantom set
+    python train.py --recipe phantom --out runs/phantom   # the weights that are shipped
     python train.py --data ADNI/AD_NC --out runs/tiny  # the documented recipe; one CUDA GPU
     python train.py --out runs/tiny --resume           # resume a run, however it was stopped
     torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4     # four GPUs
@@ -58,7 +59,7 @@ from adnc.data.augment import MEAN, STD, train_transform
 from adnc.errors import InputError
 from adnc.explain.attribution import measure_map_scale
 from adnc.files import fingerprint, new_folder, require_new, unused_name, write_csv, write_json
-from adnc.phantom.draw import draw
+from adnc.phantom.draw import draw, is_drawn, read_soft_labels
 from adnc.pretrained import find_state_dict, load_tensors
 from adnc.scoring import assess
 from adnc.scoring.baselines import describe_background, fit_baselines
@@ -71,7 +72,7 @@ from adnc.scoring.calibration import (
 from adnc.volumes.look import recorded_look
 from dataset import Batches, load_set
 from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_weights, make_model
-from predict import predict_logits, predict_slices
+from predict import PHANTOM, predict_logits, predict_slices
 from utils import (
     autocast,
     build_model,
@@ -103,7 +104,7 @@ DEFAULTS = dict(
     model="tiny", image_size=224, drop_path=0.1, model_args={}, init=None,
     epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, clip_grad=1.0,
     warmup_epochs=1, patience=20, keep="best", threshold="0.5", ema=0.0,
-    augment="full", mixup=0.0, cutmix=0.0,
+    augment="full", mixup=0.0, cutmix=0.0, soft_labels=False,
     amp="auto", compile=False, device="auto", deterministic=False, seed=0,
 )  # fmt: skip
 
@@ -119,6 +120,17 @@ RECIPES = {
         lr=2e-3,
         drop_path=0.0,
         keep="last",
+    ),
+    # Of weights/phantom.pth: learns from drawings alone, see docs/transfer.md.
+    "phantom": dict(
+        model="narrow",
+        image_size=64,
+        epochs=10,
+        batch_size=32,
+        lr=2e-3,
+        drop_path=0.0,
+        keep="last",
+        soft_labels=True,
     ),
     # The small one, made shorter: with few steps the last epoch is not always the best.
     "demo": dict(
@@ -138,8 +150,12 @@ FREE_ON_RESUME = {
     "resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
 }
 
+# Sides of slices, in pixels, that are in the range of training on drawings: a drawing shows a head
+# of any size, so that its own number of pixels says nothing.
+DRAWN_SIDES = [64, 512]
 DEMO_SUBJECTS = 80
-DEMO_VERSION = 1  # raise it when the phantom changes
+PHANTOM_SUBJECTS = 1000  # of the recipe phantom
+PHANTOM_VERSION = 1  # raise it when the phantom changes
 MAX_NONFINITE_STEPS = 20  # in a row; then the run ends
 
 
@@ -152,7 +168,8 @@ def make_parser():
     add = data.add_argument
     add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC)")
     add("--demo", **switch, help="draw a phantom set once, and train a small model on it")
-    add("--recipe", choices=RECIPES, help="small: for few subjects; see RECIPES (default)")
+    add("--recipe", choices=RECIPES, help="small: for few subjects; phantom: learns from drawings, "
+        "draws them without --data; see RECIPES (default)")
     add("--out", metavar="RUN", help="run folder, must not exist (default: runs/<time>-<model>)")
     add("--resume", **switch, help="resume the run in --out, with its flags")
     add("--skip-bad", **switch, help="leave out unusable files, and list them in skipped.csv")
@@ -175,7 +192,8 @@ def make_parser():
     add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
     options = ", ".join(MODEL_ARGS)
     add("--model-args", nargs="+", metavar="KEY=VALUE", help=f"changes to the paper's: {options}")
-    add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project")
+    add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project; "
+        "phantom: from weights/phantom.pth")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, metavar="N", help="length of the schedule (100)")
@@ -194,6 +212,8 @@ def make_parser():
     add = parser.add_argument_group("augmentation").add_argument
     kinds = ("full", "no-flip", "none")
     add("--augment", choices=kinds, help="on AD_NC a flip swaps front and back (full)")
+    add("--soft-labels", **switch, help="learn how atrophied a drawn brain looks, not its class; "
+        "for sets of tools.phantom --cue varied")
     add("--mixup", type=AMOUNT, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2; 0: off (0)")
     add("--cutmix", type=AMOUNT, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0; 0: off (0)")
 
@@ -242,6 +262,8 @@ def parse_args(argv=None):
         )
     if args.demo and args.data:
         parser.error("--demo draws its own data; leave out --data or --demo")
+    if args.soft_labels and (args.mixup or args.cutmix):
+        parser.error("--soft-labels are no classes, which --mixup and --cutmix mix; leave one out")
     if (args.fold is None) != (args.folds is None):
         parser.error("--fold and --folds go together, as in --fold 0 --folds 5")
     if args.pool_test and args.folds is None:
@@ -644,6 +666,7 @@ def fit(state, slices, args, out, card, log):
     training_history.csv are written after each epoch."""
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
+    p_ad = read_soft_labels(slices.root, train.index.scan) if args.soft_labels else None
     batches = Batches(
         train,
         args.batch_size,
@@ -651,6 +674,7 @@ def fit(state, slices, args, out, card, log):
         device=state.device,
         rank=world.rank,
         world=world.size,
+        p_ad=p_ad,
     )
     schedule = dict(
         steps_per_epoch=len(batches),
@@ -737,7 +761,9 @@ def find_data(args):
             )
         return args.data
     if args.demo:
-        return draw_demo()
+        return draw_once(DEMO_SUBJECTS, "global", 0)
+    if args.recipe == "phantom":
+        return draw_once(PHANTOM_SUBJECTS, "varied", args.seed)
     if os.path.isdir("AD_NC"):
         return "AD_NC"
     raise InputError(
@@ -747,18 +773,19 @@ def find_data(args):
     )
 
 
-def draw_demo():
-    """The phantom set of --demo, drawn on the first call."""
-    folder = pixels.cache_folder() / f"phantom-{DEMO_SUBJECTS}-v{DEMO_VERSION}"
+def draw_once(n_subjects, cue, seed):
+    """The AD_NC of a phantom set in the cache, drawn on the first call."""
+    name = f"phantom-{cue}-{n_subjects}-{seed}-v{PHANTOM_VERSION}"
+    folder = pixels.cache_folder() / name
     if not folder.is_dir():
         print(
-            f"drawing a phantom set of {DEMO_SUBJECTS} subjects into {folder}, once; this takes a "
-            "minute or two",
+            f"drawing a phantom set of {n_subjects:,} subjects into {folder}, once; this takes a "
+            "few minutes",
             flush=True,
         )
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            draw(Path(temporary) / "set", DEMO_SUBJECTS)
+            draw(Path(temporary) / "set", n_subjects, seed, cue=cue)
             try:
                 os.rename(Path(temporary) / "set", folder)
             except OSError:
@@ -770,6 +797,8 @@ def draw_demo():
 def load_init(model, path, log):
     """Fill the model from the file of --init. Returns what is known about these weights: the file's
     name and the exposure of their training, None if the file does not record it."""
+    if path == "phantom":
+        path = PHANTOM
     content = load_tensors(path)
     try:
         loaded, left = load_weights(model, find_state_dict(content))
@@ -798,10 +827,14 @@ def model_card(args, slices, state, model_args, init):
     index = slices.index
     train = index[index.split == "train"]
     deep = index.bits[index.depth > 0]
-    exposure = subjects.record_exposure(index[index.split != "test"])  # trained and chosen on
+    # trained and chosen on
+    exposure = subjects.record_exposure(index[index.split != "test"], is_drawn(slices.root))
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
     mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
+    slice_stats = pixels.stats_range(train)
+    if exposure["drawn"]:
+        slice_stats["height"] = slice_stats["width"] = DRAWN_SIDES
     names = index.path.map(lambda path: os.path.relpath(path, slices.root))
     return {
         "model": model_args,
@@ -812,7 +845,7 @@ def model_card(args, slices, state, model_args, init):
         "std": STD,
         "bits": int(deep.max()) if len(deep) else None,  # of 16-bit files
         "extraction": recorded_look(slices.root),  # how volumes were cut; None: elsewhere
-        "slice_stats": pixels.stats_range(train),
+        "slice_stats": slice_stats,
         # The average of all training slices, which attributions compare a slice with.
         "mean_slice": torch.from_numpy(mean_slice.round().astype(np.uint8)),
         "split_by": args.split_by,

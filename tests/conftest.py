@@ -117,6 +117,15 @@ def phantom(shared_once):
 
 
 @pytest.fixture(scope="session")
+def varied(shared_once):
+    """A phantom of twelve subjects with the cue "varied", which trained no weights. No test changes
+    it."""
+    from adnc.phantom.draw import draw
+
+    return shared_once("varied", lambda out: draw(out, 12, seed=2, progress=False, cue="varied"))
+
+
+@pytest.fixture(scope="session")
 def oasis(shared_once):
     """The real OASIS-1 slices, where they are at hand, decoded into the cache."""
     import dataset

@@ -9,7 +9,7 @@ import pytest
 from adnc.volumes import cut as volumes
 from adnc.volumes.look import Look
 
-nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements-extra.txt)")
+nib = pytest.importorskip("nibabel", reason="volumes need nibabel (requirements.txt)")
 CENTRE = -2.0, 4.0, 6.0  # mm
 
 

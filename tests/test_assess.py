@@ -30,10 +30,11 @@ def results(finished, tmp_path):
 
 
 def test_a_split_by_slice_and_an_unknown_init_are_stated():
-    checkpoint = {"split_by": "subject", "init": None, "test_read_after": []}
+    checkpoint = {"split_by": "subject", "init": None, "test_read_after": [], "exposure": {}}
     assert assess.statements(checkpoint) == {"leaks": [], "notes": []}
     init = {"file": "other.pth", "exposure": None}
-    stated = assess.statements({"split_by": "slice", "init": init, "test_read_after": [3]})
+    changes = {"split_by": "slice", "init": init, "test_read_after": [3]}
+    stated = assess.statements({**checkpoint, **changes})
     assert stated["leaks"] == ["trained with --split-by slice"]
     note = "starts from other.pth, which does not record its training subjects"
     read = "test was read before, after epoch 3, and the run then trained on"

@@ -1,5 +1,6 @@
 """Scripts of docs/experiments: stress test, linear probe, learning curves, tables."""
 
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,16 +13,19 @@ from sklearn.metrics import roc_auc_score
 
 from adnc.errors import InputError
 from adnc.files import write_csv
+from adnc.scoring.assess import describe_distrust
 from docs.experiments import (
     learning_curve,
     orientation,
     probe,
     residual,
+    ship,
     stress,
     tables,
     transfer,
 )
 from modules import ConvNeXtBlock, convnext, make_model
+from utils import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -329,3 +333,28 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path):
     n_missing = mild.sum()
     with pytest.raises(InputError, match=f"has no cdr of {n_missing} AD scans"):
         tables.format_by(sizes[:2], file, "cdr")
+
+
+# ---------------------------------------------------------------- weights that are shipped
+
+
+def test_only_weights_that_saw_drawings_are_shipped_and_without_paths(run_folder, tmp_path, capsys):
+    with pytest.raises(InputError, match="not trained on drawings alone"):
+        ship.main([str(run_folder), str(tmp_path / "a.pth"), "--real", "Nothing."])
+    checkpoint = load_checkpoint(run_folder / "best_model.pth")
+    checkpoint["exposure"]["drawn"] = True
+    del checkpoint["format"]
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "best_model.pth", **checkpoint)
+    file = tmp_path / "weights" / "b.pth"
+    ship.main([str(tmp_path / "run"), str(file), "--real", "On real slices it is worth nothing."])
+    (difference,) = re.findall(r"p_AD from float32 is (\S+),", capsys.readouterr().out)
+    assert float(difference) < 1e-3
+
+    shipped = load_checkpoint(file)
+    assert describe_distrust(shipped).endswith("no diagnosis. On real slices it is worth nothing.")
+    assert {tensor.dtype for tensor in shipped["weights"].values()} <= {torch.float16, torch.int64}
+    assert str(tmp_path.parent) not in str({**shipped, "weights": None})
+    wide = {"weight": torch.tensor([1e6])}
+    with pytest.raises(InputError, match="weight has values beyond those of float16"):
+        ship.halve(wide)

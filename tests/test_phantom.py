@@ -3,18 +3,32 @@
 import collections
 import hashlib
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+import dataset
+import predict
+from adnc.data.subjects import archive_id
+from adnc.errors import InputError
 from adnc.phantom.anatomy import render
-from adnc.phantom.draw import STARTS, draw, plan, plan_local
+from adnc.phantom.draw import (
+    STARTS,
+    draw,
+    plan,
+    plan_local,
+    read_soft_labels,
+    visible_atrophy,
+)
 from adnc.phantom.varied import (
     LATENTS,
     SIDE,
@@ -26,6 +40,7 @@ from adnc.phantom.varied import (
 )
 from adnc.scoring.baselines import STRENGTHS, shrink
 from tools import phantom as tool
+from utils import load_checkpoint
 
 
 def hash_files(folder):
@@ -257,16 +272,15 @@ def test_a_blur_shows_little_of_the_local_cue(repeats):
 # ---------------------------------------------------------------- the phantom made for transfer
 
 
-def test_the_varied_phantom_has_its_own_scanner_for_each_slice(tmp_path):
-    """The same bytes with any number of threads, twelve slices a subject, a table of latents."""
-    for workers in (1, 3):
-        draw(tmp_path / str(workers), 10, seed=2, workers=workers, progress=False, cue="varied")
-    assert hash_files(tmp_path / "1") == hash_files(tmp_path / "3")
-    table = pd.read_csv(tmp_path / "1" / "latents.csv")
-    assert list(table) == ["scan", "subject", "label", "split", "atrophy", "ageing", *LATENTS]
-    assert len(table) == 10
-    files = sorted((tmp_path / "1").rglob("*.jpeg"))
-    assert len(files) == 10 * SLICES
+def test_the_varied_phantom_has_its_own_scanner_for_each_slice(varied):
+    """Twelve slices a subject, a table of latents, and no subject with the name of a person."""
+    table = pd.read_csv(varied / "latents.csv", dtype={"scan": str})
+    columns = ["scan", "subject", "label", "split", "atrophy", "ageing", *LATENTS, "p_AD"]
+    assert list(table) == columns and len(table) == 12
+    subjects = pd.read_csv(varied / "subjects.csv")
+    assert subjects.subject.is_unique and not subjects.subject.map(archive_id).any()
+    files = sorted(varied.rglob("*.jpeg"))
+    assert len(files) == 12 * SLICES
     slices = []
     for file in files:
         with Image.open(file) as image:
@@ -276,6 +290,35 @@ def test_the_varied_phantom_has_its_own_scanner_for_each_slice(tmp_path):
     assert np.std(medians) > 20
     backgrounds = [pixels[:5, :5].mean() for pixels in slices]
     assert 0.1 < np.mean(np.array(backgrounds) > 1) < 0.6
+
+
+def test_soft_labels_grow_with_all_that_looks_like_atrophy(varied):
+    table = pd.read_csv(varied / "latents.csv", dtype={"scan": str})
+    p = read_soft_labels(varied / "AD_NC", table.scan)
+    assert np.array_equal(p, table.p_AD)
+    assert auroc(p[table.label == "AD"], p[table.label == "NC"]) > 0.7
+    for name in LATENTS:
+        wider = table.assign(**{name: table[name].where(table.index > 0, 2 * table[name])})
+        change = np.log(visible_atrophy(wider)[0] / visible_atrophy(table)[0])
+        assert (change < 0) == (name == "hippocampus")
+    with pytest.raises(InputError, match="has no row for scan 1"):
+        read_soft_labels(varied / "AD_NC", pd.Series(["1"]))
+    with pytest.raises(InputError, match="there is no .*latents.csv; soft labels are those of"):
+        read_soft_labels(varied, table.scan)
+
+
+def test_the_shipped_weights_rank_drawings_that_they_have_not_seen(varied):
+    checkpoint = load_checkpoint(predict.PHANTOM)
+    slices = dataset.decode_set(varied / "AD_NC", progress=None)
+    predictions = predict.predict_slices(
+        checkpoint, slices, device=torch.device("cpu"), amp=None
+    )
+    assert set(predictions.exposure) == {"no"}
+    assert predictions.out_of_range.notna().mean() < 0.02
+    scores = predictions.groupby("scan").logit.mean()
+    looks = pd.read_csv(varied / "latents.csv", dtype={"scan": str}).set_index("scan").p_AD
+    assert spearmanr(scores, looks[scores.index])[0] > 0.6
+    assert os.path.getsize(predict.PHANTOM) < 1.5e6
 
 
 def test_a_skull_is_a_ring_around_the_brain_with_air_outside():

@@ -186,13 +186,36 @@ def test_a_checkpoint_names_no_subject(run_folder):
     )
 
 
-def test_the_newest_run_is_the_default(run_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="there is no runs/.*/best_model.pth"):
-        predict.newest_checkpoint()
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    shutil.copy(run_folder / "best_model.pth", tmp_path / "runs" / "a")
-    assert str(predict.newest_checkpoint()) == "runs/a/best_model.pth"
+def test_without_a_checkpoint_weights_that_saw_drawings_rank_the_scans(ad_nc, tmp_path, capsys):
+    words = ["--out", tmp_path / "out", "--report", tmp_path / "page.html"]
+    predict.main([str(ad_nc / "test"), *map(str, words)])
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert "weights/phantom.pth: ConvNeXt narrow" in first and "trained on drawings alone" in first
+    assert last.startswith("The model was trained on drawings alone. Its score is the resemblance ")
+    assert "is no diagnosis. On the 136 subjects of OASIS-1" in last
+    scans = pd.read_csv(tmp_path / "out" / "scans.csv", dtype={"scan": str}).set_index("scan")
+    assert scans.prediction.isna().all() and scans.prediction_set.isna().all()
+    assert set(scans.exposure) == {"no"}  # also those whose subject is not known
+    best = scans.p_AD.idxmax()
+    line = f"scan {best}: no verdict: score {scans.p_AD[best]:.3f}, rank 1 of {len(scans)}, mean of"
+    assert any(each.startswith(line) for each in lines)
+    subjects = pd.read_csv(tmp_path / "out" / "subjects.csv")
+    assert subjects.prediction.isna().all()
+    assert (tmp_path / "page.html").exists()
+
+    with pytest.raises(InputError, match="--coverage is for verdicts, and .* drawings alone"):
+        predict.main([str(ad_nc / "test"), "--out", str(tmp_path / "b"), "--coverage", "0.9"])
+
+
+def test_a_volume_of_the_phantom_is_scored_without_any_flag(tmp_path, capsys):
+    from adnc.phantom.draw import draw_volumes
+
+    draw_volumes(tmp_path / "heads", 1, every=6)
+    (volume,) = (tmp_path / "heads" / "brains").iterdir()
+    predict.main([str(volume), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert "rank 1 of 1, mean of 25 slices" in printed.out
+    assert "axial" in printed.out and "out of the training range" not in printed.err
 
 
 def test_last_pth_is_no_model_to_predict_with(run_folder, ad_nc, tmp_path):

@@ -350,7 +350,7 @@ def test_a_report_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     require_writable(tmp_path / "page.html")
     assert (tmp_path / "there.html").read_text() == "old"
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(InputError, match="needs jinja2.*requirements-extra.txt"):
+    with pytest.raises(InputError, match="needs jinja2.*requirements.txt"):
         require_writable(tmp_path / "page.html")
 
 
@@ -597,3 +597,24 @@ def test_a_model_that_is_not_shown_to_work_gives_no_verdict_and_the_page_begins_
     assert page.words().startswith(first)
     overlays = [attributes for tag, attributes in page.tags if attributes.get("id") == "overlays"]
     assert all("checked" not in attributes for attributes in overlays)  # only if asked for
+
+
+def test_a_model_that_saw_drawings_alone_ranks_the_scans_and_gives_no_verdict(
+    unlabelled, tmp_path
+):
+    exposure = {**unlabelled.checkpoint["exposure"], "drawn": True}
+    checkpoint = {**unlabelled.checkpoint, "exposure": exposure}
+    write_report(tmp_path / "page.html", replace(unlabelled, checkpoint=checkpoint))
+    page = Page(tmp_path / "page.html")
+    assert set(page.verdicts.values()) == {"no verdict", "not read"}
+    assert page.words().startswith(
+        "No verdicts are given. This model was trained on drawings alone. Its score is the "
+        "resemblance to drawn atrophy; it grows with age, too, and is no diagnosis. What it is "
+        "worth on real slices is not known."
+    )
+    scores = [float(scan["data-p"]) for scan in page.scans]
+    assert scores == sorted(scores, reverse=True) and scores[-1] == -1 and scores[-2] > 0
+    assert page.scans[-1]["data-name"] == "broken"
+    assert f"rank 1 of {len(scores)}" in page.words()
+    for word in ("threshold for AD", "calibrated on", "gets AD or NC", "resemble those labelled"):
+        assert word not in page.words()

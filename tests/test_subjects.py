@@ -383,6 +383,20 @@ def test_a_name_in_two_folders_of_a_prediction_is_named(tmp_path, monkeypatch):
     assert list(subjects.describe_shared_names(both, ["one/AD", "one/NC"])) == []
 
 
+def test_nobody_was_seen_among_drawings_unless_a_drawing_is_the_same():
+    train = at(["/one/train/AD/a.png", "/one/train/NC/b.png"], ["drawn-0001", "drawn-0002"])
+    drawn = subjects.record_exposure(train, drawn=True)
+    table = at(["/two/x.png", "/two/y.png", "/two/z.png"], ["drawn-0001", "002_S_6795", None])
+    assert subjects.find_exposure(table, drawn).tolist() == ["no", "no", "no"]
+    assert list(subjects.describe_same_names(table, drawn)) == []
+    copies = table.assign(pixel_hash=["a", "b", train.pixel_hash[0]])
+    assert subjects.find_exposure(copies, drawn).tolist() == ["no", "no", "yes"]
+    assert subjects.find_exposure(train, drawn).tolist() == ["yes", "yes"]
+    people = subjects.record_exposure(table_of(["100"], ["a"], ["e"]))
+    assert not subjects.merge_exposure(people, drawn)["drawn"]
+    assert subjects.merge_exposure(drawn, drawn)["drawn"]
+
+
 def test_two_records_of_exposure_are_merged():
     one = subjects.record_exposure(table_of(["100"], ["a"], ["e"]))
     other = subjects.record_exposure(table_of(["101", "102"], ["b", None], ["e", "f"]))

@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SCANS, SMALL, train_small, train_steps, write_set
+from conftest import (
+    ROOT,
+    SCANS,
+    SMALL,
+    train_small,
+    train_steps,
+    without_evaluation,
+    write_set,
+)
 
 import modules
 import train
@@ -331,6 +339,39 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(
     assert done.returncode == 0, done.stderr
     again = (tmp_path / "again" / "scans.csv").read_text()
     assert again == (run / "test" / "scans.csv").read_text()
+
+
+def test_the_recipe_phantom_draws_its_set_and_learns_from_drawings_alone(
+    varied, tmp_path, monkeypatch
+):
+    asked = []
+
+    def draw_twelve(out, n_subjects, seed, *, cue):
+        asked.append((n_subjects, seed, cue))
+        shutil.copytree(varied, out)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "draw", draw_twelve)
+    flags = ["--recipe", "phantom", "--epochs", "1", "--seed", "3", "--image-size", "32"]
+    with without_evaluation():
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    assert asked == [(train.PHANTOM_SUBJECTS, 3, "varied")]
+    card = load_checkpoint(tmp_path / "run" / "best_model.pth")
+    assert card["flags"]["soft_labels"] and card["exposure"]["drawn"]
+    assert card["slice_stats"]["height"] == [64, 512] and card["extraction"]["plane"] == "axial"
+
+    with pytest.raises(SystemExit):
+        train.parse_args(["--soft-labels", "--mixup", "0.2"])
+
+
+def test_init_phantom_starts_from_the_shipped_weights():
+    model, lines = modules.make_model(variant="narrow", in_chans=1, num_classes=2), []
+    init = train.load_init(model, "phantom", lines.append)
+    assert init["file"] == "phantom.pth" and init["exposure"]["drawn"]
+    n = len(model.state_dict())
+    assert f"{n} of {n} tensors loaded, left: none" in lines[0] and len(lines) == 1
+    shipped = load_checkpoint(train.PHANTOM)["weights"]["head.weight"]
+    assert torch.equal(model.head.weight, shipped.float())
 
 
 # ---------------------------------------------------------------- the last lines of a run

@@ -17,7 +17,7 @@ classes overlap, so that the best possible subject-level accuracy is about 0.915
 only the temporal horn and the hippocampus show it. With --cue varied the slices are 112 x 112, four
 along each plane; contrast, sharpness, noise, pose and background of each are drawn at random;
 disease also widens ventricles and sulci, and so does age; the sizes that were drawn are in
-VARIED/latents.csv. A result on the phantom shows that the code
+VARIED/latents.csv, the subjects in VARIED/subjects.csv. A result on the phantom shows that the code
 works; it says nothing about Alzheimer's disease. --volumes writes HEADS/heads/sub-*_T1w.nii.gz,
 HEADS/brains/ and HEADS/heads.csv.
 """

@@ -384,9 +384,9 @@ def describe_copies(index):
 # ---------------------------------------------------------------- exposure
 
 
-def record_exposure(index):
+def record_exposure(index, drawn=False):
     """What training has seen, for the checkpoint: fingerprints of subjects, scans, slices and of
-    the folder of the set, and whether a subject is unknown.
+    the folder of the set, whether a subject is unknown, and whether all slices are drawings.
 
     Fingerprints keep names out of the file. They are no encryption: a reader can try all ids.
     """
@@ -396,6 +396,7 @@ def record_exposure(index):
         "slices": sorted(set(index.pixel_hash) - {""}),
         "sets": sorted(set(set_fingerprints(index.path))),
         "unknown": bool(index.subject.isna().any()),
+        "drawn": drawn,
     }
 
 
@@ -410,7 +411,8 @@ def merge_exposure(one, other):
     """Two records of `record_exposure` as one."""
     names = ("subjects", "scans", "slices", "sets")
     merged = {name: sorted({*one[name], *other[name]}) for name in names}
-    return {**merged, "unknown": one["unknown"] or other["unknown"]}
+    drawn = one.get("drawn", False) and other.get("drawn", False)
+    return {**merged, "unknown": one["unknown"] or other["unknown"], "drawn": drawn}
 
 
 def same_names(table, recorded):
@@ -430,12 +432,14 @@ def find_exposure(table, recorded):
     `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan,
     or any slice of its group is among them. It is unknown if its own subject, or that of any
     training scan, is not known, and if it has only the name of one of them: sub-1 of another set of
-    data is another person.
+    data is another person. Among drawings nobody was seen, whatever the names are.
     """
     named, identified = same_names(table, recorded)
     seen = identified | table.pixel_hash.isin(recorded["slices"])
     seen = table.group.isin(table.group[seen])
     unknown = table.subject.isna() | recorded["unknown"] | named
+    if recorded.get("drawn"):
+        unknown[:] = False
     return np.select([seen.to_numpy(bool), unknown.to_numpy(bool)], ["yes", "unknown"], "no")
 
 

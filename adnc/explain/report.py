@@ -32,6 +32,7 @@ from adnc.scoring.assess import (
     format_baselines,
     format_beyond,
     format_sets,
+    is_drawn,
     read_run,
     statements,
 )
@@ -86,9 +87,19 @@ class Report:
 
     @property
     def distrust(self):
-        """Sentences if the model is not shown to be better than guessing, else None: then the page
-        gives no verdicts."""
+        """Sentences if the model is not shown to be better than guessing, or saw drawings alone,
+        else None: then the page gives no verdicts."""
         return describe_distrust(self.checkpoint)
+
+    @property
+    def drawn(self):
+        """Whether the model saw drawings alone: then the page ranks the scans by their scores."""
+        return is_drawn(self.checkpoint)
+
+    @property
+    def scored(self):
+        """Whether the page shows scores."""
+        return self.drawn or self.distrust is None
 
     @property
     def overlays(self):
@@ -121,8 +132,7 @@ def import_jinja():
         import jinja2
     except ImportError:
         raise InputError(
-            "--report needs jinja2; install it with: python -m pip install -r "
-            "requirements-extra.txt"
+            "--report needs jinja2; install it with: python -m pip install -r requirements.txt"
         ) from None
     return jinja2
 
@@ -285,6 +295,9 @@ def describe_page(report, sources, linked):
         if not line.startswith(files) and not said_above:
             warnings.append(line)
 
+    own = []
+    if not report.drawn:
+        own = [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")]
     calibration = report.checkpoint.get("calibration")
     both = None  # the interval of p_AD with the verdict AD|NC
     if calibration and report.coverage is not None:
@@ -308,7 +321,7 @@ def describe_page(report, sources, linked):
         "checkpoint": report.checkpoint,
         "model": list(describe_checkpoint(report)),
         "scans": scans,
-        "own": [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")],
+        "own": own,
         "warnings": warnings,
         "calibration": calibration,
         "both": both,
@@ -340,7 +353,8 @@ def describe_scans(report, sources):
     """One dict per scan, the least certain first.
 
     Scans without a verdict or a readable slice come first, then AD|NC, then the others by the
-    distance of p_AD from the threshold.
+    distance of p_AD from the threshold. Of a model that saw drawings alone the highest score comes
+    first.
     """
     table = report.predictions.reset_index(drop=True)
     predicted = aggregate(table[table.p_AD.notna()], "scan")
@@ -349,7 +363,12 @@ def describe_scans(report, sources):
     for scan, rows in table.groupby("scan", sort=False):
         rows = rows.sort_values("slice", kind="stable")
         described = describe_scan(
-            scan, rows, prediction.get(scan), sources, trusted=report.distrust is None
+            scan,
+            rows,
+            prediction.get(scan),
+            sources,
+            trusted=report.distrust is None,
+            scored=report.scored,
         )
         look = report.looks.get(scan)
         described["sides"], described["order"] = None, "orientation not known"
@@ -358,16 +377,18 @@ def describe_scans(report, sources):
             described["sides"] = [SHORT.get(side, side) for side in picture_sides(look)]
             described["order"] = describe_order(look, numbers.min(), numbers.max())
         scans.append(described)
+    if report.drawn:
+        return sorted(scans, key=lambda scan: (scan["p_AD"] is None, -(scan["p_AD"] or 0)))
     if report.distrust:  # the order must not tell what is withheld
         return sorted(scans, key=lambda scan: scan["name"])
     return sorted(scans, key=lambda scan: scan["certainty"])
 
 
-def describe_scan(scan, rows, row, sources, trusted=True):
+def describe_scan(scan, rows, row, sources, trusted=True, scored=True):
     """A dict with everything that the page shows of a scan.
 
     rows: its slices in the table of predictions. row: its own prediction, None if no slice could be
-    read. trusted: whether the model may give a verdict.
+    read. trusted: whether the model may give a verdict. scored: whether its scores are shown.
     """
     first = rows.iloc[0]
     labels, subjects = rows.label.dropna(), rows.subject.dropna()
@@ -375,6 +396,7 @@ def describe_scan(scan, rows, row, sources, trusted=True):
     decision = "not read"
     if row:
         decision = verdict(row) if trusted else "no verdict"
+    scored = bool(row) and scored and (not trusted or decision != "no verdict")
 
     n_outside = rows.out_of_range.notna().sum()
     n_unread = rows.error.notna().sum()
@@ -408,6 +430,7 @@ def describe_scan(scan, rows, row, sources, trusted=True):
         "name": os.path.basename(scan),
         "folder": os.path.dirname(first.path),
         "verdict": decision,
+        "scored": scored,
         "flags": flags,
         "spread": spread,
         "label": label,
@@ -417,7 +440,7 @@ def describe_scan(scan, rows, row, sources, trusted=True):
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
         "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
-        "strip": probability_plot(rows, first.threshold) if trusted else None,
+        "strip": probability_plot(rows, first.threshold) if scored else None,
         "certainty": (RANKS[decision], distance),
     }
 
@@ -430,6 +453,8 @@ def describe_checkpoint(report):
     data = flags["data"] or "AD_NC"
     if flags["demo"]:
         data = "the synthetic phantom of --demo"
+    if report.drawn:
+        data = "drawings (tools.phantom --cue varied)"
     subjects = f"{len(seen['subjects']):,} known subjects"
     if seen["unknown"]:
         subjects += " and others unknown"
@@ -446,6 +471,8 @@ def describe_checkpoint(report):
         f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}",
     )
     yield "Split", "; ".join([split, *stated["leaks"], *stated["notes"]])
+    if report.drawn:
+        yield "Scores", "in weights/README.md, beside the model"
 
 
 def own_scores(report, what, part):

@@ -21,6 +21,7 @@ again about 0.915; a logistic regression on blurred slices of 200 subjects stays
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
@@ -28,12 +29,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from adnc.errors import InputError
-from adnc.files import write_atomically, write_csv, write_text
+from adnc.files import write_atomically, write_csv, write_json, write_text
 from adnc.phantom.anatomy import Scan, render, render_head
-from adnc.phantom.varied import render_varied
+from adnc.phantom.varied import LATENTS, SIDE, render_varied
+from adnc.volumes.look import Look
 from adnc.volumes.read import import_nibabel
 
 EFFECT = 1.37  # half the distance between the classes, in SD; Phi(1.37) = 0.915
@@ -195,6 +198,12 @@ def metadata(scans, seed=0):
     return entries
 
 
+def drawn_names(scans):
+    """Names of the subjects that are no ids of ADNI: weights that were trained on drawings must not
+    be said to know a person."""
+    return [f"drawn-{scan.subject[6:]}" for scan in scans]
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -210,6 +219,45 @@ def new_folders(out, *names):
 
 
 CUES = ("global", "local", "varied")
+LATENTS_FILE = "latents.csv"  # beside AD_NC, with the cue "varied"
+# How predict.py cuts a volume for a model that was trained on this set, which shows all planes: the
+# 75 mm of the brain that the axial drawings show, and their field of view.
+VARIED_LOOK = Look("axial", count=25, size=(SIDE, SIDE), spacing=1.8, step=3.0)
+
+
+def is_drawn(root):
+    """Whether `root` is the AD_NC of a set that was drawn with the cue "varied"."""
+    return (Path(root).parent / LATENTS_FILE).is_file()
+
+
+def visible_atrophy(table):
+    """The probability of AD given how atrophied each brain looks, float64 (N,).
+
+    A brain looks the more atrophied the smaller its hippocampus and the wider horn, ventricle and
+    sulci are: the mean of the four logarithms in SD, by a logistic regression on the class. The
+    class itself, or the latent atrophy, would teach that a wide ventricle speaks against AD where
+    the horn is seen, since age explains both: true of drawings, and reversed in other brains.
+    """
+    sizes = np.log(table[list(LATENTS)]).assign(hippocampus=lambda logs: -logs.hippocampus)
+    index = ((sizes - sizes.mean()) / sizes.std()).mean(axis=1).to_frame()
+    train = table.split == "train"
+    fit = LogisticRegression(C=1e3).fit(index[train], table.label[train] == "AD")
+    return fit.predict_proba(index)[:, 1]
+
+
+def read_soft_labels(root, scans):
+    """The probability of AD of each of a Series of scans of a drawn set, float64 (N,): that of
+    `visible_atrophy`. InputError if there is none for a scan."""
+    file = Path(root).parent / LATENTS_FILE
+    if not file.is_file():
+        raise InputError(
+            f"there is no {file}; soft labels are those of a set of tools.phantom --cue varied"
+        )
+    table = pd.read_csv(file, dtype={"scan": str}).set_index("scan")
+    missing = scans[~scans.isin(table.index)]
+    if len(missing):
+        raise InputError(f"{file} has no row for scan {missing.iloc[0]}; draw the set again")
+    return table.p_AD[scans].to_numpy(float)
 
 
 def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global", without=()):
@@ -243,8 +291,13 @@ def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global",
         sizes = pd.DataFrame(list(bar))
     if cue == "varied":
         table = pd.DataFrame(scans)[["scan", "subject", "label", "split", "atrophy", "ageing"]]
-        write_csv(out / "latents.csv", pd.concat([table, sizes], axis=1).round(4))
-    write_text(out / "meta_data_with_label.json", json.dumps(metadata(scans, seed), indent=1))
+        table.subject = drawn_names(scans)
+        table = pd.concat([table, sizes], axis=1).round(4)
+        write_csv(out / LATENTS_FILE, table.assign(p_AD=visible_atrophy(table).round(4)))
+        write_csv(out / "subjects.csv", table[["scan", "subject"]])
+        write_json(out / "extraction.json", asdict(VARIED_LOOK))
+    else:
+        write_text(out / "meta_data_with_label.json", json.dumps(metadata(scans, seed), indent=1))
     return out / "AD_NC"
 
 

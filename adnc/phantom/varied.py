@@ -27,7 +27,8 @@ PLANES = {
 }
 RANGES = {"axial": (-30, 45), "coronal": (-50, 40), "sagittal": (-42, 42)}  # mm
 CENTRE = np.array((0.0, -2.0, 10.0))  # mm, of the brain
-HALF_HEAD = np.array((76, 98, 88), np.float32)  # mm: no brain outside of this ellipsoid
+# mm: no brain outside of this ellipsoid
+HALF_HEAD = np.array((76, 98, 88), np.float32)[:, None]
 
 VARIATIONS = ("contrast", "bias", "sharpness", "noise", "pose", "mask", "levels")
 
@@ -115,19 +116,19 @@ def sections(anatomy, poses):
 
     A slice that is thicker than 2 mm is the mean of two. All are drawn at once, for speed.
     """
-    layers = []  # (number of the slice, its share of the slice, pixels, points (n, 3))
+    layers = []  # (number of the slice, its share of the slice, pixels, points (3, n))
     for number, pose in enumerate(poses):
         points, across = grid(pose)
         offsets = (0.0,)
         if pose["thickness"] > 2:
             offsets = (-pose["thickness"] / 4, pose["thickness"] / 4)
         for offset in offsets:
-            p = points + np.float32(offset) * across
-            near = np.flatnonzero(((p / HALF_HEAD) ** 2).sum(1) < 1)
-            layers.append((number, 1 / len(offsets), near, p[near]))
+            p = points + np.float32(offset) * across[:, None]
+            near = np.flatnonzero(((p / HALF_HEAD) ** 2).sum(0) < 1)
+            layers.append((number, 1 / len(offsets), near, p[:, near]))
 
-    x, y, z = np.concatenate([points for *_, points in layers]).T.copy()
-    ends = np.cumsum([len(points) for *_, points in layers])[:-1]
+    x, y, z = np.concatenate([points for *_, points in layers], axis=1)
+    ends = np.cumsum([points.shape[1] for *_, points in layers])[:-1]
     drawn = [np.split(values, ends) for values in anatomy.section(x, y, z)]
 
     tissue, share = np.zeros((2, len(poses), SIDE**2), np.float32)
@@ -140,14 +141,15 @@ def sections(anatomy, poses):
 
 
 def grid(pose):
-    """The points of a slice in mm, float32 (SIDE * SIDE, 3), and its unit normal."""
+    """The points of a slice in mm, float32 (3, SIDE * SIDE), and its unit normal."""
     axes = np.array(PLANES[pose["plane"]], float)
     right, down, across = axes @ rotation(pose["tilt"]).T
     middle = CENTRE + (pose["place"] - CENTRE @ across) * across
     middle = middle + pose["shift"][0] * right + pose["shift"][1] * down
-    steps = pose["spacing"] * (np.arange(SIDE) - (SIDE - 1) / 2)
-    points = steps[:, None, None] * down + steps[None, :, None] * right + middle
-    return points.reshape(-1, 3).astype(np.float32), across.astype(np.float32)
+    right, down, across, middle = np.float32((right, down, across, middle))[:, :, None, None]
+    steps = np.float32(pose["spacing"] * (np.arange(SIDE) - (SIDE - 1) / 2))
+    points = steps[:, None] * down + steps * right + middle
+    return points.reshape(3, -1), across.ravel()
 
 
 def rotation(angles):

@@ -43,6 +43,8 @@ def statements(checkpoint):
     if checkpoint["test_read_after"]:
         epochs = ", ".join(map(str, checkpoint["test_read_after"]))
         notes.append(f"test was read before, after epoch {epochs}, and the run then trained on")
+    if is_drawn(checkpoint):
+        notes.append("trained on drawings alone")
     init = checkpoint["init"]
     if init and not init["exposure"]:
         notes.append(f"starts from {init['file']}, which does not record its training subjects")
@@ -224,15 +226,30 @@ def ranks_better_than_chance(sample):
     return limits is not None and limits[0] > 0.5
 
 
+# Of weights that were trained on drawings, without a verdict whatever their test on drawings says.
+DRAWN = (
+    "trained on drawings alone. Its score is the resemblance to drawn atrophy; it grows with age, "
+    "too, and is no diagnosis."
+)
+NOT_TRIED = "What it is worth on real slices is not known."
+
+
 def describe_distrust(checkpoint):
-    """Why the predictions of a checkpoint should not be used, as sentences, or None if the test of
-    its run has shown that it works."""
+    """Why the verdicts of a checkpoint should not be used, as sentences, or None if the test of its
+    run has shown that it works on real people's slices or on what the user trained it on."""
+    if is_drawn(checkpoint):
+        return f"{DRAWN} {checkpoint.get('real') or NOT_TRIED}"
     conclusion = checkpoint.get("conclusion")
     if conclusion is None:
         return "never tested, since its run did not finish."
     if conclusion["verdict"] == WORKS:
         return None
     return f"{conclusion['verdict']}. {describe_worth(checkpoint)}"
+
+
+def is_drawn(checkpoint):
+    """Whether a model has seen nothing but drawings of `tools.phantom --cue varied`."""
+    return checkpoint["exposure"].get("drawn", False)
 
 
 def describe_worth(checkpoint):
@@ -434,12 +451,23 @@ def format_assessment(scores):
 # ---------------------------------------------------------------- folders of results
 
 
-def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None, calibration=None):
+def write_results(
+    predictions,
+    out,
+    *,
+    title,
+    leaks=(),
+    notes=(),
+    coverage=None,
+    calibration=None,
+    verdicts=True,
+):
     """Write predictions into the folder `out`: tables, and if every label is known, scores and
     pictures.
 
-    `calibration` is that of the checkpoint; metrics.json records it. Returns the dict of `score`,
-    or None if a label is missing.
+    `calibration` is that of the checkpoint; metrics.json records it. Without `verdicts` the column
+    prediction of scans.csv and subjects.csv is empty. Returns the dict of `score`, or None if a
+    label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -449,8 +477,11 @@ def write_results(predictions, out, *, title, leaks=(), notes=(), coverage=None,
     write_csv(out / "predictions.csv", predictions[list(PREDICTIONS)])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
-    write_csv(out / "scans.csv", tables["scan"][list(AGGREGATED)])
-    write_csv(out / "subjects.csv", tables["subject"][list(AGGREGATED[1:])])
+    for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
+        table = tables[unit][list(columns)]
+        if not verdicts:
+            table = table.assign(prediction="")
+        write_csv(out / f"{unit}s.csv", table)
     if predictions.empty or predictions.label.isna().any():
         return None
 

@@ -1,6 +1,6 @@
 """Read volumes (NIfTI, MGZ, Analyze, or a DICOM folder) as arrays with a place in the world.
 
-nibabel is needed, dcm2niix for DICOM, deepbet for --strip (requirements-extra.txt); each is
+nibabel is needed; dcm2niix for DICOM, deepbet for --strip (requirements-extra.txt); each is
 imported when it is used. A header is checked before a voxel is read.
 """
 
@@ -134,7 +134,8 @@ def import_nibabel():
         import nibabel
         import nibabel.processing
     except ImportError:
-        raise InputError(f"volumes need nibabel; install it with {INSTALL}") from None
+        install = INSTALL.replace("-extra", "")
+        raise InputError(f"volumes need nibabel; install it with {install}") from None
     nibabel.imageglobals.logger.disabled = True  # repairs of headers are checked below
     return nibabel
 
