@@ -113,11 +113,24 @@ def verdict(scan):
 
 
 def arrays(predictions, unit):
-    """Labelled predictions -> arrays (N,): is AD, p_AD, AD is predicted, group."""
-    table = aggregate(predictions, unit)
-    is_ad = (table.label == "AD").to_numpy(bool)
-    predicted_ad = (table.prediction == "AD").to_numpy(bool)
-    return is_ad, table.p_AD.to_numpy(float), predicted_ad, table.group.to_numpy(str)
+    """Labelled predictions -> arrays (N,): is AD, p_AD, AD is predicted, group.
+
+    The rows of `aggregate`, without what the scores do not need: a bootstrap asks for this of each
+    unit and each baseline.
+    """
+    p, threshold = predictions.p_AD.to_numpy(float), predictions.threshold.to_numpy(float)
+    first = np.arange(len(predictions))
+    if unit != "slice":
+        number, names = pd.factorize(predictions[unit], sort=True)  # -1: unknown
+        known = np.flatnonzero(number >= 0)
+        number = number[known]
+        _, first = np.unique(number, return_index=True)
+        first = known[first]
+        n_slices = np.bincount(number, minlength=len(names))
+        p = (np.bincount(number, p[known], len(names)) / n_slices).round(12)
+        threshold = threshold[first]
+    is_ad = (predictions.label == "AD").to_numpy(bool)[first]
+    return is_ad, p, p >= threshold, predictions.group.to_numpy(str)[first]
 
 
 def as_baseline(predictions, name):
