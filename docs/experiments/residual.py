@@ -5,6 +5,8 @@
     python -m docs.experiments.residual --imitate 16-bit FLAGS      # both streams, on a CPU that
     python -m docs.experiments.residual --imitate float32 FLAGS     # has no bfloat16
 
+FLAGS are those of train.py, with --out for the run folder.
+
 In 16 bits the sum of a block's input and its branch is rounded to 8 (bfloat16) or 11 bits, so that
 a branch with a LayerScale of 1e-6 changes nothing. The model therefore adds in float32, as
 torchvision's does. The first command times steps of `atto` in bfloat16 with either stream in turns,
