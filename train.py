@@ -108,30 +108,23 @@ DEFAULTS = dict(
     amp="auto", compile=False, device="auto", deterministic=False, seed=0,
 )  # fmt: skip
 
+# For few subjects: chosen on folds of the phantom's local cue, see docs/recipes.md.
+SMALL = dict(
+    model="narrow",
+    image_size=112,
+    epochs=10,
+    batch_size=32,
+    lr=2e-3,
+    drop_path=0.0,
+    keep="last",
+)
+
 # What a recipe changes. Flags that are given win.
 RECIPES = {
     "default": {},
-    # For few subjects: chosen on folds of the phantom's local cue, see docs/recipes.md.
-    "small": dict(
-        model="narrow",
-        image_size=112,
-        epochs=10,
-        batch_size=32,
-        lr=2e-3,
-        drop_path=0.0,
-        keep="last",
-    ),
+    "small": SMALL,
     # Of weights/phantom.pth: learns from drawings alone, see docs/transfer.md.
-    "phantom": dict(
-        model="narrow",
-        image_size=64,
-        epochs=10,
-        batch_size=32,
-        lr=2e-3,
-        drop_path=0.0,
-        keep="last",
-        soft_labels=True,
-    ),
+    "phantom": {**SMALL, "image_size": 64, "soft_labels": True},
     # The small one, made shorter: with few steps the last epoch is not always the best.
     "demo": dict(
         model="narrow",

@@ -256,10 +256,10 @@ def test_coverage_writes_a_prediction_set_for_each_scan(run_folder, ad_nc, tmp_p
         pd.read_csv(tmp_path / "b" / "scans.csv").prediction_set == "AD|NC"
     ).all()  # four validation subjects
     printed = capsys.readouterr()
-    distrusted, printed_out = printed.out.split("results in", 1)
-    assert "scan 300: no verdict: 5 slices" in distrusted  # too few subjects in its test
+    first, second = printed.out.split("results in", 1)
+    assert "scan 300: no verdict: 5 slices" in first  # too few subjects in its test
     assert "2 validation subjects allow a coverage of at most 0.667" in printed.err
-    assert "scan 300: AD|NC (uncertain), p_AD" in printed_out
+    assert "scan 300: AD|NC (uncertain), p_AD" in second
     assert (
         json.loads((tmp_path / "b" / "metrics.json").read_text())["prediction_sets"]["uncertain"]
         == 1

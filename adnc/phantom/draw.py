@@ -236,7 +236,8 @@ def visible_atrophy(table):
     A brain looks the more atrophied the smaller its hippocampus and the wider horn, ventricle and
     sulci are: the mean of the four logarithms in SD, by a logistic regression on the class. The
     class itself, or the latent atrophy, would teach that a wide ventricle speaks against AD where
-    the horn is seen, since age explains both: true of drawings, and reversed in other brains.
+    the horn is seen, since age explains both. That is true of the drawings, and did not carry over
+    to real brains (docs/transfer.md).
     """
     sizes = np.log(table[list(LATENTS)]).assign(hippocampus=lambda logs: -logs.hippocampus)
     index = ((sizes - sizes.mean()) / sizes.std()).mean(axis=1).to_frame()
