@@ -377,7 +377,7 @@ def test_a_name_in_two_folders_of_a_prediction_is_named(tmp_path, monkeypatch):
     names = ["sub-1", "sub-1", "002_S_6795", "002_S_6795", "sub-2"]
     table = at(["one/a.png", "two/b.png", "one/c.png", "two/d.png", "two2/e.png"], names)
     (line,) = subjects.describe_shared_names(table, ["one", "two/"])
-    assert line.startswith("1 names of subjects are in several folders, such as sub-1 in ")
+    assert line.startswith("subject sub-1 is in ") and "(names in several folders: 1)" in line
     assert list(subjects.describe_shared_names(table, ["one"])) == []
     both = at(["one/AD/a.png", "one/NC/b.png"], ["sub-1", "sub-1"])
     assert list(subjects.describe_shared_names(both, ["one/AD", "one/NC"])) == []

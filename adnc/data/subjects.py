@@ -468,9 +468,9 @@ def describe_shared_names(index, inputs):
     if shared:
         first, second, *_ = sorted(roots[shared[0]])
         yield (
-            f"{len(shared)} names of subjects are in several folders, such as {shared[0]} in "
-            f"{first} and in {second}, and count as one person each; if they are not, predict the "
-            "folders apart"
+            f"subject {shared[0]} is in {first} and in {second}, and counts as one person "
+            f"(names in several folders: {len(shared)}); if these are different people, predict "
+            "the folders apart"
         )
 
 

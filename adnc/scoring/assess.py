@@ -199,7 +199,9 @@ def conclude(scores):
         second = describe_beaten(beaten, not_beaten)
         verdict = NOT_SHOWN if CHANCE in not_beaten else WORKS
         if verdict == NOT_SHOWN and ranks_better_than_chance(sample):
-            second += f" It ranks the {unit}s better than chance, and calls too many of them alike."
+            second += (
+                f" It ranks the {unit}s better than chance, but gives too many of them one class."
+            )
         third = next_step(verdict, part, unit)
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
 
