@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import command
@@ -34,17 +33,20 @@ def start_two(*words, script=ROOT / "train.py"):
     """Run train.py, or another script, in two processes, with the variables that torchrun sets."""
     launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
-    def start(rank):
+    def start(rank, **options):
         environment = os.environ | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return command.run(script, *words, env=environment)
+        return command.run(script, *words, env=environment, **options)
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(start, range(2)))
+    second = []
+    first = start(0, meanwhile=lambda *started: second.append(start(1)))
+    return [first, *second]
 
 
 def test_torchrun_sets_the_variables_that_are_read(tmp_path, monkeypatch):
     script = tmp_path / "show.py"
-    script.write_text("import json, os\nprint('VARIABLES ' + json.dumps(dict(os.environ)))\n")
+    script.write_text(
+        "import json, os\nprint(f'VARIABLES {json.dumps(dict(os.environ))}\\n', end='')\n"
+    )
     launcher = ["--standalone", "--nproc-per-node", "2"]
     done = command.run("torch.distributed.run", *launcher, script)
     assert done.returncode == 0, done.stderr

@@ -188,16 +188,17 @@ def test_a_stream_in_16_bits_loses_a_branch_that_the_model_keeps():
     assert set(rows) == {"16-bit stream", "float32 stream"}
 
 
-@pytest.mark.parametrize("layer, shape", [
-    (torch.nn.Conv2d(8, 8, 7, padding=3, groups=8), (4, 8, 16, 16)),
-    (torch.nn.Linear(40, 160), (4, 8, 8, 40)),
-    (torch.nn.GELU(), (4, 1000)),
+@pytest.mark.parametrize("make_layer, shape", [
+    (lambda: torch.nn.Conv2d(8, 8, 7, padding=3, groups=8), (4, 8, 16, 16)),
+    (lambda: torch.nn.Linear(40, 160), (4, 8, 8, 40)),
+    (torch.nn.GELU, (4, 1000)),
 ])  # fmt: skip
-def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(layer, shape):
+def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(make_layer, shape):
     """How often a kernel of PyTorch rounds within a convolution's gradient depends on the CPU: by
-    1.2 % in all on one. The imitation rounds once, so it is as close to the exact gradient as
-    bfloat16's 8 bits are."""
+    1.2 % in all on one. The imitation rounds the weights and the gradient, each to bfloat16's 8
+    bits, so it is about that close to the exact gradient."""
     torch.manual_seed(0)
+    layer = make_layer()
     x = torch.randn(shape).bfloat16()
 
     def result(context, x):
@@ -212,7 +213,7 @@ def test_bfloat16_is_imitated_to_the_bit_forwards_and_closely_backwards(layer, s
     exact_gradient = result(nullcontext(), x.float())[1]
     assert (imitated == real).float().mean() > 0.999  # ties may differ
     assert (imitated != layer(x.float())).float().mean() > 0.5
-    assert 0 < (gradient - exact_gradient).norm() < 2**-8 * exact_gradient.norm()
+    assert 0 < (gradient - exact_gradient).norm() < 2**-7 * exact_gradient.norm()
     assert (gradient - real_gradient).norm() < 0.05 * real_gradient.norm()
 
 

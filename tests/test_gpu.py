@@ -227,7 +227,6 @@ def train_fake_epoch(state, slices, **options):
 
 
 @pytest.mark.parametrize("model, amp, mixed, augment", [
-    ("atto", torch.float16, False, "full"),
     ("atto", torch.bfloat16, True, "full"),
     ("narrow", torch.float16, False, "no-flip"),
     ("cnn", None, False, "none"),

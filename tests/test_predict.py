@@ -412,8 +412,10 @@ def test_a_file_whose_name_begins_with_a_dash_gets_a_hint(tmp_path, monkeypatch,
 
 def test_slices_are_predicted_without_importing_what_they_do_not_need(run_folder, ad_nc, tmp_path):
     script = (
-        "import sys, predict\npredict.main(sys.argv[1:])\n"
-        "assert not {'captum', 'nibabel', 'jinja2'} & set(sys.modules)\n"
+        "import sys\n"
+        "for name in ('captum', 'nibabel', 'jinja2'):\n"
+        "    sys.modules[name] = None  # its import fails\n"
+        "import predict\npredict.main(sys.argv[1:])\n"
     )
     words = [ad_nc / "test" / "AD" / "300_70.jpeg", "--checkpoint", run_folder / "best_model.pth"]
     done = command.run(script, *words, "--out", tmp_path / "out")

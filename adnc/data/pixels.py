@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.ndimage import binary_fill_holes
+from scipy import ndimage
 from tqdm import tqdm
 
 from adnc.errors import InputError, is_system_limit
@@ -296,8 +296,13 @@ def load_slices(paths, size, progress="decoding", images=None, bits=None):
 
 def find_head(pixels):
     """The head in a slice uint8 (H, W), as a mask bool (H, W): everything that is not near-black,
-    with its holes, such as ventricles, filled."""
-    return binary_fill_holes(pixels >= NEAR_BLACK)
+    with its holes, such as ventricles, filled.
+
+    scipy's binary_fill_holes gives the same, and takes four times as long.
+    """
+    black = np.pad(pixels < NEAR_BLACK, 1, constant_values=True)
+    regions, _ = ndimage.label(black)
+    return (regions != regions[0, 0])[1:-1, 1:-1]  # all but the black that touches the border
 
 
 # ---------------------------------------------------------------- cache
