@@ -141,9 +141,13 @@ def test_pooled_folds_count_every_scan_once(folds, tmp_path, capsys):
     scans = pd.read_csv(tmp_path / "out" / "scans.csv", dtype=str)
     assert sorted(scans.scan) == sorted(table.scan.unique())
     assert "subjects (n = 30)" in text and "warning" not in text
+    assert "On the 30 subjects not seen in training, pooled from 3 runs: AUROC" in text
 
+    summary = read_scores(tmp_path / "out")["each_run"]
+    assert (summary["unit"], summary["runs"]) == ("subject", 3)
     for name, label in (("accuracy", "accuracy"), ("auroc", "AUROC")):
         values = [read_scores(run / "test")["subject"][name] for run in folds]
+        assert summary[name]["mean"] == pytest.approx(np.mean(values))
         each = ", ".join(f"{value:.3f}" for value in values)
         line = f"subject-level {label} of each run: {each}; their mean, each model on its own scale"
         assert f"{line}: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f})" in text

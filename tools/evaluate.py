@@ -14,7 +14,6 @@ run, and with --against comparison.json.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from adnc.cli import Parser, run_script
@@ -247,33 +246,29 @@ def evaluate_pool(one, part, out=None):
     if len(one.runs) > 1:
         title = f"{len(one.runs)} runs pooled, {PARTS[part]}"
     coverage = one.runs[0].get("prediction_sets", {}).get("coverage")
+    given = {"title": title, **one.stated, "coverage": coverage, "runs": one.runs}
     if out:
-        scores = assess.write_results(one.table, out, title=title, **one.stated, coverage=coverage)
+        scores = assess.write_results(one.table, out, **given)
     else:
-        scores = assess.score(one.table, title, **one.stated, coverage=coverage)
+        scores = assess.score(one.table, **given)
 
     lines = check_flags([one])
-    if len(one.runs) > 1:
-        lines += [*format_each_run(one.runs), ""]
+    if "each_run" in scores:
+        lines += [*format_each_run(scores["each_run"]), ""]
     return [*lines, *assess.format_assessment(scores)]
 
 
-def format_each_run(runs):
-    """Lines with accuracy and AUROC of each pooled run, and their mean.
-
-    Pooling ranks the scans of all runs together, although each model has a scale of its own; the
-    mean over runs does not.
-    """
-    unit = "subject" if all(run["subject"] for run in runs) else "scan"
+def format_each_run(summary):
+    """Lines with accuracy and AUROC of each pooled run, and their mean, from "each_run" of
+    `assess.score`."""
     for name in ("accuracy", "auroc"):
-        values = [run[unit][name] for run in runs if run[unit][name] is not None]
-        if len(values) < 2:
+        if name not in summary:
             continue
-        each = ", ".join(f"{value:.3f}" for value in values)
+        each = ", ".join(f"{value:.3f}" for value in summary[name]["values"])
         yield (
-            f"{unit}-level {METRICS[name]} of each run: {each}; their mean, each model on its own "
-            f"scale: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f}); all scores below are "
-            "pooled"
+            f"{summary['unit']}-level {METRICS[name]} of each run: {each}; their mean, each model "
+            f"on its own scale: {summary[name]['mean']:.3f} (SD {summary[name]['sd']:.3f}); all "
+            "scores below are pooled"
         )
 
 

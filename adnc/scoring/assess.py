@@ -66,12 +66,13 @@ def find_leaks(predictions, leaks=(), notes=()):
     return leaks, notes
 
 
-def score(predictions, title, *, leaks=(), notes=(), coverage=None):
+def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=()):
     """All scores of labelled slice-level predictions, a dict as in metrics.json.
 
     `leaks` and `notes` are sentences about the run. Those about exposure and range are added, and
     all of them are part of the title. If training saw some subjects and not others, the scores of
-    the others are also given apart, under "unseen_subjects".
+    the others are also given apart, under "unseen_subjects". `runs` are the metrics.json of the
+    runs whose predictions are pooled here; their mean is given under "each_run".
     """
     all_leaks, all_notes = find_leaks(predictions, leaks, notes)
     parts = [title]
@@ -88,12 +89,30 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None):
         "exposure": {name: int((exposure == name).sum()) for name in ("no", "unknown", "yes")},
         **score_part(predictions, coverage),
     }
+    if len(runs) > 1:
+        scores["each_run"] = summarise_runs(runs)
     unseen = predictions.exposure == "no"
     if (predictions.exposure == "yes").any() and unseen.any():
         part = score_part(predictions[unseen], coverage)
         scores["unseen_subjects"] = {"title": "only subjects not seen in training", **part}
     scores["conclusion"] = conclude(scores)
     return scores
+
+
+def summarise_runs(runs):
+    """Accuracy and AUROC of pooled runs, each with a model of its own, from their metrics.json.
+
+    Pooling ranks the scans of all runs together, although each model has a scale of its own; the
+    mean over runs does not.
+    """
+    unit = "subject" if all(run["subject"] for run in runs) else "scan"
+    summary = {"unit": unit, "runs": len(runs)}
+    for name in ("accuracy", "auroc"):
+        values = [run[unit][name] for run in runs if run[unit][name] is not None]
+        if len(values) > 1:
+            mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+            summary[name] = {"values": values, "mean": mean, "sd": sd}
+    return summary
 
 
 def score_part(predictions, coverage):
@@ -166,6 +185,8 @@ def conclude(scores):
             )
     if part is scores and exposure["yes"]:
         who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
+    if "each_run" in scores:
+        who += f", pooled from {scores['each_run']['runs']} runs"
     first = (
         f"On {who}: AUROC {cell(sample, 'auroc')}, accuracy {cell(sample, 'accuracy')} "
         f"({unit}-level)."
@@ -463,6 +484,7 @@ def write_results(
     coverage=None,
     calibration=None,
     verdicts=True,
+    runs=(),
 ):
     """Write predictions into the folder `out`: tables, and if every label is known, scores and
     pictures.
@@ -487,7 +509,7 @@ def write_results(
     if predictions.empty or predictions.label.isna().any():
         return None
 
-    scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage)
+    scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage, runs=runs)
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}

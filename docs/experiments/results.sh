@@ -213,14 +213,19 @@ TEXT
         tables python -m tools.evaluate $(folds $model)
         tables python -m docs.experiments.tables $(folds $model) --by "$(dirname "$data")/subjects.csv" cdr
     done
-    printf '\n### small, seed 0, beside the baselines\n'
-    rm -rf "$runs/cv"
-    tables python -m tools.evaluate "$runs"/oasis-small-s0-f? --out "$runs/cv"
     for pair in "small paper" "small cnn" "cnn paper"; do
         set -- $pair
         printf '\n### %s against %s\n' "$1" "$2"
         compared python -m tools.evaluate $(folds $1) --against $(folds $2)
     done
+}
+
+beside_baselines() {
+    cat <<'TEXT'
+The folds of the small recipe with seed 0, beside the baselines.
+TEXT
+    rm -rf "$runs/cv"
+    tables python -m tools.evaluate "$runs"/oasis-small-s0-f? --out "$runs/cv"
     for name in roc_curve calibration risk_coverage confusion_matrix; do
         cp "$runs/cv/$name.png" "figures/oasis_$name.png"
     done
@@ -301,6 +306,7 @@ TEXT
     section "Where LayerNorm loses the class" 'layer|layer-head-batch|small-n200-s0' none layer_norm
     section "How fragile it is" '(paper|small|cnn)-n400-s0' none fragile
     section "The protocol for real slices, written before the runs" 'oasis-.*-s0-.*' 'oasis-.*' real_slices
+    section "Real slices: the small recipe beside the baselines" 'oasis-small-s0-.*' none beside_baselines
     section "The documented recipe in full, on a GPU" 'gpu-oasis-.*|gpu-(full|small)-n200' 'gpu-.*' full
     section "What leakage does" '.*by-s.*' none leakage
     speed
