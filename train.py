@@ -124,7 +124,7 @@ RECIPES = {
     "default": {},
     "small": SMALL,
     # Of weights/phantom.pth: learns from drawings alone, see docs/transfer.md.
-    "phantom": {**SMALL, "image_size": 64, "soft_labels": True},
+    "phantom": {**SMALL, "soft_labels": True},
     # The small one, made shorter: with few steps the last epoch is not always the best.
     "demo": dict(
         model="narrow",
@@ -148,7 +148,7 @@ FREE_ON_RESUME = {
 DRAWN_SIDES = [64, 512]
 DEMO_SUBJECTS = 80
 PHANTOM_SUBJECTS = 1000  # of the recipe phantom
-PHANTOM_VERSION = 1  # raise it when the phantom changes
+PHANTOM_VERSION = 2  # raise it when the phantom changes
 MAX_NONFINITE_STEPS = 20  # in a row; then the run ends
 
 
@@ -205,7 +205,7 @@ def make_parser():
     add = parser.add_argument_group("augmentation").add_argument
     kinds = ("full", "no-flip", "none")
     add("--augment", choices=kinds, help="on AD_NC a flip swaps front and back (full)")
-    add("--soft-labels", **switch, help="learn how atrophied a drawn brain looks, not its class; "
+    add("--soft-labels", **switch, help="learn how much fluid a drawn slice shows, not its class; "
         "for sets of tools.phantom --cue varied")
     add("--mixup", type=AMOUNT, metavar="A", help="MixUp with Beta(A, A), e.g. 0.2; 0: off (0)")
     add("--cutmix", type=AMOUNT, metavar="A", help="CutMix with Beta(A, A), e.g. 1.0; 0: off (0)")
@@ -659,7 +659,7 @@ def fit(state, slices, args, out, card, log):
     training_history.csv are written after each epoch."""
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
-    p_ad = read_soft_labels(slices.root, train.index.scan) if args.soft_labels else None
+    p_ad = read_soft_labels(train.index, slices.root) if args.soft_labels else None
     batches = Batches(
         train,
         args.batch_size,

@@ -15,6 +15,7 @@ from adnc.errors import InputError
 from adnc.files import write_csv
 from adnc.scoring.assess import describe_distrust
 from docs.experiments import (
+    finetune,
     learning_curve,
     orientation,
     probe,
@@ -359,3 +360,35 @@ def test_only_weights_that_saw_drawings_are_shipped_and_without_paths(run_folder
     wide = {"weight": torch.tensor([1e6])}
     with pytest.raises(InputError, match="weight has values beyond those of float16"):
         ship.halve(wide)
+
+
+def test_ways_to_use_a_few_subjects_are_compared(ad_nc, run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "EPOCHS", 1)
+    monkeypatch.setattr(finetune, "RESAMPLES", 50)
+    monkeypatch.setitem(finetune.train.SMALL, "epochs", 1)
+    words = [str(ad_nc), "--checkpoint", str(run_folder / "best_model.pth")]
+    finetune.main([*words, "--subjects", "6", "--seeds", "2"])
+    text = capsys.readouterr().out
+    assert "6 subjects, 12 others are the test, 2 seeds" in text
+    for name in finetune.METHODS:
+        assert f"| {name} " in text
+    assert text.count("] |") >= 2 * len(finetune.METHODS) - 1
+
+    with pytest.raises(InputError, match="9 subjects of a class are too few; expected more than 9"):
+        finetune.main([*words, "--subjects", "18"])
+
+
+def test_weights_are_pulled_to_the_start_and_statistics_kept():
+    torch.manual_seed(0)
+    model = finetune.keep_statistics(make_model("narrow"))
+    loss = finetune.pull_to_start(model, strength=2.0)
+    logits, labels = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
+    near = loss(logits, labels)
+    with torch.no_grad():
+        model.head.bias += 3.0
+    far = loss(logits, labels)
+    assert torch.allclose(far - near, torch.tensor(18.0))
+
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()(torch.randn(8, 1, 32, 32))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -17,13 +17,15 @@ classes overlap, so that the best possible subject-level accuracy is about 0.915
 only the temporal horn and the hippocampus show it. With --cue varied the slices are 112 x 112, four
 along each plane; contrast, sharpness, noise, pose and background of each are drawn at random;
 disease also widens ventricles and sulci, and so does age; the sizes that were drawn are in
-VARIED/latents.csv, the subjects in VARIED/subjects.csv. A result on the phantom shows that the code
+VARIED/latents.csv, the fluid that each slice shows in VARIED/slices.csv, the subjects in
+VARIED/subjects.csv. A result on the phantom shows that the code
 works; it says nothing about Alzheimer's disease. --volumes writes HEADS/heads/sub-*_T1w.nii.gz,
 HEADS/brains/ and HEADS/heads.csv.
 """
 
 from adnc.cli import SEED, Parser, new_png, number, run_script
 from adnc.phantom.draw import CUES, contact_sheet, draw, draw_volumes
+from adnc.phantom.varied import VARIATIONS
 
 
 def parse_args(argv=None):
@@ -33,6 +35,10 @@ def parse_args(argv=None):
     subjects, heads = number(10, 5000, int), number(1, 100, int)
     add("--subjects", type=subjects, metavar="N", help="the real set has 680 (60)")
     add("--cue", choices=CUES, help="see above (global)")
+    add(
+        "--without", nargs="+", choices=VARIATIONS, default=[], metavar="VARIATION",
+        help=f"with --cue varied, leave out some of {', '.join(VARIATIONS)}",
+    )  # fmt: skip
     add("--seed", type=SEED, default=0, metavar="S", help="another seed, another set (0)")
     add("--volumes", type=heads, metavar="N", help="draw N heads as NIfTI instead of slices")
     add("--sheet", type=new_png, metavar="PNG", help="save a contact sheet; alone without OUT")
@@ -46,6 +52,8 @@ def parse_args(argv=None):
         parser.error("--volumes draws heads of the global cue; leave out --subjects and --cue")
     if args.sheet and args.cue in ("local", "varied"):
         parser.error("--sheet shows the global cue; leave out --cue")
+    if args.without and args.cue != "varied":
+        parser.error("--without needs --cue varied, the only one with these variations")
     args.subjects = args.subjects or 60
     args.cue = args.cue or "global"
     return args
@@ -56,7 +64,8 @@ def main(argv=None):
     if args.volumes:
         print(f"drew {draw_volumes(args.out, args.volumes, args.seed)}")
     elif args.out:
-        print(f"drew {draw(args.out, args.subjects, args.seed, cue=args.cue)}")
+        out = draw(args.out, args.subjects, args.seed, cue=args.cue, without=args.without)
+        print(f"drew {out}")
     if args.sheet:
         print(f"drew {contact_sheet(args.sheet, args.subjects, args.seed)}")
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from adnc.errors import InputError
 from adnc.files import write_atomically, write_csv, write_json, write_text
 from adnc.phantom.anatomy import Scan, render, render_head
-from adnc.phantom.varied import LATENTS, SIDE, render_varied
+from adnc.phantom.varied import SIDE, render_varied
 from adnc.volumes.look import Look
 from adnc.volumes.read import import_nibabel
 
@@ -219,7 +219,8 @@ def new_folders(out, *names):
 
 
 CUES = ("global", "local", "varied")
-LATENTS_FILE = "latents.csv"  # beside AD_NC, with the cue "varied"
+LATENTS_FILE, SLICES_FILE = "latents.csv", "slices.csv"  # beside AD_NC, with the cue "varied"
+DEGREE = 4  # of the polynomial that gives the usual fluid by place
 # How predict.py cuts a volume for a model that was trained on this set, which shows all planes: the
 # 75 mm of the brain that the axial drawings show, and their field of view.
 VARIED_LOOK = Look("axial", count=25, size=(SIDE, SIDE), spacing=1.8, step=3.0)
@@ -230,35 +231,52 @@ def is_drawn(root):
     return (Path(root).parent / LATENTS_FILE).is_file()
 
 
-def visible_atrophy(table):
-    """The probability of AD given how atrophied each brain looks, float64 (N,).
+def label_slices(slices, latents):
+    """The probability of AD given the fluid that each slice shows, float64 (N,).
 
-    A brain looks the more atrophied the smaller its hippocampus and the wider horn, ventricle and
-    sulci are: the mean of the four logarithms in SD, by a logistic regression on the class. The
-    class itself, or the latent atrophy, would teach that a wide ventricle speaks against AD where
-    the horn is seen, since age explains both. That is true of the drawings, and did not carry over
-    to real brains (docs/transfer.md).
+    `slices` and `latents` are the tables SLICES_FILE and LATENTS_FILE. The logarithm of the share
+    of fluid is compared with what is usual at the place where the slice is cut (a polynomial for
+    each plane) and given in SD: the fluid of a slice. The probability is that of a subject all of
+    whose slices show that fluid, by a logistic regression of the class on the subject's mean,
+    fitted on train/.
+
+    The class itself, or the latent atrophy, would teach that a wide ventricle speaks against AD
+    where the horn is seen, since age explains both. That is true of the drawings, and did not carry
+    over to real brains (docs/transfer.md).
     """
-    sizes = np.log(table[list(LATENTS)]).assign(hippocampus=lambda logs: -logs.hippocampus)
-    index = ((sizes - sizes.mean()) / sizes.std()).mean(axis=1).to_frame()
-    train = table.split == "train"
-    fit = LogisticRegression(C=1e3).fit(index[train], table.label[train] == "AD")
-    return fit.predict_proba(index)[:, 1]
+    table = slices.merge(latents[["scan", "label", "split"]], on="scan")
+    fluid = np.log(table.fluid + 0.01)
+    for rows in table.groupby("plane").groups.values():
+        train = rows[table.split[rows] == "train"]
+        usual = np.polynomial.Polynomial.fit(table.place[train], fluid[train], DEGREE)
+        fluid[rows] -= usual(table.place[rows].to_numpy())
+    fluid /= fluid[table.split == "train"].std()
+
+    subjects = table.assign(fluid=fluid).groupby("scan")
+    subjects = subjects.agg(
+        fluid=("fluid", "mean"), label=("label", "first"), split=("split", "first")
+    )
+    subjects = subjects[subjects.split == "train"]
+    fit = LogisticRegression(C=1e3).fit(subjects[["fluid"]], subjects.label == "AD")
+    return fit.predict_proba(fluid.to_frame("fluid"))[:, 1]
 
 
-def read_soft_labels(root, scans):
-    """The probability of AD of each of a Series of scans of a drawn set, float64 (N,): that of
-    `visible_atrophy`. InputError if there is none for a scan."""
-    file = Path(root).parent / LATENTS_FILE
+def read_soft_labels(index, root):
+    """The probability of AD of each slice of an index of a drawn set, float64 (N,): that of
+    `label_slices`. InputError if there is none for a slice."""
+    file = Path(root).parent / SLICES_FILE
     if not file.is_file():
         raise InputError(
             f"there is no {file}; soft labels are those of a set of tools.phantom --cue varied"
         )
-    table = pd.read_csv(file, dtype={"scan": str}).set_index("scan")
-    missing = scans[~scans.isin(table.index)]
-    if len(missing):
-        raise InputError(f"{file} has no row for scan {missing.iloc[0]}; draw the set again")
-    return table.p_AD[scans].to_numpy(float)
+    table = pd.read_csv(file, dtype={"scan": str})[["scan", "slice", "p_AD"]]
+    p = index[["scan", "slice"]].merge(table, on=["scan", "slice"], how="left").p_AD
+    if p.isna().any():
+        first = index.iloc[int(p.isna().argmax())]
+        raise InputError(
+            f"{file} has no row for slice {first.slice} of scan {first.scan}; draw the set again"
+        )
+    return p.to_numpy(float)
 
 
 def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global", without=()):
@@ -276,25 +294,28 @@ def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global",
 
     def write(scan):
         if cue == "varied":
-            slices, qualities, sizes = render_varied(scan, seed, without)
+            slices, qualities, sizes, shown = render_varied(scan, seed, without)
             names = range(1, len(slices) + 1)
         else:
             slices, names = render(scan, seed), scan.indices
-            qualities, sizes = [92 for _ in names], {}
+            qualities, sizes, shown = [92 for _ in names], {}, []
         for pixels, name, quality in zip(slices, names, qualities):
             file = out / "AD_NC" / scan.split / scan.label / f"{scan.scan}_{name}.jpeg"
             Image.fromarray(pixels).save(file, quality=quality)
-        return sizes
+        return sizes, [{"scan": scan.scan, "slice": n, **row} for n, row in zip(names, shown)]
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(write, scans)
         bar = tqdm(done, "phantom", len(scans), unit=" scans", disable=None if progress else True)
-        sizes = pd.DataFrame(list(bar))
+        sizes, shown = zip(*bar)
     if cue == "varied":
         table = pd.DataFrame(scans)[["scan", "subject", "label", "split", "atrophy", "ageing"]]
         table.subject = drawn_names(scans)
-        table = pd.concat([table, sizes], axis=1).round(4)
-        write_csv(out / LATENTS_FILE, table.assign(p_AD=visible_atrophy(table).round(4)))
+        table = pd.concat([table, pd.DataFrame(sizes)], axis=1).round(4)
+        write_csv(out / LATENTS_FILE, table)
+        slices = pd.DataFrame([row for rows in shown for row in rows]).round(4)
+        slices["p_AD"] = label_slices(slices, table).round(4)
+        write_csv(out / SLICES_FILE, slices)
         write_csv(out / "subjects.csv", table[["scan", "subject"]])
         write_json(out / "extraction.json", asdict(VARIED_LOOK))
     else:

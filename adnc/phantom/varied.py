@@ -35,14 +35,24 @@ VARIATIONS = ("contrast", "bias", "sharpness", "noise", "pose", "mask", "levels"
 
 def varied_anatomy(seed, subject, atrophy, ageing):
     """The Anatomy of a subject: ageing widens ventricles and sulci; disease shrinks the
-    hippocampus, widens the temporal horn and, less, ventricles and sulci."""
-    anatomy = Anatomy(seed, subject, atrophy, ageing + SPREAD * atrophy)
+    hippocampus, widens the temporal horn and, less, ventricles and sulci.
+
+    Ventricles and sulci are wider than those of the other cues, and vary by themselves, too.
+    """
+    looks = ageing + SPREAD * atrophy
+    rng = np.random.default_rng([seed, 7, int(subject[:3]), int(subject[6:])])
+    own = rng.standard_normal(2)
+    anatomy = Anatomy(seed, subject, atrophy, looks)
+    anatomy.ventricle = float(np.exp(0.25 + 0.9 * np.tanh(0.45 * looks) + 0.2 * own[0]))
+    anatomy.sulcus = float(np.exp(0.25 + 0.35 * np.tanh(0.6 * looks) + 0.2 * own[1]))
     # The horn is part of the ventricle, and widens with it.
-    anatomy.horn *= float(np.exp(0.12 * (ageing + SPREAD * atrophy)))
+    anatomy.horn *= float(np.exp(0.12 * looks))
     return anatomy
 
 
 LATENTS = ("hippocampus", "horn", "ventricle", "sulcus")  # factors of size, of an Anatomy
+# Of a slice: where it is cut (mm along the normal of its plane) and its share of fluid.
+SHOWN = ("plane", "place", "fluid")
 
 
 # ---------------------------------------------------------------- one subject
@@ -50,7 +60,7 @@ LATENTS = ("hippocampus", "horn", "ventricle", "sulcus")  # factors of size, of 
 
 def render_varied(scan, seed=0, without=()):
     """Draw a subject: (uint8 (SLICES, SIDE, SIDE), a third of them along each of PLANES; JPEG
-    quality of each; dict of LATENTS).
+    quality of each; dict of LATENTS; a dict of SHOWN for each slice).
 
     `without` names VARIATIONS that are left out: they then have the value of a T1 scan like those
     of the other cues. All depends on seed, subject and `without` alone.
@@ -66,13 +76,25 @@ def render_varied(scan, seed=0, without=()):
         place = low + (high - low) * (number % n_plane + rng.random()) / n_plane
         poses.append(draw_pose(rng, plane, place, "pose" not in without))
 
-    drawn = np.zeros((SLICES, SIDE, SIDE), np.uint8)
+    drawn, shown = np.zeros((SLICES, SIDE, SIDE), np.uint8), []
     for number, (tissue, share) in enumerate(sections(anatomy, poses)):
+        where = {name: poses[number][name] for name in SHOWN[:-1]}
+        shown.append({**where, "fluid": share_of_fluid(tissue, share)})
         rngs = np.random.default_rng([*key, number, 1]).spawn(len(VARIATIONS))
         scanner = dict(zip(VARIATIONS, rngs))
         drawn[number] = scan_slice(tissue, share, poses[number], scanner, without)
     qualities = np.random.default_rng([*key, SLICES]).integers(60, 96, SLICES).tolist()
-    return drawn, qualities, {name: getattr(anatomy, name) for name in LATENTS}
+    return drawn, qualities, {name: getattr(anatomy, name) for name in LATENTS}, shown
+
+
+def share_of_fluid(tissue, share):
+    """The share of the brain in a section that is fluid, by brightness before any contrast.
+
+    Half-way to grey matter counts as nothing, so that grey matter in a sulcus does not count.
+    """
+    half = (CSF + GREY) / 2
+    fluid = np.clip((half - tissue) / (half - CSF), 0, 1)
+    return float((fluid * share).sum() / max(share.sum(), 1e-3))
 
 
 def scan_slice(tissue, share, pose, scanner, without):
