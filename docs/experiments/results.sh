@@ -330,5 +330,5 @@ mv "$runs/results.md" docs/results.md
 rm -f figures/phantom.png
 python -m tools.phantom --sheet figures/phantom.png
 # the documented recipe on AD_NC: 90 % of its 21,520 training slices in batches of 64
-python -c "import utils; utils.plot_lr_schedule('figures/lr_schedule.png', steps_per_epoch=303, epochs=100, warmup_epochs=1, lr=1e-4)"
+python -c "import pathlib, utils; utils.plot_lr_schedule(pathlib.Path('figures/lr_schedule.png'), steps_per_epoch=303, epochs=100, warmup_epochs=1, lr=1e-4)"
 echo "wrote docs/results.md and figures/"
