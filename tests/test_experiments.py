@@ -16,6 +16,7 @@ from adnc.files import write_csv
 from adnc.scoring.assess import describe_distrust
 from docs.experiments import (
     finetune,
+    fluid_maps,
     learning_curve,
     orientation,
     probe,
@@ -342,14 +343,16 @@ def test_each_severity_is_scored_against_all_controls(sizes, tmp_path):
 
 def test_only_weights_that_saw_drawings_are_shipped_and_without_paths(run_folder, tmp_path, capsys):
     with pytest.raises(InputError, match="not trained on drawings alone"):
-        ship.main([str(run_folder), str(tmp_path / "a.pth"), "--real", "Nothing."])
+        ship.main([str(run_folder), str(tmp_path / "a.pth"), "--real", "Nothing.", "--maps", "No."])
     checkpoint = load_checkpoint(run_folder / "best_model.pth")
     checkpoint["exposure"]["drawn"] = True
     del checkpoint["format"]
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "best_model.pth", **checkpoint)
     file = tmp_path / "weights" / "b.pth"
-    ship.main([str(tmp_path / "run"), str(file), "--real", "On real slices it is worth nothing."])
+    sentences = ["--real", "On real slices it is worth nothing.", "--maps", "They show nothing."]
+    ship.main([str(tmp_path / "run"), str(file), *sentences])
+    assert load_checkpoint(file)["maps"] == "They show nothing."
     (difference,) = re.findall(r"p_AD from float32 is (\S+),", capsys.readouterr().out)
     assert float(difference) < 1e-3
 
@@ -392,3 +395,20 @@ def test_weights_are_pulled_to_the_start_and_statistics_kept():
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()(torch.randn(8, 1, 32, 32))
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_map_is_compared_with_the_fluid_and_fluid_is_filled(varied, capsys):
+    pytest.importorskip("captum")
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[5:35, 5:35] = 120
+    pixels[10:14, 10:20] = 30
+    fluid, head, median = fluid_maps.find_fluid(pixels)
+    assert (fluid.sum(), head.sum(), median) == (40, 900, 120)
+    assert set(np.unique(fluid_maps.fill(pixels, fluid, median))) == {0, 120}
+    assert fluid_maps.find_fluid(np.zeros((8, 8), np.uint8))[1].sum() == 0
+
+    fluid_maps.main([str(varied / "AD_NC"), "--slices", "12"])
+    header, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert [cell.strip() for cell in header.split("|")[3:7]] == list(fluid_maps.COLUMNS.values())
+    share = float(row.split("|")[3].split()[0])
+    assert 0 < share < 0.5

@@ -603,9 +603,11 @@ def test_a_model_that_saw_drawings_alone_ranks_the_scans_and_gives_no_verdict(
     unlabelled, tmp_path
 ):
     exposure = {**unlabelled.checkpoint["exposure"], "drawn": True}
-    checkpoint = {**unlabelled.checkpoint, "exposure": exposure}
+    maps = "Its maps do not light the ventricles."
+    checkpoint = {**unlabelled.checkpoint, "exposure": exposure, "maps": maps}
     write_report(tmp_path / "page.html", replace(unlabelled, checkpoint=checkpoint))
     page = Page(tmp_path / "page.html")
+    assert maps in page.words()
     assert set(page.verdicts.values()) == {"no verdict", "not read"}
     assert page.words().startswith(
         "No verdicts are given. This model was trained on drawings alone. Its score is the "

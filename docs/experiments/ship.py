@@ -2,12 +2,14 @@
 
     python train.py --recipe phantom --out runs/phantom
     python -m docs.experiments.transfer runs/phantom --sets OASIS/AD_NC
-    python -m docs.experiments.ship runs/phantom weights/phantom.pth --real "On real slices ..."
+    python -m docs.experiments.fluid_maps OASIS/AD_NC --checkpoint runs/phantom/best_model.pth
+    python -m docs.experiments.ship runs/phantom weights/phantom.pth --real "On ..." --maps "On ..."
 
 The file is best_model.pth with its weights in float16, half as large, and without the paths of the
-machine that made it. Printed is how far its p_AD are from those of float32, on the test of the run.
-`--real` is a sentence on what the scores are worth on real people, which every prediction ends
-with. A run on anything but drawings is refused: its weights must not be shipped.
+machine that made it. Printed is how far its p_AD are from those of float32, on the test of the
+run. `--real` is a sentence on what the scores are worth on real people, which every prediction
+ends with; `--maps` one on what its attribution maps show there, which stands in the report. A run
+on anything but drawings is refused: its weights must not be shipped.
 """
 
 from pathlib import Path
@@ -36,8 +38,8 @@ def halve(weights):
     return halved
 
 
-def strip(checkpoint, real):
-    """The checkpoint without paths, with halved weights and the sentence `real`."""
+def strip(checkpoint, real, maps):
+    """The checkpoint without paths, with halved weights and the sentences `real` and `maps`."""
     if not checkpoint["exposure"].get("drawn"):
         raise InputError(
             "the run was not trained on drawings alone: its weights must not be shipped"
@@ -45,8 +47,8 @@ def strip(checkpoint, real):
     flags = {**checkpoint["flags"], "data": None, "out": None}
     exposure = {**checkpoint["exposure"], "sets": []}
     weights = halve(checkpoint["weights"])
-    own = {"weights": weights, "flags": flags, "exposure": exposure, "data": None, "real": real}
-    return {**checkpoint, **own}
+    own = {"weights": weights, "flags": flags, "exposure": exposure, "data": None}
+    return {**checkpoint, **own, "real": real, "maps": maps}
 
 
 def largest_difference(one, other, root):
@@ -68,10 +70,11 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN", help="a run of --recipe phantom")
     parser.add_argument("file", metavar="FILE", help="the file to write, as weights/phantom.pth")
     parser.add_argument("--real", required=True, metavar="TEXT", help="what it is worth")
+    parser.add_argument("--maps", required=True, metavar="TEXT", help="what its maps show")
     args = parser.parse_args(argv)
     require_new(args.file, "FILE")
     checkpoint = load_checkpoint(Path(args.run) / "best_model.pth")
-    small = strip(checkpoint, args.real)
+    small = strip(checkpoint, args.real, args.maps)
     del small["format"]
     Path(args.file).parent.mkdir(exist_ok=True)
     save_checkpoint(args.file, **small)
