@@ -18,7 +18,7 @@ from scipy.stats import rankdata, spearmanr
 from adnc.cli import Parser, run_script
 from adnc.errors import InputError
 from adnc.scoring.assess import format_table
-from adnc.scoring.baselines import all_dark_shares
+from adnc.scoring.baselines import DARK, all_dark_shares
 from dataset import decode_set
 from predict import predict_logits
 from utils import build_model, load_checkpoint, pick_device
@@ -68,7 +68,7 @@ def read_scores(runs, root, device):
             **{key: checkpoint[key] for key in keys},
         )  # fmt: skip
         columns[Path(run).name] = subject_scores(slices, logits)
-    dark = all_dark_shares(slices.images, slices.rows)[:, 0]
+    dark = all_dark_shares(slices.images, slices.rows)[:, DARK.index(0.5)]
     columns["dark share"] = subject_scores(slices, dark)
     table = pd.DataFrame(columns)
     is_ad = subject_scores(slices, slices.is_ad).loc[table.index] > 0.5
