@@ -315,7 +315,7 @@ def test_the_soft_label_of_a_slice_grows_with_its_fluid_wherever_it_is_cut(varie
     n = 300
     latents = pd.DataFrame({"scan": np.arange(n), "split": "train"})
     latents["label"] = np.where(latents.scan % 2, "AD", "NC")
-    amount = rng.normal(0, 0.3, n) + 0.3 * (latents.label == "AD")
+    amount = pd.Series(rng.normal(np.where(latents.label == "AD", 0.3, 0), 0.3))
     slices = latents[["scan"]].loc[latents.index.repeat(SLICES)].reset_index(drop=True)
     slices["plane"] = rng.choice(list(PLANES), len(slices))
     slices["place"] = rng.uniform(-40, 40, len(slices))

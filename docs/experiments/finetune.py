@@ -2,10 +2,10 @@
 
     python -m docs.experiments.finetune OASIS/AD_NC --subjects 25 50 100 --seeds 5
 
-For each number of subjects and seed, as many subjects are drawn from the set, half of them AD, and
-all others are the test. METHODS use the subjects; the numbers in them were fixed before the first
-run. Printed: subject-level AUROC and Brier score of each method, mean over seeds, with an interval
-over subjects, and the paired difference of AUROC from the weights as they are.
+Each number of subjects is drawn from the set once for each seed, half of them AD; all other
+subjects are the test. METHODS learn from the drawn subjects; the numbers in them were fixed before
+the first run. Printed: subject-level AUROC and Brier score of each method, mean over seeds, with
+an interval over subjects, and the paired difference of AUROC from the weights as they are.
 """
 
 import copy

@@ -4,10 +4,10 @@
 
 Fluid is what is darker than half the median grey of the head (adnc.scoring.baselines). Of some
 slices of each set, evenly chosen: the share of the head that is fluid; the share of an attribution
-map (integrated gradients, absolute values, smoothed as in the pictures) that lies on it; the change
-of z_AD - z_NC if the fluid is filled with the median grey (deletion); and the change if as much of
-the head elsewhere, the turned shape of the fluid, is filled so. Means, with intervals over
-subjects.
+map (integrated gradients, absolute values, smoothed as in the pictures) that lies on it; the
+change of z_AD - z_NC if the fluid is filled with the median grey (deletion); and the change if the
+shape of the fluid, turned by 180 degrees, is filled so, where it lies on the head and on no fluid:
+an area of a similar form, but smaller. Means, with intervals over subjects.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ COLUMNS = {
     "fluid": "share of the head that is fluid",
     "map": "share of the map on it",
     "filled": "change of z if it is filled",
-    "elsewhere": "change of z if as much is filled elsewhere",
+    "elsewhere": "change of z if its turned shape is filled",
 }
 
 
