@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from adnc.errors import InputError
 from adnc.files import write_csv
 from adnc.scoring.assess import describe_distrust
+from dataset import decode_set
 from docs.experiments import (
     finetune,
     fluid_maps,
@@ -160,6 +161,11 @@ def test_runs_are_compared_with_the_dark_share_on_another_set(run_folder, phanto
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     names = [line.split("|")[1].strip() for line in lines[2:]]
     assert names == ["run", "mean of 1", "ensemble", "dark share"]
+
+    transfer.main([str(run_folder), "--sets", str(phantom / "AD_NC"), "--apart"])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["run", "dark share"]
 
 
 def test_an_ensemble_of_noisy_scores_is_better_than_their_mean():
@@ -379,6 +385,20 @@ def test_ways_to_use_a_few_subjects_are_compared(ad_nc, run_folder, monkeypatch,
 
     with pytest.raises(InputError, match="9 subjects of a class are too few; expected more than 9"):
         finetune.main([*words, "--subjects", "18"])
+
+
+def test_slices_of_a_subject_are_thinned_out_evenly(ad_nc):
+    slices = decode_set(ad_nc, progress=None)
+    few = finetune.thin_out(slices, 3)
+    assert few.index.index.tolist() == list(range(len(few.index)))
+    assert set(few.index.subject) == set(slices.index.subject)
+    for subject, rows in few.index.groupby("subject"):
+        whole = slices.index[slices.index.subject == subject].sort_values(["scan", "slice"])
+        places = whole.path.tolist()
+        kept = sorted(places.index(path) for path in rows.path)
+        n = len(places)
+        assert kept == [-(-part * n // 3) for part in range(3)]
+    assert finetune.thin_out(slices, 1000).index.path.tolist() == slices.index.path.tolist()
 
 
 def test_weights_are_pulled_to_the_start_and_statistics_kept():

@@ -75,8 +75,9 @@ def read_scores(runs, root, device):
     return is_ad.to_numpy(), table
 
 
-def format_scores(is_ad, table):
-    """Lines of a Markdown table for the scores of `read_scores`."""
+def format_scores(is_ad, table, together=True):
+    """Lines of a Markdown table for the scores of `read_scores`; `together` adds the mean of the
+    runs and their ensemble."""
     names = list(table)[:-1]
     standard = (table[names] - table[names].mean()) / table[names].std()
     columns = {**table, "ensemble": standard.mean(axis=1)}
@@ -97,19 +98,26 @@ def format_scores(is_ad, table):
         if name in names:
             same = f"{spearmanr(table[name], table['dark share'])[0]:.2f}"
         rows.append([name, f"{values[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]", apart, same])
-    return format_table([*rows[:1], *rows[2:-2], rows[1], *rows[-2:]])
+    head, mean, *each, ensemble, dark = rows
+    if together:
+        return format_table([head, *each, mean, ensemble, dark])
+    return format_table([head, *each, dark])
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--sets", nargs="+", required=True, metavar="AD_NC", help="sets to rank")
+    parser.add_argument(
+        "--apart", action="store_true",
+        help="the runs are not repetitions: print neither their mean nor their ensemble",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     device = pick_device()
     for root in args.sets:
         is_ad, table = read_scores(args.runs, root, device)
         print(f"\n{root}: {len(is_ad)} subjects, {is_ad.sum()} AD\n")
-        for line in format_scores(is_ad, table):
+        for line in format_scores(is_ad, table, together=not args.apart):
             print(line)
 
 
