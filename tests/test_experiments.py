@@ -11,11 +11,13 @@ from fake_predictions import random_predictions, write_run
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from adnc.data.pixels import find_head
 from adnc.errors import InputError
 from adnc.files import write_csv
 from adnc.scoring.assess import describe_distrust
 from dataset import decode_set
 from docs.experiments import (
+    beyond,
     finetune,
     fluid_maps,
     learning_curve,
@@ -399,6 +401,34 @@ def test_slices_of_a_subject_are_thinned_out_evenly(ad_nc):
         n = len(places)
         assert kept == [-(-part * n // 3) for part in range(3)]
     assert finetune.thin_out(slices, 1000).index.path.tolist() == slices.index.path.tolist()
+
+
+def test_tries_beyond_the_dark_share_are_scored_with_it(varied, ad_nc, monkeypatch, capsys):
+    monkeypatch.setitem(beyond.train.SMALL, "epochs", 1)
+    monkeypatch.setattr(beyond, "IMAGE_SIZE", 32)
+    beyond.main([str(varied / "AD_NC"), "--sets", str(ad_nc), "--seeds", "1"])
+    text = capsys.readouterr().out
+    assert f"{ad_nc}: 18 subjects, dark share alone " in text
+    for name in beyond.WAYS:
+        assert f"| {name} " in text
+
+
+def test_the_label_of_the_hippocampus_does_not_depend_on_the_other_sizes(varied):
+    slices = decode_set(varied / "AD_NC", progress=None)
+    table = pd.read_csv(varied / "latents.csv", dtype={"scan": str}).set_index("scan")
+    p_ad = pd.Series(beyond.hippocampus(slices), slices.index.scan).groupby(level=0).first()
+    label = np.log(p_ad / (1 - p_ad))
+    for name in ("horn", "ventricle", "sulcus"):
+        assert abs(np.corrcoef(label, np.log(table[name][label.index]))[0, 1]) < 0.01
+    assert np.corrcoef(label, np.log(table.hippocampus[label.index]))[0, 1] < -0.3
+
+
+def test_normalised_slices_have_one_median(ad_nc):
+    slices = decode_set(ad_nc, progress=None)
+    changed = beyond.normalised(slices)
+    for row in slices.rows[:5]:
+        head = find_head(slices.images[row])
+        assert abs(np.median(changed.images[row][head]) - beyond.MIDDLE) <= 2
 
 
 def test_weights_are_pulled_to_the_start_and_statistics_kept():

@@ -49,11 +49,13 @@ def keep_statistics(model):
     return model
 
 
-def fit(model, part, checkpoint, *, device, seed, lr=LR, epochs=EPOCHS, criterion=None):
-    """Train a model on a SliceSet; returns it."""
+def fit(
+    model, part, checkpoint, *, device, seed, lr=LR, epochs=EPOCHS, criterion=None, p_ad=None
+):
+    """Train a model on a SliceSet, whose classes `p_ad` (N,) replaces if given; returns it."""
     state = train.TrainState(model, device=device, amp=None, lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    batches = Batches(part, BATCH, generator=generator, device=device)
+    batches = Batches(part, BATCH, generator=generator, device=device, p_ad=p_ad)
     schedule = dict(steps_per_epoch=len(batches), epochs=epochs, warmup_epochs=0, lr=lr)
     for _ in range(epochs):
         row = train.train_one_epoch(
