@@ -59,7 +59,7 @@ from adnc.data.augment import MEAN, STD, train_transform
 from adnc.errors import InputError
 from adnc.explain.attribution import measure_map_scale
 from adnc.files import fingerprint, new_folder, require_new, unused_name, write_csv, write_json
-from adnc.phantom.draw import draw, is_drawn, read_soft_labels
+from adnc.phantom.draw import draw, is_varied_set, read_soft_labels
 from adnc.pretrained import find_state_dict, load_tensors
 from adnc.scoring import assess
 from adnc.scoring.baselines import describe_background, fit_baselines
@@ -607,13 +607,21 @@ def format_epoch(row, best, *remarks):
     return "  ".join([*cells, *(remark for remark in remarks if remark)])
 
 
-def guessing_losses(share_ad, label_smoothing):
+def guessing_losses(p_ad, label_smoothing):
     """(guessing, lowest): the cross-entropy of a model that says of every slice how frequent AD is,
-    and of a perfect one, with label smoothing."""
-    losses = []
-    for p in ((1 - label_smoothing) * share_ad + label_smoothing / 2, label_smoothing / 2):
-        losses.append(float(entr(p) + entr(1 - p)))
-    return losses
+    and of a perfect one, with label smoothing. p_ad (N,): the labels, 0 and 1 or soft ones."""
+    target = (1 - label_smoothing) * np.asarray(p_ad) + label_smoothing / 2
+    mean = target.mean()
+    guessing, lowest = entr(mean) + entr(1 - mean), (entr(target) + entr(1 - target)).mean()
+    return float(guessing), float(lowest)
+
+
+def read_labels(train, soft_labels):
+    """What the training slices of a SliceSet are trained on: the probability of AD, float64 (N,),
+    which is 0 or 1 without `soft_labels`."""
+    if soft_labels:
+        return read_soft_labels(train.index, train.root)
+    return train.is_ad.astype(float)
 
 
 def describe_standstill(history, guessing, lowest):
@@ -659,7 +667,7 @@ def fit(state, slices, args, out, card, log):
     training_history.csv are written after each epoch."""
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
-    p_ad = read_soft_labels(train.index, slices.root) if args.soft_labels else None
+    labels = read_labels(train, args.soft_labels)
     batches = Batches(
         train,
         args.batch_size,
@@ -667,7 +675,7 @@ def fit(state, slices, args, out, card, log):
         device=state.device,
         rank=world.rank,
         world=world.size,
-        p_ad=p_ad,
+        p_ad=labels if args.soft_labels else None,
     )
     schedule = dict(
         steps_per_epoch=len(batches),
@@ -676,7 +684,7 @@ def fit(state, slices, args, out, card, log):
         lr=args.lr,
     )
     criterion = make_loss(args.label_smoothing)
-    losses = guessing_losses(train.is_ad.mean(), args.label_smoothing)
+    losses = guessing_losses(labels, args.label_smoothing)
     mix = make_mix(args.mixup, args.cutmix)
     if args.compile:
         state.model.compile()
@@ -689,6 +697,11 @@ def fit(state, slices, args, out, card, log):
                 save_model(out, card, state)
 
     log(ABOUT_ROWS)
+    if args.soft_labels:
+        log(
+            "loss and acc are those of the soft labels (acc: both on one side of 0.5), those of "
+            "validation of the classes"
+        )
     log(HEADER)
     while state.epoch < args.epochs:
         best = kept_row(state.history, args.keep)
@@ -821,7 +834,10 @@ def model_card(args, slices, state, model_args, init):
     train = index[index.split == "train"]
     deep = index.bits[index.depth > 0]
     # trained and chosen on
-    exposure = subjects.record_exposure(index[index.split != "test"], is_drawn(slices.root))
+    drawn = is_varied_set(slices.root, index)
+    if init and init["exposure"] is None:  # it may have seen anyone
+        drawn = False
+    exposure = subjects.record_exposure(index[index.split != "test"], drawn)
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
     mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
@@ -1198,7 +1214,8 @@ def train(args, world, device, amp):
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
         log(f"predict again with:\n  {how_to_predict(slices.root, out)}")
-    guessing, _ = guessing_losses(slices.part("train").is_ad.mean(), args.label_smoothing)
+    labels = read_labels(slices.part("train"), args.soft_labels)
+    guessing, _ = guessing_losses(labels, args.label_smoothing)
     for line in (*describe_end(state.history, args.keep, guessing), *last_lines):
         log(line)
 

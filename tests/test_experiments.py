@@ -373,20 +373,23 @@ def test_only_weights_that_saw_drawings_are_shipped_and_without_paths(run_folder
         ship.halve(wide)
 
 
-def test_ways_to_use_a_few_subjects_are_compared(ad_nc, run_folder, monkeypatch, capsys):
+def test_ways_to_use_a_few_subjects_are_compared(varied, ad_nc, run_folder, monkeypatch, capsys):
     monkeypatch.setattr(finetune, "EPOCHS", 1)
     monkeypatch.setattr(finetune, "RESAMPLES", 50)
     monkeypatch.setitem(finetune.train.SMALL, "epochs", 1)
-    words = [str(ad_nc), "--checkpoint", str(run_folder / "best_model.pth")]
+    model = ["--checkpoint", str(run_folder / "best_model.pth")]
+    words = [str(varied / "AD_NC"), *model]
     finetune.main([*words, "--subjects", "6", "--seeds", "2"])
     text = capsys.readouterr().out
-    assert "6 subjects, 12 others are the test, 2 seeds" in text
+    assert "6 subjects, half of them AD; the test are 6 others, 3 of them AD; 2 draws" in text
     for name in finetune.METHODS:
         assert f"| {name} " in text
     assert text.count("] |") >= 2 * len(finetune.METHODS) - 1
 
-    with pytest.raises(InputError, match="9 subjects of a class are too few; expected more than 9"):
+    with pytest.raises(InputError, match="6 subjects of a class are too few; expected more than 9"):
         finetune.main([*words, "--subjects", "18"])
+    with pytest.raises(InputError, match="best_model.pth has seen 60 slices of .* their subjects"):
+        finetune.main([str(ad_nc), *model])
 
 
 def test_slices_of_a_subject_are_thinned_out_evenly(ad_nc):
@@ -413,14 +416,37 @@ def test_tries_beyond_the_dark_share_are_scored_with_it(varied, ad_nc, monkeypat
         assert f"| {name} " in text
 
 
-def test_the_label_of_the_hippocampus_does_not_depend_on_the_other_sizes(varied):
+def test_the_label_of_the_hippocampus_tells_the_disease_and_not_the_other_sizes(varied):
     slices = decode_set(varied / "AD_NC", progress=None)
     table = pd.read_csv(varied / "latents.csv", dtype={"scan": str}).set_index("scan")
     p_ad = pd.Series(beyond.hippocampus(slices), slices.index.scan).groupby(level=0).first()
+    table = table.loc[p_ad.index]
+    train = table.split == "train"
     label = np.log(p_ad / (1 - p_ad))
-    for name in ("horn", "ventricle", "sulcus"):
-        assert abs(np.corrcoef(label, np.log(table[name][label.index]))[0, 1]) < 0.01
-    assert np.corrcoef(label, np.log(table.hippocampus[label.index]))[0, 1] < -0.3
+    for name in ("ventricle", "sulcus"):
+        assert abs(np.corrcoef(label[train], np.log(table[name][train]))[0, 1]) < 0.01
+    assert np.corrcoef(label, table.atrophy)[0, 1] > 0.7
+    assert p_ad[table.label == "AD"].mean() > p_ad[table.label == "NC"].mean() + 0.2
+
+
+def test_a_network_beside_the_share_learns_what_the_share_leaves(varied, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        beyond.train, "train_one_epoch",
+        lambda state, batches, criterion, **options: seen.append((batches, criterion)) or {},
+    )  # fmt: skip
+    monkeypatch.setitem(beyond.train.SMALL, "epochs", 1)
+    slices = decode_set(varied / "AD_NC", progress=None).part("train")
+    way = beyond.Way(label=beyond.classes, beside_share=True)
+    beyond.train_network(slices, way, torch.device("cpu"), seed=0)
+    ((batches, criterion),) = seen
+    labels, nothing = batches.labels, torch.zeros(len(slices.index), 2)
+    offset = torch.from_numpy(beyond.share_logits(slices)).float()
+    target = torch.from_numpy(slices.is_ad.astype(np.float32))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(offset, target)
+    smoothed = torch.nn.functional.binary_cross_entropy_with_logits(offset, 0.9 * target + 0.05)
+    loss = criterion(nothing, labels).mean()
+    assert min(abs(loss - expected), abs(loss - smoothed)) < 1e-5
 
 
 def test_normalised_slices_have_one_median(ad_nc):
@@ -459,6 +485,19 @@ def test_a_map_is_compared_with_the_fluid_and_fluid_is_filled(varied, capsys):
 
     fluid_maps.main([str(varied / "AD_NC"), "--slices", "12"])
     header, _, row = capsys.readouterr().out.splitlines()[-3:]
-    assert [cell.strip() for cell in header.split("|")[3:7]] == list(fluid_maps.COLUMNS.values())
+    assert [cell.strip() for cell in header.split("|")[3:-1]] == list(fluid_maps.COLUMNS.values())
     share = float(row.split("|")[3].split()[0])
     assert 0 < share < 0.5
+
+
+def test_fluid_is_compared_with_a_map_of_the_same_crop():
+    pytest.importorskip("captum")
+    checkpoint = load_checkpoint(fluid_maps.PHANTOM)
+    pixels = np.zeros((112, 212), np.uint8)
+    pixels[6:106, 20:192] = 120
+    pixels[40:70, 25:45] = 30  # left of the model's centre crop, which begins at 50
+    (row,) = fluid_maps.look_at(checkpoint, pixels[None], CPU)
+    assert row["fluid"] == row["map"] == row["turned"] == 0
+    pixels[50:70, 100:120] = 30
+    (row,) = fluid_maps.look_at(checkpoint, pixels[None], CPU)
+    assert row["fluid"] == pytest.approx(400 / (100 * 112), abs=0.005) and row["map"] > 0

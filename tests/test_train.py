@@ -401,14 +401,26 @@ def test_a_run_that_has_not_learned_says_so_in_its_last_lines(ad_nc, tmp_path):
 def test_a_training_loss_that_stands_still_at_that_of_guessing_is_remarked(
     share_ad, smoothing, trained, remarked
 ):
-    losses = train.guessing_losses(share_ad, smoothing)
     criterion = train.make_loss(smoothing)
     y = (torch.arange(10) < round(10 * share_ad)).long()
+    losses = train.guessing_losses(y.numpy(), smoothing)
     constant = torch.tensor([(1 - smoothing) * (1 - share_ad), (1 - smoothing) * share_ad])
     constant = (constant + smoothing / 2).log().expand(10, 2)
     assert losses[0] == pytest.approx(criterion(constant, y).mean().item(), abs=1e-6)
     history = [{"train_loss": loss} for loss in trained]
     assert (train.describe_standstill(history, *losses) is not None) == remarked
+
+
+def test_soft_labels_have_their_own_losses_of_guessing_and_of_a_perfect_model():
+    p_ad = np.array([0.2, 0.5, 0.9])
+    guessing, lowest = train.guessing_losses(p_ad, 0.1)
+    target = torch.tensor(np.stack((1 - p_ad, p_ad), 1), dtype=torch.float32)
+    smoothed = 0.9 * target + 0.05
+    criterion = train.make_loss(0.1)
+    assert lowest == pytest.approx(criterion(smoothed.log(), target).mean().item(), abs=1e-6)
+    constant = smoothed.mean(0).log().expand(3, 2)
+    assert guessing == pytest.approx(criterion(constant, target).mean().item(), abs=1e-6)
+    assert guessing > lowest + 0.05
 
 
 def test_a_run_that_diverges_after_its_kept_epoch_says_so():

@@ -198,10 +198,13 @@ def metadata(scans, seed=0):
     return entries
 
 
+DRAWN = "drawn-"
+
+
 def drawn_names(scans):
     """Names of the subjects that are no ids of ADNI: weights that were trained on drawings must not
     be said to know a person."""
-    return [f"drawn-{scan.subject[6:]}" for scan in scans]
+    return [f"{DRAWN}{scan.subject[6:]}" for scan in scans]
 
 
 # ---------------------------------------------------------------- files
@@ -226,9 +229,12 @@ DEGREE = 4  # of the polynomial that gives the usual fluid by place
 VARIED_LOOK = Look("axial", count=25, size=(SIDE, SIDE), spacing=1.8, step=3.0)
 
 
-def is_drawn(root):
-    """Whether `root` is the AD_NC of a set that was drawn with the cue "varied"."""
-    return (Path(root).parent / LATENTS_FILE).is_file()
+def is_varied_set(root, index):
+    """Whether `root`, with its index, is the AD_NC of a set drawn with the cue "varied"."""
+    beside = [Path(root).parent / name for name in (LATENTS_FILE, SLICES_FILE)]
+    if not all(path.is_file() for path in beside):
+        return False
+    return bool(index.subject.str.startswith(DRAWN).all())
 
 
 def label_slices(slices, latents):
@@ -286,6 +292,8 @@ def draw(out, subjects=60, seed=0, *, workers=None, progress=True, cue="global",
     the variations of `adnc.phantom.varied` that it goes `without`. `workers` is the number of
     threads. InputError if `out` holds a set.
     """
+    if without and cue != "varied":
+        raise InputError(f"the cue {cue} has no variations; leave out {', '.join(without)}")
     scans = plan(subjects, seed) if cue == "global" else plan_local(subjects, seed)
     out = Path(out)
     new_folders(out, "AD_NC")

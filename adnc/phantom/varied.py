@@ -63,7 +63,8 @@ def render_varied(scan, seed=0, without=()):
     quality of each; dict of LATENTS; a dict of SHOWN for each slice).
 
     `without` names VARIATIONS that are left out: they then have the value of a T1 scan like those
-    of the other cues. All depends on seed, subject and `without` alone.
+    of the other cues. The quality of the JPEG files always varies. All depends on seed, subject and
+    `without` alone.
     """
     key = [seed, 6, int(scan.subject[:3]), int(scan.subject[6:])]
     anatomy = varied_anatomy(seed, scan.subject, scan.atrophy, scan.ageing)

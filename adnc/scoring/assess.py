@@ -162,7 +162,7 @@ def only_auroc(comparison):
 
 # The verdicts of `conclude`. With all but "works" the report shows no verdicts on scans.
 WORKS, NOT_SHOWN, SWAPPED = "works", "not shown to work", "worse than chance"
-TOO_FEW, NO_TEST = "too few subjects", "no test"
+TOO_FEW, NO_TEST, RANKS_ONLY = "too few subjects", "no test", "ranks only"
 
 
 def conclude(scores):
@@ -225,6 +225,20 @@ def conclude(scores):
             )
         third = next_step(verdict, part, unit)
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
+
+
+def conclude_ranks(scores):
+    """The conclusion, as of `conclude`, on a model that saw drawings alone: its scores rank, and
+    have no threshold."""
+    unit = main_unit(scores)
+    sample = scores[unit]
+    first = f"On {sample['n']:,} {unit}s: AUROC {cell(sample, 'auroc')} ({unit}-level)."
+    second = (
+        "The model saw drawings alone: its scores rank, and no threshold on them is known, so that "
+        "accuracy, sensitivity, specificity and calibration mean nothing here."
+    )
+    third = "For verdicts, train on labelled slices: train.py --init phantom --data AD_NC."
+    return {"verdict": RANKS_ONLY, "unit": unit, "sentences": [first, second, third]}
 
 
 def find_worse_than_chance(part, unit):
@@ -489,16 +503,19 @@ def write_results(
     """Write predictions into the folder `out`: tables, and if every label is known, scores and
     pictures.
 
-    `calibration` is that of the checkpoint; metrics.json records it. Without `verdicts` the column
-    prediction of scans.csv and subjects.csv is empty. Returns the dict of `score`, or None if a
-    label is missing.
+    `calibration` is that of the checkpoint; metrics.json records it. Without `verdicts`, as of a
+    model that saw drawings alone, the column prediction is empty in all tables, and the conclusion
+    is about ranks. Returns the dict of `score`, or None if a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # A resumed run may have left scores here, which no longer belong to the tables.
     (out / "metrics.json").unlink(missing_ok=True)
 
-    write_csv(out / "predictions.csv", predictions[list(PREDICTIONS)])
+    rows = predictions[list(PREDICTIONS)]
+    if not verdicts:
+        rows = rows.assign(prediction="")
+    write_csv(out / "predictions.csv", rows)
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
     for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
@@ -510,6 +527,8 @@ def write_results(
         return None
 
     scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage, runs=runs)
+    if not verdicts:
+        scores["conclusion"] = conclude_ranks(scores)
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
@@ -517,11 +536,12 @@ def write_results(
 
     tables = {unit: table for unit, table in tables.items() if len(table)}
     title = f"{out.resolve().parent.name}/{out.name}: {scores['title']}"
-    plots.plot_confusion(out / "confusion_matrix.png", tables, title)
-    plots.plot_calibration(out / "calibration.png", tables, title)
-    plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))
-    if tables["slice"].slice.notna().any():
-        plots.plot_windows(out / "window_accuracy.png", tables["slice"], title)
+    if verdicts:
+        plots.plot_confusion(out / "confusion_matrix.png", tables, title)
+        plots.plot_calibration(out / "calibration.png", tables, title)
+        plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))
+        if tables["slice"].slice.notna().any():
+            plots.plot_windows(out / "window_accuracy.png", tables["slice"], title)
     if tables["slice"].label.nunique() == 2:
         plots.plot_roc(out / "roc_curve.png", tables, title)
     return scores
@@ -565,6 +585,8 @@ def check_predictions(table, scores):
 
     # Text to float by Python: the fast parser of pandas may be off in the last digit.
     table = table[table.p_AD.notna()].reset_index(drop=True).astype(metrics.NUMBERS)
+    if table.prediction.isna().all():  # withheld: the model saw drawings alone
+        table = metrics.with_predictions(table)
     if len(table) != scores["slice"]["n"]:
         raise ValueError("predictions.csv and metrics.json are not of the same slices")
     if not table.p_AD.between(0, 1).all():

@@ -25,9 +25,9 @@ from adnc.cli import COUNT, Parser, run_script
 from adnc.errors import InputError
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import STRENGTHS, all_dark_shares
-from dataset import Batches, decode_set
+from dataset import Batches
 from docs.experiments.probe import read_features
-from docs.experiments.transfer import auroc, subject_scores
+from docs.experiments.transfer import auroc, read_set, require_unseen, subject_scores
 from modules import make_model
 from predict import PHANTOM, predict_logits
 from utils import build_model, load_checkpoint, pick_device, seed_everything
@@ -49,13 +49,11 @@ def keep_statistics(model):
     return model
 
 
-def fit(
-    model, part, checkpoint, *, device, seed, lr=LR, epochs=EPOCHS, criterion=None, p_ad=None
-):
-    """Train a model on a SliceSet, whose classes `p_ad` (N,) replaces if given; returns it."""
+def fit(model, part, checkpoint, *, device, seed, lr=LR, epochs=EPOCHS, criterion=None):
+    """Train a model on a SliceSet, without a warm-up; returns it."""
     state = train.TrainState(model, device=device, amp=None, lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    batches = Batches(part, BATCH, generator=generator, device=device, p_ad=p_ad)
+    batches = Batches(part, BATCH, generator=generator, device=device)
     schedule = dict(steps_per_epoch=len(batches), epochs=epochs, warmup_epochs=0, lr=lr)
     for _ in range(epochs):
         row = train.train_one_epoch(
@@ -95,28 +93,27 @@ def pull_to_start(model, strength=0.1):
 # ---------------------------------------------------------------- methods
 
 # Each returns logits (N,) of all slices of a set, having seen the labels of `part`, its SliceSet of
-# the drawn subjects. `context` holds what all methods share.
+# the drawn subjects, which are its `rows` (n,). `context` holds what all methods share.
 
 
-def as_they_are(context, part, seed):
+def as_they_are(context, part, rows, seed):
     return context["logits"]
 
 
-def calibrated(context, part, seed):
+def calibrated(context, part, rows, seed):
     """Two numbers: slope and bias of the mean logit of a subject, by logistic regression."""
-    scores = subject_scores(part, context["logits"][part.index.index])
+    scores = subject_scores(part, context["logits"][rows])
     labels = subject_scores(part, part.is_ad).loc[scores.index] > 0.5
-    fit = LogisticRegression(C=1e3).fit(scores.to_frame(), labels)
-    return fit.decision_function(context["logits"][:, None])
+    line = LogisticRegression(C=1e3).fit(scores.to_numpy()[:, None], labels)
+    return line.decision_function(context["logits"][:, None])
 
 
 def logistic_on(features):
     """A method: a logistic regression on features of slices, the penalty chosen by cross-validation
     over the drawn subjects."""
 
-    def method(context, part, seed):
-        x = context[features]
-        rows, subjects = part.index.index.to_numpy(), part.index.subject.to_numpy()
+    def method(context, part, rows, seed):
+        x, subjects = context[features], part.index.subject.to_numpy()
         middle, spread = x[rows].mean(0), x[rows].std(0) + 1e-9
         x = (x - middle) / spread
         losses = []
@@ -139,7 +136,7 @@ def logistic_on(features):
 def trained(prepare):
     """A method: logits of the model that `prepare(model, part, checkpoint, ...)` returns."""
 
-    def method(context, part, seed):
+    def method(context, part, rows, seed):
         seed_everything(seed)
         options = dict(device=context["device"], seed=seed)
         model = prepare(copy.deepcopy(context["model"]), part, context["checkpoint"], **options)
@@ -234,10 +231,11 @@ def run_methods(context, slices, n, seed):
     """(test: is_ad bool (S,), DataFrame of the logit of each test subject by each method)."""
     is_ad = subject_scores(slices, slices.is_ad) > 0.5
     drawn = draw_subjects(is_ad, n, seed)
-    part = slices.where(slices.index.subject.map(drawn))
+    rows = np.flatnonzero(slices.index.subject.map(drawn))
+    part = replace(slices, index=slices.index.iloc[rows])
     columns = {}
     for name, method in METHODS.items():
-        columns[name] = subject_scores(slices, method(context, part, seed))[~drawn]
+        columns[name] = subject_scores(slices, method(context, part, rows, seed))[~drawn]
     return is_ad[~drawn], pd.DataFrame(columns)
 
 
@@ -268,7 +266,9 @@ def summarise(results):
             resamples.append(np.mean(scores, axis=0))
     resamples = np.array(resamples)  # (RESAMPLES, 2, methods)
     each = np.array([score(is_ad.to_numpy(), table.to_numpy()) for is_ad, table in results])
-    mean, spread = each.mean(0), each.std(0, ddof=1) if len(each) > 1 else np.zeros(each.shape[1:])
+    mean, spread = each.mean(0), np.zeros(each.shape[1:])
+    if len(each) > 1:
+        spread = each.std(0, ddof=1)
 
     rows = []
     for i, name in enumerate(METHODS):
@@ -293,17 +293,18 @@ def main(argv=None):
     add("--slices", type=COUNT, default=8, help="slices used of each subject (8)")
     args = parser.parse_args(argv)
 
-    slices = decode_set(args.set, progress=None)
-    if slices.index.subject.isna().any():
-        raise InputError(f"{args.set} has scans whose subject is not known")
-    slices = thin_out(slices, args.slices)
+    slices = thin_out(read_set(args.set), args.slices)
     checkpoint = load_checkpoint(args.checkpoint)
+    require_unseen(checkpoint, args.checkpoint, slices)
     context = make_context(checkpoint, slices, pick_device())
     head = ["", "subject-level AUROC", "SD of seeds", "minus untouched", "Brier score"]
     for n in args.subjects:
         results = [run_methods(context, slices, n, seed) for seed in range(args.seeds)]
-        n_test = len(results[0][0])
-        print(f"\n{args.set}: {n} subjects, {n_test} others are the test, {args.seeds} seeds\n")
+        test, _ = results[0]
+        print(
+            f"\n{args.set}: {n} subjects, half of them AD; the test are {len(test)} others, "
+            f"{test.sum()} of them AD; {args.seeds} draws\n"
+        )
         for line in format_table([head, *summarise(results)]):
             print(line, flush=True)
 

@@ -3,26 +3,26 @@
     python -m docs.experiments.fluid_maps OASIS/AD_NC VARIED/AD_NC
 
 Fluid is what is darker than half the median grey of the head (adnc.scoring.baselines). Of some
-slices of each set, evenly chosen: the share of the head that is fluid; the share of an attribution
-map (integrated gradients, absolute values, smoothed as in the pictures) that lies on it; the
-change of z_AD - z_NC if the fluid is filled with the median grey (deletion); and the change if the
-shape of the fluid, turned by 180 degrees, is filled so, where it lies on the head and on no fluid:
-an area of a similar form, but smaller. Means, with intervals over subjects.
+slices of each set, evenly chosen: the share of the head that is fluid, as the model sees it; the
+share of an attribution map (integrated gradients, absolute values, smoothed as in the pictures)
+that lies on it; the change of z_AD - z_NC if the fluid is filled with the median grey (deletion);
+and the change if the shape of the fluid, turned by 180 degrees, is filled so, where it lies on the
+head and on no fluid: an area of a similar form, but smaller, whose share of the head is given, too.
+Means, with intervals over subjects.
 """
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import zoom
 
 from adnc.cli import COUNT, Parser, run_script
 from adnc.data.augment import eval_transform
 from adnc.data.pixels import find_head
-from adnc.explain.attribution import attribute, margin, smooth
+from adnc.explain.attribution import attribute, margin, smooth, view
 from adnc.scoring.assess import format_table
 from adnc.scoring.metrics import Bootstrap, interval
 from adnc.scoring.plots import evenly
-from dataset import decode_set
+from docs.experiments.transfer import read_set
 from predict import PHANTOM
 from utils import build_model, load_checkpoint, pick_device
 
@@ -31,7 +31,8 @@ COLUMNS = {
     "fluid": "share of the head that is fluid",
     "map": "share of the map on it",
     "filled": "change of z if it is filled",
-    "elsewhere": "change of z if its turned shape is filled",
+    "turned": "share of the head that is its turned shape",
+    "elsewhere": "change of z if that is filled",
 }
 
 
@@ -49,29 +50,30 @@ def fill(pixels, mask, grey):
 def look_at(checkpoint, images, device):
     """A dict of COLUMNS for each slice of uint8 (N, H, W)."""
     model = build_model(checkpoint).to(device).eval()
-    options = {name: checkpoint[name] for name in ("image_size", "mean", "std")}
-
-    def view(pixels):
-        return eval_transform(torch.from_numpy(pixels)[None, None].to(device), **options)
 
     def z(pixels):
         with torch.inference_mode():
-            return float(margin(model)(view(pixels)))
+            return float(margin(model)(view(checkpoint, pixels[None], device)))
 
-    baseline = view(checkpoint["mean_slice"].numpy())
+    def seen(mask):
+        """A mask (H, W) as the model sees it, (S, S)."""
+        pixels = torch.from_numpy(255 * mask.astype(np.uint8))[None, None]
+        return eval_transform(pixels, checkpoint["image_size"], mean=0, std=1)[0, 0].numpy() > 0.5
+
+    baseline = view(checkpoint, checkpoint["mean_slice"].numpy()[None], device)
     rows = []
     for pixels in images:
         fluid, head, median = find_fluid(pixels)
         turned = np.rot90(fluid, 2) & head & ~fluid
-        size = abs(smooth(attribute("integrated-gradients", model, view(pixels), baseline)))[0]
-        scale = np.array(size.shape) / pixels.shape
-        on_fluid = zoom(fluid.astype(np.float32), scale, order=1) > 0.5
-        on_head = zoom(head.astype(np.float32), scale, order=1) > 0.5
-        before = z(pixels)
+        x = view(checkpoint, pixels[None], device)
+        size = abs(smooth(attribute("integrated-gradients", model, x, baseline)))[0]
+        seen_fluid, seen_head, before = seen(fluid), seen(head), z(pixels)
+        n_head = max(seen_head.sum(), 1)
         rows.append({
-            "fluid": fluid.sum() / max(head.sum(), 1),
-            "map": size[on_fluid].sum() / max(size[on_head].sum(), 1e-12),
+            "fluid": seen_fluid.sum() / n_head,
+            "map": size[seen_fluid].sum() / max(size[seen_head].sum(), 1e-12),
             "filled": z(fill(pixels, fluid, median)) - before,
+            "turned": seen(turned).sum() / n_head,
             "elsewhere": z(fill(pixels, turned, median)) - before,
         })  # fmt: skip
     return rows
@@ -86,7 +88,7 @@ def main(argv=None):
     checkpoint, device = load_checkpoint(args.checkpoint), pick_device()
     table = [["", "slices", *COLUMNS.values()]]
     for root in args.sets:
-        slices = decode_set(root, progress=None)
+        slices = read_set(root)
         numbers = evenly(np.arange(len(slices.index)), args.slices)
         index = slices.index.iloc[numbers]
         images = slices.images[index.row.to_numpy(np.int64)]

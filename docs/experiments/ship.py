@@ -44,7 +44,7 @@ def strip(checkpoint, real, maps):
         raise InputError(
             "the run was not trained on drawings alone: its weights must not be shipped"
         )
-    flags = {**checkpoint["flags"], "data": None, "out": None}
+    flags = {**checkpoint["flags"], **dict.fromkeys(("data", "out", "init", "split"))}
     exposure = {**checkpoint["exposure"], "sets": []}
     weights = halve(checkpoint["weights"])
     own = {"weights": weights, "flags": flags, "exposure": exposure, "data": None}
@@ -76,7 +76,7 @@ def main(argv=None):
     checkpoint = load_checkpoint(Path(args.run) / "best_model.pth")
     small = strip(checkpoint, args.real, args.maps)
     del small["format"]
-    Path(args.file).parent.mkdir(exist_ok=True)
+    Path(args.file).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.file, **small)
     difference, n = largest_difference(checkpoint, load_checkpoint(args.file), checkpoint["data"])
     size = Path(args.file).stat().st_size

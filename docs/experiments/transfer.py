@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
 from adnc.cli import Parser, run_script
+from adnc.data.subjects import find_exposure
 from adnc.errors import InputError
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
@@ -54,14 +55,33 @@ def subject_scores(slices, values):
     return pd.Series(np.asarray(values)).groupby(slices.index.subject.to_numpy()).mean()
 
 
-def read_scores(runs, root, device):
-    """(is_ad bool (S,), DataFrame with a column for each run and one for the dark share)."""
+def read_set(root):
+    """The SliceSet of a set whose subjects are all known, with a line on what was left out."""
     slices = decode_set(root, progress=None)
+    for line in (*slices.notes, *(f"left out: {path}, {why}" for path, why in slices.bad)):
+        print(line)
     if slices.index.subject.isna().any():
         raise InputError(f"{root} has scans whose subject is not known")
+    return slices
+
+
+def require_unseen(checkpoint, name, slices):
+    """InputError if training has seen a subject of a SliceSet."""
+    seen = (find_exposure(slices.index, checkpoint["exposure"]) == "yes").sum()
+    if seen:
+        raise InputError(f"{name} has seen {seen} slices of {slices.root}, or their subjects")
+
+
+def read_scores(runs, root, device):
+    """(is_ad bool (S,), DataFrame with a column for each run and one for the dark share)."""
+    names = [Path(run).name for run in runs]
+    if len(set(names)) < len(names) or "dark share" in names:
+        raise InputError(f"the runs are {', '.join(names)}; expected folders of different names")
+    slices = read_set(root)
     columns = {}
     for run in runs:
         checkpoint = load_checkpoint(Path(run) / "best_model.pth")
+        require_unseen(checkpoint, run, slices)
         keys = ("image_size", "mean", "std")
         logits = predict_logits(
             build_model(checkpoint), slices, device=device, amp=None,
