@@ -20,10 +20,12 @@ import dataset
 import predict
 from adnc.data.subjects import archive_id
 from adnc.errors import InputError
+from adnc.files import read_json
 from adnc.phantom.anatomy import CSF, GREY, render
 from adnc.phantom.draw import (
     STARTS,
     draw,
+    is_varied_set,
     label_slices,
     plan,
     plan_local,
@@ -41,6 +43,7 @@ from adnc.phantom.varied import (
     share_of_fluid,
     varied_anatomy,
 )
+from adnc.scoring.assess import read_run
 from adnc.scoring.baselines import STRENGTHS, shrink
 from tools import phantom as tool
 from utils import load_checkpoint
@@ -326,6 +329,36 @@ def test_the_soft_label_of_a_slice_grows_with_its_fluid_wherever_it_is_cut(varie
     assert abs(spearmanr(p, slices.place.abs())[0]) < 0.05
     mean = pd.Series(p).groupby(slices.scan).mean()
     assert mean[latents.label == "AD"].mean() > 0.55 > 0.45 > mean[latents.label == "NC"].mean()
+
+
+def test_only_a_set_of_the_varied_phantom_counts_as_drawings(varied, ad_nc):
+    index = dataset.decode_set(varied / "AD_NC", progress=None).index
+    assert is_varied_set(varied / "AD_NC", index)
+    person = index.assign(subject=index.subject.where(index.index > 0, "002_S_0413"))
+    assert not is_varied_set(varied / "AD_NC", person)
+    assert not is_varied_set(varied / "AD_NC", index.assign(subject=pd.NA).astype(index.dtypes))
+    assert not is_varied_set(ad_nc, dataset.decode_set(ad_nc, progress=None).index)
+
+
+def test_variations_are_left_out_of_the_varied_phantom_alone(tmp_path):
+    with pytest.raises(InputError, match="the cue local has no variations; leave out bias"):
+        draw(tmp_path / "out", 10, cue="local", without=("bias",))
+
+
+def test_predictions_of_weights_that_saw_drawings_rank_and_name_no_class(varied, tmp_path, capsys):
+    out = tmp_path / "out"
+    predict.main([str(varied / "AD_NC" / "test"), "--out", str(out)])
+    printed = capsys.readouterr().out
+    for name in ("predictions", "scans", "subjects"):
+        table = pd.read_csv(out / f"{name}.csv")
+        assert table.prediction.isna().all() and table.p_AD.notna().all()
+    conclusion = read_json(out / "metrics.json")["conclusion"]
+    assert conclusion["verdict"] == "ranks only"
+    assert "accuracy" not in conclusion["sentences"][0] and "AUROC" in conclusion["sentences"][0]
+    assert "no threshold on them is known" in printed and "--threshold youden" not in printed
+    assert not (out / "confusion_matrix.png").exists()
+    table, scores = read_run(out)  # as tools.evaluate reads it
+    assert len(table) == scores["slice"]["n"] and set(table.prediction) <= {"AD", "NC"}
 
 
 def test_a_set_without_soft_labels_is_refused(varied):

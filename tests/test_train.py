@@ -364,6 +364,18 @@ def test_the_recipe_phantom_draws_its_set_and_learns_from_drawings_alone(
         train.parse_args(["--soft-labels", "--mixup", "0.2"])
 
 
+def test_a_run_on_drawings_from_weights_of_unknown_origin_has_seen_more_than_drawings(
+    varied, tmp_path
+):
+    model = modules.make_model(variant="narrow", in_chans=1, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "found.pth")
+    flags = ["--data", str(varied / "AD_NC"), "--recipe", "phantom", "--epochs", "1"]
+    flags += ["--image-size", "32", "--init", str(tmp_path / "found.pth")]
+    with without_evaluation():
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    assert not load_checkpoint(tmp_path / "run" / "best_model.pth")["exposure"]["drawn"]
+
+
 def test_init_phantom_starts_from_the_shipped_weights():
     model, lines = modules.make_model(variant="narrow", in_chans=1, num_classes=2), []
     init = train.load_init(model, "phantom", lines.append)

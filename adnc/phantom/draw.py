@@ -234,7 +234,7 @@ def is_varied_set(root, index):
     beside = [Path(root).parent / name for name in (LATENTS_FILE, SLICES_FILE)]
     if not all(path.is_file() for path in beside):
         return False
-    return bool(index.subject.str.startswith(DRAWN).all())
+    return bool(index.subject.str.startswith(DRAWN, na=False).all())
 
 
 def label_slices(slices, latents):
