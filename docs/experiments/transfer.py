@@ -56,13 +56,14 @@ def subject_scores(slices, values):
 
 
 def read_set(root):
-    """The SliceSet of a set whose subjects are all known, with a line on what was left out."""
+    """The SliceSet of the scans of a set whose subjects are known; what is left out is printed."""
     slices = decode_set(root, progress=None)
     for line in (*slices.notes, *(f"left out: {path}, {why}" for path, why in slices.bad)):
         print(line)
-    if slices.index.subject.isna().any():
-        raise InputError(f"{root} has scans whose subject is not known")
-    return slices
+    unknown = slices.index.subject.isna()
+    if unknown.any():
+        print(f"left out: {slices.index.scan[unknown].nunique()} scans of unknown subjects")
+    return slices.where(~unknown)
 
 
 def require_unseen(checkpoint, name, slices):
