@@ -2,9 +2,12 @@
 
 import json
 import time
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import command
 import pytest
+import torch
 
 from tools import benchmark
 
@@ -63,3 +66,45 @@ def test_a_missing_gpu_is_reported():
     done = command.run("tools.benchmark", "--gpu")
     assert done.returncode == 2
     assert "device cuda cannot be used here" in done.stderr
+
+
+class FakeQueue:
+    """As openvino.AsyncInferQueue with two requests, which end in the wrong order."""
+
+    def __init__(self, function):
+        self.function, self.started = function, []
+
+    def __len__(self):
+        return 2
+
+    def set_callback(self, callback):
+        self.callback = callback
+
+    def start_async(self, inputs, userdata):
+        self.started.append((inputs["x"], userdata))
+
+    def wait_all(self):
+        while self.started:
+            x, userdata = self.started.pop()
+            tensor = SimpleNamespace(data=self.function(x))
+            request = SimpleNamespace(get_output_tensor=lambda i, tensor=tensor: tensor)
+            self.callback(request, userdata)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_parts_of_a_batch_come_back_in_order(n):
+    predict = benchmark.predict_in_parts(FakeQueue(lambda x: x * 2))
+    x = torch.arange(3.0 * n).reshape(n, 3)
+    assert torch.equal(predict(x), x * 2) and torch.equal(predict(x + 1), x * 2 + 2)
+
+
+def test_other_runtimes_give_the_answers_of_the_model():
+    pytest.importorskip("onnxscript")
+    if not (find_spec("onnxruntime") or find_spec("openvino")):
+        pytest.skip("neither ONNX Runtime nor OpenVINO is installed")
+    model, _ = benchmark.two_models("tiny", torch.device("cpu"))
+    x = torch.randn(3, 1, 64, 64)
+    expected = benchmark.plain_prediction(model.eval(), torch.device("cpu"), None)(x)
+    for name, predict in benchmark.other_runtimes(model, x).items():
+        if "float32" in name:
+            torch.testing.assert_close(predict(x), expected, atol=1e-4, rtol=1e-3)

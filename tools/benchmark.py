@@ -7,8 +7,9 @@
 The reference is what one writes without this project: torchvision.models.convnext_tiny in a plain
 loop, and for whole epochs ImageFolder with a DataLoader. Candidates take turns, so that a machine
 that slows down slows all of them. The printed ratio is the speed relative to the reference, the
-median over the turns. A candidate with another answer than the reference is an error. OpenVINO and
-ONNX Runtime are candidates for prediction on a CPU if they are installed.
+median over the turns. A candidate with another answer than the reference is an error. Further
+candidates for prediction on a CPU: OpenVINO and ONNX Runtime (with onnx and onnxscript), if they
+are installed, and with --compile torch.compile with freezing.
 """
 
 import copy
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +165,8 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
         candidates[f"torchvision, {name}"] = plain_prediction(theirs, device, amp)
         candidates[f"ours, {name}"] = make_engine(ours, device=device, amp=amp)
         if with_compile:
-            compiled = torch.compile(theirs)
+            frozen = {"freezing": True} if device.type == "cpu" else None
+            compiled = torch.compile(copy.deepcopy(theirs), options=frozen)
             candidates[f"torchvision, {name}, compiled"] = plain_prediction(compiled, device, amp)
         if with_compile and device.type == "cuda":  # on a CPU the engine is not compiled
             compiled = copy.deepcopy(ours)
@@ -203,32 +206,77 @@ def plain_prediction(model, device, amp):
 
 
 def other_runtimes(model, x):
-    """{name: function} of ONNX Runtime and OpenVINO in float32, if they are installed."""
-    try:
-        import onnxruntime
-    except ImportError:
-        onnxruntime = None
-    try:
-        import openvino
-    except ImportError:
-        openvino = None
-    candidates = {}
-    if onnxruntime is None and openvino is None:
-        return candidates
-
+    """{name: function from images to logits} of ONNX Runtime and OpenVINO, each if it is installed,
+    with the threads of PyTorch."""
+    found = {name: find_spec(name) for name in ("onnxruntime", "openvino")}
+    if not any(found.values()):
+        return {}
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        print("left out: ONNX Runtime and OpenVINO, which need onnx and onnxscript")
+        return {}
+    candidates, batch = {}, torch.export.Dim("batch")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
-        torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=True)
-        if onnxruntime is not None:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            candidates["ONNX Runtime, float32"] = lambda x: torch.from_numpy(
-                session.run(None, {"x": x.numpy()})[0]
-            )
-        if openvino is not None:
-            hints = {"INFERENCE_PRECISION_HINT": "f32"}
-            compiled = openvino.Core().compile_model(path, "CPU", hints)
-            candidates["OpenVINO, float32"] = lambda x: torch.from_numpy(compiled(x.numpy())[0])
+        torch.onnx.export(
+            model, (x[:2],), path, input_names=["x"], dynamo=True, dynamic_shapes=({0: batch},)
+        )
+        if found["onnxruntime"]:
+            candidates.update(onnx_runtime(path))
+        if found["openvino"]:
+            candidates.update(open_vino(path))
     return candidates
+
+
+def onnx_runtime(path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def predict(x):
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return {"ONNX Runtime, float32": predict}
+
+
+def open_vino(path):
+    """OpenVINO in each precision, with its two hints: one request for the whole batch (latency), or
+    as many at once as it proposes, each with a part of the batch (throughput)."""
+    import openvino
+
+    core, candidates = openvino.Core(), {}
+    for amp in precisions(torch.device("cpu")):
+        name = precision_name(amp)
+        for hint in ("LATENCY", "THROUGHPUT"):
+            properties = {
+                "INFERENCE_PRECISION_HINT": "f32" if amp is None else "bf16",
+                "PERFORMANCE_HINT": hint,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            }
+            queue = openvino.AsyncInferQueue(core.compile_model(path, "CPU", properties))
+            candidates[f"OpenVINO, {name}, {hint.lower()}"] = predict_in_parts(queue)
+    return candidates
+
+
+def predict_in_parts(queue):
+    """A function from images to logits by an AsyncInferQueue, a part of the batch for each of its
+    requests."""
+
+    def predict(x):
+        parts = x.chunk(len(queue))
+        logits = [None for _ in parts]
+
+        def keep(request, i):
+            logits[i] = torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+        queue.set_callback(keep)
+        for i, part in enumerate(parts):
+            queue.start_async({"x": part.numpy()}, i)
+        queue.wait_all()
+        return torch.cat(logits)
+
+    return predict
 
 
 # ---------------------------------------------------------------- training steps
