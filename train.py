@@ -58,9 +58,18 @@ from adnc.data import pixels, subjects
 from adnc.data.augment import MEAN, STD, train_transform
 from adnc.errors import InputError
 from adnc.explain.attribution import measure_map_scale
-from adnc.files import fingerprint, new_folder, require_new, unused_name, write_csv, write_json
+from adnc.files import (
+    fingerprint,
+    new_folder,
+    read_json,
+    require_new,
+    unused_name,
+    write_csv,
+    write_json,
+)
 from adnc.phantom.draw import draw, is_varied_set, read_soft_labels
 from adnc.pretrained import find_state_dict, load_tensors
+from adnc.resources import describe_resources, measure_resources, peak_memory
 from adnc.scoring import assess
 from adnc.scoring.baselines import describe_background, fit_baselines
 from adnc.scoring.calibration import (
@@ -69,6 +78,7 @@ from adnc.scoring.calibration import (
     fit_with_dark_share,
     max_coverage,
 )
+from adnc.tensorboard import ScalarLog, import_writer
 from adnc.volumes.look import recorded_look
 from dataset import Batches, load_set
 from modules import MODEL_ARGS, VARIANTS, describe_model, has_batchnorm, load_weights, make_model
@@ -105,7 +115,7 @@ DEFAULTS = dict(
     epochs=100, batch_size=64, lr=1e-4, weight_decay=1e-4, label_smoothing=0.1, clip_grad=1.0,
     warmup_epochs=1, patience=20, keep="best", threshold="0.5", ema=0.0,
     augment="full", mixup=0.0, cutmix=0.0, soft_labels=False,
-    amp="auto", compile=False, device="auto", deterministic=False, seed=0,
+    amp="auto", compile=False, device="auto", deterministic=False, tensorboard=False, seed=0,
 )  # fmt: skip
 
 # For few subjects: chosen on folds of the phantom's local cue, see docs/recipes.md.
@@ -141,6 +151,7 @@ RECIPES = {
 # epochs stretches the cosine, which the log reports.
 FREE_ON_RESUME = {
     "resume", "out", "data", "device", "epochs", "patience", "threshold", "no_cache", "compile",
+    "tensorboard",
 }
 
 # Sides of slices, in pixels, that are in the range of training on drawings: a drawing shows a head
@@ -213,6 +224,7 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     modes = ("auto", "fp16", "bf16", "off")
     add("--amp", choices=modes, help="auto: bf16 if the device has it, else fp16 on CUDA (auto)")
+    add("--tensorboard", **switch, help="also write the history and the scores as its scalars")
     add("--compile", **switch, help="compile the model, for long runs; needs a C++ compiler")
     add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
     add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")
@@ -272,6 +284,8 @@ def parse_args(argv=None):
                 parser.error(
                     f"--split names the split of every slice; leave out --{name.replace('_', '-')}"
                 )
+    if args.tensorboard:
+        import_writer()  # missing: better told now than after the data are read
     if args.model == "cnn" and args.model_args:
         parser.error("--model cnn takes no --model-args; leave them out")
     return args
@@ -664,7 +678,8 @@ def save_model(out, card, state):
 
 def fit(state, slices, args, out, card, log):
     """Train up to args.epochs and keep the epoch that --keep names. best_model.pth, last.pth and
-    training_history.csv are written after each epoch."""
+    training_history.csv are written after each epoch. Returns the ScalarLog of --tensorboard, or
+    None."""
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
     labels = read_labels(train, args.soft_labels)
@@ -696,6 +711,9 @@ def fit(state, slices, args, out, card, log):
             if kept_row(state.history, args.keep) is state.history[-1]:
                 save_model(out, card, state)
 
+    scalars = None
+    if args.tensorboard and world.is_main:
+        scalars = ScalarLog(out, state.history)
     log(ABOUT_ROWS)
     if args.soft_labels:
         log(
@@ -727,9 +745,11 @@ def fit(state, slices, args, out, card, log):
             augment=args.augment,
             mix=mix,
         )
+        start = time.perf_counter()
         scores, remark = validate(
             state, val, image_size=args.image_size, batch_size=args.batch_size
         )
+        scores["val_seconds"] = time.perf_counter() - start
         state.history.append({"epoch": state.epoch + 1, **row, **scores})
 
         is_best = kept_row(state.history, args.keep) is state.history[-1]
@@ -738,6 +758,8 @@ def fit(state, slices, args, out, card, log):
             if is_best:
                 save_model(out, card, state)
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
+            if scalars:
+                scalars.add_row(state.history[-1])
             still = describe_standstill(state.history, *losses)
             log(format_epoch(state.history[-1], is_best and args.keep == "best", remark, still))
 
@@ -750,8 +772,7 @@ def fit(state, slices, args, out, card, log):
         plot_training_curves(
             out / "training_curves.png", pd.DataFrame(state.history), best["epoch"], title
         )
-    if state.device.type == "cuda":
-        log(f"peak GPU memory: {torch.cuda.max_memory_allocated(state.device) / 2**30:.2f} GiB")
+    return scalars
 
 
 # ---------------------------------------------------------------- data, weights, run folder
@@ -806,6 +827,8 @@ def load_init(model, path, log):
     if path == "phantom":
         path = PHANTOM
     content = load_tensors(path)
+    if "members" in content:
+        raise InputError(f"--init {path} is an ensemble; expected a single model")
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
@@ -1072,6 +1095,30 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     return [line for line in (warning, first, second, third) if line]
 
 
+def write_resources(out, state, n_train, memory, n_measured):
+    """Write resources.json, what the run has cost; returns a line about it.
+
+    memory: the peak of this process when its training ended, after `n_measured` epochs. A process
+    that has trained none keeps what is known of the earlier ones.
+    """
+    file, checkpoint = out / "resources.json", load_checkpoint(out / "best_model.pth")
+    if n_measured == 0 and file.exists():
+        earlier = read_json(file)
+        memory, n_measured = earlier["memory"], earlier["memory_epochs"]
+    used = measure_resources(
+        build_model(checkpoint).to(state.device, memory_format=torch.channels_last),
+        state.history,
+        image_size=checkpoint["image_size"],
+        n_train=n_train,
+        device=state.device,
+        amp=state.amp,
+    )
+    used |= {"memory": memory, "memory_epochs": n_measured, "machine": describe_machine(state)}
+    used |= {"precision": precision_name(state.amp), "versions": package_versions()}
+    write_json(file, used)
+    return describe_resources(used)
+
+
 def describe_calibration(calibration, predictions):
     unit = "subjects"
     if predictions.subject.isna().any():
@@ -1195,7 +1242,9 @@ def train(args, world, device, amp):
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
     resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
-        fit(state, slices, args, out, card, log)
+        first_epoch = state.epoch
+        scalars = fit(state, slices, args, out, card, log)
+        memory = peak_memory(state.device)  # now: the evaluation of the maps takes more
         world.leave()
         if world.is_main:
             card["test_read"] = True
@@ -1203,6 +1252,13 @@ def train(args, world, device, amp):
             last_lines = evaluate_kept_model(
                 slices, args, out, card["test_read_after"], device=device, amp=amp, log=log
             )
+            log("measuring the latency of a prediction")
+            log(write_resources(out, state, n_train, memory, state.epoch - first_epoch))
+            if scalars:
+                epoch = kept_row(state.history, args.keep)["epoch"]
+                for part in ("val", "test"):
+                    scalars.add_scores(part, read_json(out / part / "metrics.json"), epoch)
+                scalars.close()
     except KeyboardInterrupt:
         log(f"stopped by Ctrl-C; {resume}")
         sys.exit(130)

@@ -224,6 +224,15 @@ def few_resamples():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_repeats():
+    """A latency is measured in fewer turns."""
+    from adnc import resources
+
+    with mock.patch.multiple(resources, WARMUP=1, REPEATS=1, BATCHES=(1, 64)):
+        yield
+
+
 def without_evaluation():
     """A context in which train.py does not evaluate the model at the end."""
     import train

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from conftest import train_small, write_slice
 from fake_predictions import random_predictions, without_subjects, write_run
+from sklearn.metrics import roc_auc_score
 
 import predict
 from adnc.errors import InputError
@@ -181,6 +182,21 @@ def test_flags_that_differ_are_named_when_runs_are_pooled(folds, tmp_path, capsy
     assert "warning: the runs differ in --batch-size, --lr\n" in text
 
 
+def combined_auroc(runs):
+    """(AUROC of subjects by the mean logit of runs of the same slices, that minus the mean AUROC),
+    by scikit-learn."""
+    tables = []
+    for run in runs:
+        table = pd.read_csv(run / "test" / "predictions.csv").set_index(["scan", "slice"])
+        tables.append(table.sort_index())
+    mean = sum(table.logit for table in tables) / len(tables)  # the runs have no temperature
+    frame = tables[0].assign(p=1 / (1 + np.exp(-mean)))
+    scores = frame.groupby("subject").agg(p=("p", "mean"), label=("label", "first"))
+    together = roc_auc_score(scores.label == "AD", scores.p)
+    single = np.mean([read_scores(run / "test")["subject"]["auroc"] for run in runs])
+    return together, together - single
+
+
 def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
     text = run_evaluate(capsys, *seeds)
     assert text.startswith("mean over 2 seeds\n") and "warning" not in text
@@ -188,6 +204,11 @@ def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| Brier"))
     assert f"{brier:.3f} [" in row
     assert "| logistic regression on a blur |" in text
+    together, gain = combined_auroc(seeds)
+    line = next(line for line in text.splitlines() if line.startswith("| all seeds together"))
+    assert f"{together:.3f} [" in line
+    line = next(line for line in text.splitlines() if line.startswith("| difference, paired"))
+    assert f"{gain:+.3f} [" in line
     assert "Does the network know more than the dark share of the head?" in text
     auroc = np.mean([read_scores(run / "test")["subject"]["auroc"] for run in seeds])
     assert f"The mean over seeds has a subject-level AUROC of {auroc:.3f} [" in text

@@ -92,6 +92,7 @@ def test_requirements_name_what_is_imported_and_nothing_else():
     imported = imported_packages([*ROOT.glob("*.py"), *ROOT.glob("adnc/**/*.py")])
     # Without the benchmark, which measures more packages where they are installed.
     imported |= imported_packages(ROOT.glob("tools/[!b]*.py"))
+    imported.add("tensorboard")  # of torch.utils.tensorboard
     package = {"sklearn": "scikit-learn", "PIL": "pillow"}
     text = "".join((ROOT / f"requirements{name}.txt").read_text() for name in ("", "-extra"))
     required = set(re.findall(r"^([\w-]+)>=[\d.]+$", text, re.MULTILINE))

@@ -42,6 +42,7 @@ def test_a_run_learns_and_holds_all_its_files(run_folder):
         "training_history.csv",
         "lr_schedule.png",
         "training_curves.png",
+        "resources.json",
         "val",
         "test",
     }

@@ -3,22 +3,26 @@
     python -m tools.evaluate runs/tiny                              # the test scores of a run
     python -m tools.evaluate runs/fold* --out results               # all folds, pooled
     python -m tools.evaluate runs/fold* --against runs/other-fold*  # better, or is it noise?
+    python -m tools.evaluate runs/* --resources                     # time and memory of each run
 
 RUN is a run folder of train.py (its test/ is read, or its val/ with --part val) or a folder of
 predict.py on labelled slices. Several runs must not share a scan, unless their seeds differ: then
-the scores are means over seeds. Prints slice-, scan- and subject-level metrics, the baselines
-beside them, and the scores of the prediction sets. --out writes the same files as the test/ of a
-run, and with --against comparison.json.
+the scores are means over seeds, beside those of all seeds together, by their mean logit. Prints
+slice-, scan- and subject-level metrics, the baselines beside them, and the scores of the prediction
+sets. --out writes the same files as the test/ of a run, and with --against comparison.json.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from adnc.cli import Parser, run_script
 from adnc.errors import InputError
 from adnc.files import new_folder, read_json, require_new, write_json
+from adnc.resources import resource_rows
 from adnc.scoring import assess, metrics
 from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
 from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
@@ -51,7 +55,10 @@ class Pool:
 
 
 def pool(members):
-    """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a scan."""
+    """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a scan.
+
+    The column scaled_logit is the logit at the temperature of its run, whose scale is comparable.
+    """
     folders, tables, runs = map(list, zip(*members))
     owner = {}
     for folder, table in zip(folders, tables):
@@ -63,6 +70,9 @@ def pool(members):
                 )
             owner[scan] = folder
 
+    temperatures = [(run.get("calibration") or {}).get("temperature", 1.0) for run in runs]
+    scaled = [each.logit / temperature for each, temperature in zip(tables, temperatures)]
+    tables = [each.assign(scaled_logit=values) for each, values in zip(tables, scaled)]
     table = pd.concat(tables, ignore_index=True)
     coverages = {run.get("prediction_sets", {}).get("coverage") for run in runs}
     if len(coverages) != 1 or None in coverages:  # sets of different coverages cannot be pooled
@@ -272,13 +282,36 @@ def format_each_run(summary):
         )
 
 
+def combine(tables):
+    """Predictions of all seeds together, from aligned tables: the mean over them of the logits,
+    each at its temperature. They rank; their calibration and threshold are those of a file of
+    tools.ensemble."""
+    logit = np.mean([table.scaled_logit for table in tables], axis=0)
+    return tables[0].assign(logit=logit, p_AD=expit(logit))
+
+
+def format_together(together, model, unit):
+    """Lines of a table with the AUROC of all seeds together beside the mean over seeds, from
+    results of `bootstrap_scores`."""
+    gain = metrics.compare(together, model)[unit]["auroc"]
+    rows = [
+        ["", f"AUROC of {unit}s"],
+        ["mean over seeds", cell(metrics.summarise(model)[unit], "auroc")],
+        ["all seeds together, mean logit", cell(metrics.summarise(together)[unit], "auroc")],
+        ["difference, paired", "undefined" if gain is None else format_difference(gain)],
+    ]
+    return format_table(rows)
+
+
 def evaluate_seeds(pools):
-    """Lines with scores and baselines averaged over Pools of the same slices, one per seed."""
+    """Lines with scores and baselines averaged over Pools of the same slices, one per seed, and
+    with the scores of all seeds together."""
     tables = align([one.table for one in pools])
     title = "; ".join([f"mean over {len(pools)} seeds", *describe_pools(pools)])
     model = mean_scores(tables)
     scores = metrics.summarise(model)
     unit = assess.main_unit(scores)
+    together = metrics.bootstrap_scores(combine(tables))
     parts, means = {"the model": scores[unit]}, {}
     for name in (*metrics.BASELINES, "with_dark_share"):
         if all(table[name].notna().all() for table in tables):
@@ -292,6 +325,7 @@ def evaluate_seeds(pools):
     for label, part in parts.items():
         rows.append([label, *(cell(part, name) for name in COMPARED)])
     lines = [*check_flags(pools), *assess.format_scores(scores, title), "", *format_table(rows)]
+    lines += ["", *format_together(together, model, unit)]
     if {"dark_share", "with_dark_share"} <= set(means):
         scores["beyond_dark_share"] = assess.compare_with_dark_share(
             model, means["with_dark_share"], means["dark_share"]
@@ -305,18 +339,36 @@ def evaluate_seeds(pools):
 # ---------------------------------------------------------------- command
 
 
+def read_resources(folders):
+    """Lines of a table of what runs have cost, from their resources.json."""
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "resources.json"
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; expected finished runs of train.py")
+        runs.append((str(folder), read_json(path)))
+    return format_table(resource_rows(runs))
+
+
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
     add("--part", choices=("test", "val"), default="test", help="the part of a run folder (test)")
     add("--against", nargs="+", metavar="RUN", help="the same slices, predicted by another model")
+    add("--resources", action="store_true", help="print what the runs have cost instead of scores")
     add("--out", metavar="DIR", help="new folder for tables, metrics.json and pictures")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resources and (args.against or args.out or args.part != "test"):
+        parser.error("--resources prints costs alone; leave out --against, --out and --part")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.resources:
+        print("\n".join(read_resources(args.runs)))
+        return
     if args.out:
         require_new(args.out)
 

@@ -1,0 +1,147 @@
+"""What a run costs: size of the model, time, memory, and latency of a prediction."""
+
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from adnc.cpu_engine import make_engine
+
+BATCHES = (1, 64)  # slices in a prediction whose latency is measured
+WARMUP, REPEATS = 5, 20
+LONGEST = 60  # seconds for each size of a batch, after which fewer repeats must do
+
+
+def measure_resources(model, history, *, image_size, n_train, device, amp):
+    """What a trained model and its training cost, as plain values for resources.json.
+
+    history: the rows of training_history.csv, of which the median epoch is taken, since the first
+    one of a process is slower. n_train: training slices. Times are in seconds.
+    """
+    slices_per_s = statistics.median(row["images_per_s"] for row in history)
+    val_seconds = [row["val_seconds"] for row in history if "val_seconds" in row]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "multiply_adds": count_multiply_adds(model, image_size),
+        "image_size": image_size,
+        "epochs": len(history),
+        "train_seconds": n_train / slices_per_s,
+        "val_seconds": statistics.median(val_seconds) if val_seconds else None,
+        "train_slices_per_s": slices_per_s,
+        "latency": measure_latency(model, image_size, device, amp),
+    }
+
+
+def count_multiply_adds(model, image_size, in_chans=1):
+    """Multiply-adds of the convolutions and linear layers of a model for one image.
+
+    The papers count these and call them FLOPs: 4.5 G for ConvNeXt-T at 224 px and 3 channels.
+    """
+    parameter = next(model.parameters())
+    x = torch.zeros(1, in_chans, image_size, image_size, device=parameter.device)
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train(was_training)
+    return counter.get_total_flops() // 2  # it counts a multiplication and an addition apart
+
+
+def peak_memory(device):
+    """The peak memory of this process so far, in bytes: {"process": maximum resident,
+    "gpu_allocated", "gpu_reserved"}; None where unknown."""
+    memory = {"process": None, "gpu_allocated": None, "gpu_reserved": None}
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        pass
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory["process"] = peak if sys.platform == "darwin" else peak * 1024
+    if device.type == "cuda":
+        memory["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
+        memory["gpu_reserved"] = torch.cuda.max_memory_reserved(device)
+    return memory
+
+
+def measure_latency(model, image_size, device, amp):
+    """{batch size: median seconds} from normalised slices to logits, as predict.py computes them:
+    of REPEATS after WARMUP, each waiting for the device; of fewer if they take over LONGEST."""
+    engine = make_engine(model.eval(), device=device, amp=amp)
+    latency = {}
+    for size in BATCHES:
+        x = torch.zeros(size, 1, image_size, image_size, device=device)
+        seconds = []
+        while len(seconds) < WARMUP + REPEATS and sum(seconds) < LONGEST:
+            wait_for(device)
+            start = time.perf_counter()
+            engine(x)
+            wait_for(device)
+            seconds.append(time.perf_counter() - start)
+        latency[str(size)] = statistics.median(seconds[min(WARMUP, len(seconds) - 1) :])
+    return latency
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_resources(used):
+    """The content of resources.json in one line."""
+    memory = used["memory"]
+    parts = [
+        f"{used['parameters'] / 1e6:.2f} M parameters",
+        f"{used['multiply_adds'] / 1e9:.3f} G multiply-adds a slice at {used['image_size']} px",
+        f"an epoch {seconds(used['train_seconds'])} and {seconds(used['val_seconds'])} of "
+        "validation",
+        f"{used['train_slices_per_s']:.0f} slices/s",
+        f"peak memory of the process {gib(memory['process'])}",
+    ]
+    if memory["gpu_allocated"] is not None:
+        parts.append(
+            f"of the GPU {gib(memory['gpu_allocated'])} allocated, {gib(memory['gpu_reserved'])} "
+            "reserved"
+        )
+    latency = [f"{1000 * used['latency'][str(size)]:.1f} ms" for size in BATCHES]
+    parts.append(f"prediction of 1 slice {latency[0]}, of 64 {latency[1]}")
+    return f"resources: {'; '.join(parts)} ({used['machine']}, {used['precision']})"
+
+
+def seconds(value):
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def gib(n_bytes):
+    """Bytes as text; "-" if unknown."""
+    return "-" if n_bytes is None else f"{n_bytes / 2**30:.2f} GiB"
+
+
+RESOURCES = [
+    "run", "parameters", "multiply-adds", "px", "epoch: training", "validation", "slices/s",
+    "memory", "GPU allocated", "GPU reserved", "latency of 1", "of 64", "machine", "torch",
+]  # fmt: skip
+
+
+def resource_rows(runs):
+    """Rows of a table, the header first, of (name, content of resources.json) of each run."""
+    rows = [RESOURCES]
+    for name, used in runs:
+        rows.append([
+            name,
+            f"{used['parameters'] / 1e6:.2f} M",
+            f"{used['multiply_adds'] / 1e9:.3f} G",
+            str(used["image_size"]),
+            seconds(used["train_seconds"]),
+            seconds(used["val_seconds"]),
+            f"{used['train_slices_per_s']:.0f}",
+            gib(used["memory"]["process"]),
+            gib(used["memory"]["gpu_allocated"]),
+            gib(used["memory"]["gpu_reserved"]),
+            f"{1000 * used['latency']['1']:.1f} ms",
+            f"{1000 * used['latency']['64']:.1f} ms",
+            f"{used['machine']}, {used['precision']}",
+            used["versions"]["torch"],
+        ])  # fmt: skip
+    return rows
