@@ -255,16 +255,55 @@ class PlainCNN(nn.Sequential):
         super().__init__(*layers, *head)
 
 
+class Ensemble(nn.Module):
+    """Several models as one, whose margin z_AD - z_NC is the mean over the members of theirs, each
+    at its temperature.
+
+    Takes images (N, 1, S, S) with S the largest image size of a member; the others get them
+    shrunk. Gives logits (N, 2). Explanations use it; a prediction runs one member after the other
+    (predict.predict_members), each on slices of exactly its size.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList([make_model(**member["model"]) for member in members])
+        self.image_sizes = [member["image_size"] for member in members]
+        self.temperatures = [member["temperature"] for member in members]
+
+    def parts(self):
+        """(member, image size, temperature) of each."""
+        return zip(self.members, self.image_sizes, self.temperatures)
+
+    def shrink(self, x, image_size):
+        if x.shape[-1] == image_size:
+            return x
+        size = (image_size, image_size)
+        return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+
+    def forward(self, x):
+        total = 0
+        for member, size, temperature in self.parts():
+            total = total + member(self.shrink(x, size)) / temperature
+        return total / len(self.members)
+
+
 def make_model(variant, *, in_chans=1, num_classes=2, drop_path_rate=0.0, **model_args):
-    """The ConvNeXt of that name, or for "cnn" the plain CNN, which has neither DropPath nor
-    MODEL_ARGS."""
+    """The ConvNeXt of that name, for "cnn" the plain CNN, which has neither DropPath nor
+    MODEL_ARGS, or for "ensemble" an Ensemble of its `members`."""
+    if variant == "ensemble":
+        return Ensemble(**model_args)
     if variant == "cnn":
         return PlainCNN(in_chans=in_chans, num_classes=num_classes)
     sizes = dict(in_chans=in_chans, num_classes=num_classes, drop_path_rate=drop_path_rate)
     return convnext(variant, **sizes, **model_args)
 
 
-def describe_model(variant):
+def describe_model(variant, members=()):
+    """What a model is called, given the first arguments of `make_model`."""
+    if variant == "ensemble":
+        names = [describe_model(member["model"]["variant"]) for member in members]
+        counts = {name: names.count(name) for name in names}
+        return f"ensemble of {', '.join(f'{n} {name}' for name, n in counts.items())}"
     return "plain CNN" if variant == "cnn" else f"ConvNeXt {variant}"
 
 

@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.special import expit
 from tqdm import tqdm
@@ -47,14 +48,29 @@ from adnc.errors import InputError, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
 from adnc.scoring.assess import (
+    NO_CALIBRATION,
     describe_distrust,
     format_assessment,
     is_drawn,
+    read_run,
     statements,
+    why_no_verdicts,
     write_results,
 )
 from adnc.scoring.baselines import predict_baselines
-from adnc.scoring.calibration import apply_calibration, max_coverage
+from adnc.scoring.calibration import max_coverage
+from adnc.scoring.ensemble import (
+    calibrate_predictions,
+    describe_disagreement,
+    describe_ensemble,
+    exposure_over,
+    make_ensemble,
+    member_logits,
+    members_that_predict,
+    require_fit,
+    scan_spread,
+    split_members,
+)
 from adnc.volumes.look import add_look_flags, given_look_flags
 from dataset import Batches, load_inputs
 from modules import describe_model, make_model
@@ -110,14 +126,37 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 
     Returns a table with metrics.PREDICTIONS, one row per row of the index; rows of files that could
     not be read are empty. p_AD, the softmax probability of AD, is not yet calibrated: see
-    `apply_calibration`. `exposure` replaces the record of the checkpoint's training.
+    `calibrate_predictions`. `exposure` replaces the record of the checkpoint's training. For an
+    ensemble the columns of `predict_members` are added.
     """
     slices = replace(slices, index=slices.index.reset_index(drop=True))
     readable = slices.where(slices.index.error.isna())
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    logits = predict_logits(
-        model,
-        readable,
+    options = dict(device=device, amp=amp, batch_size=batch_size)
+    index, more = readable.index, []
+    if "members" in checkpoint:
+        predicted = predict_members(checkpoint, readable, **options)
+        more = [name for name in predicted if name not in metrics.PREDICTIONS]
+    else:
+        recorded = checkpoint["exposure"] if exposure is None else exposure
+        logits = predict_checkpoint(checkpoint, readable, **options)
+        predicted = index[[]].assign(
+            logit=logits,
+            exposure=find_exposure(index, recorded),
+            out_of_range=out_of_range(index, checkpoint["slice_stats"]),
+        )
+        if "baselines" in checkpoint:
+            predicted = predicted.join(predict_baselines(checkpoint["baselines"], readable))
+    table = slices.index.join(predicted.assign(p_AD=expit(predicted.logit)))
+    types = {**dict.fromkeys(metrics.PREDICTIONS, "string"), **metrics.NUMBERS}
+    usual = table.reindex(columns=metrics.PREDICTIONS).astype(types)
+    return usual.assign(threshold=metrics.THRESHOLD).join(table[more])
+
+
+def predict_checkpoint(checkpoint, slices, *, device, amp=None, batch_size=64):
+    """`predict_logits` by the model of a checkpoint, which is built for it."""
+    return predict_logits(
+        build_model(checkpoint).to(device, memory_format=torch.channels_last),
+        slices,
         image_size=checkpoint["image_size"],
         mean=checkpoint["mean"],
         std=checkpoint["std"],
@@ -127,21 +166,56 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
         progress="predicting",
     )
 
-    index = readable.index
-    predicted = index[[]].assign(
-        logit=logits,
-        p_AD=expit(logits),
-        out_of_range=out_of_range(index, checkpoint["slice_stats"]),
-        exposure=find_exposure(index, checkpoint["exposure"] if exposure is None else exposure),
+
+def predict_members(checkpoint, slices, **options):
+    """The predictions of an ensemble for the slices of a SliceSet, one member after the other.
+
+    Returns a table with logit, exposure, out_of_range and the baselines, of the members that
+    predict a slice (`members_that_predict`), and logit_1, logit_2, ..., those of the members,
+    missing where a member does not predict.
+    """
+    index, members = slices.index, split_members(checkpoint)
+    exposures = [find_exposure(index, member["exposure"]) for member in members]
+    exposures = np.column_stack(exposures)
+    used = members_that_predict(exposures, index.scan)
+    logits, baselines = np.full(used.shape, np.nan), []
+    ranges = pd.Series(None, index.index, dtype="string")
+    for k, member in enumerate(members):
+        rows = index.index[used[:, k]]
+        part = replace(slices, index=index.loc[rows])
+        logits[used[:, k], k] = predict_checkpoint(member, part, **options)
+        ranges[rows] = ranges[rows].fillna(out_of_range(part.index, member["slice_stats"]))
+        if member["baselines"]:
+            baselines.append(predict_baselines(member["baselines"], part))
+
+    at_temperature = logits / [member["temperature"] for member in members]
+    table = index[[]].assign(
+        logit=np.nanmean(at_temperature, axis=1),
+        exposure=exposure_over(exposures, used),
+        out_of_range=ranges,
     )
-    if "baselines" in checkpoint:
-        predicted = predicted.join(predict_baselines(checkpoint["baselines"], readable))
-    table = slices.index.join(predicted).reindex(columns=metrics.PREDICTIONS)
-    types = {**dict.fromkeys(metrics.PREDICTIONS, "string"), **metrics.NUMBERS}
-    return table.astype(types).assign(threshold=metrics.THRESHOLD)
+    if len(baselines) == len(members):
+        table = table.join(pd.concat(baselines).groupby(level=0).mean())
+    for k in range(len(members)):
+        table[f"logit_{k + 1}"] = logits[:, k]
+    return table
 
 
 # ---------------------------------------------------------------- what is printed
+
+
+def name_model(checkpoint):
+    """What the model of a checkpoint is called."""
+    model = checkpoint["model"]
+    return describe_model(model["variant"], model.get("members", ()))
+
+
+def describe_checkpoint(checkpoint):
+    """The model of a checkpoint, its image size and its epoch."""
+    name = name_model(checkpoint)
+    if "members" in checkpoint:
+        return f"{name} ({checkpoint['design']})"
+    return f"{name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}"
 
 
 def warn_of_rows(predictions, column, what, begin=""):
@@ -163,7 +237,9 @@ def warnings_about(predictions, checkpoint, coverage):
         yield f"this model: {distrust}"
     for leak in statements(checkpoint)["leaks"]:
         yield f"the model is LEAKY: {leak}"
-    if "calibration" not in checkpoint:
+    if why_no_verdicts(checkpoint) == NO_CALIBRATION:
+        yield f"{NO_CALIBRATION}: p_AD orders scans, and is no probability"
+    elif "calibration" not in checkpoint:
         yield "the run did not finish: its p_AD are not calibrated"
     elif coverage is not None:
         most = max_coverage(checkpoint["calibration"], coverage)
@@ -184,6 +260,15 @@ def warnings_about(predictions, checkpoint, coverage):
         "the training slices did not, use --strip)",
         begin="is out of the training range: ",
     )
+    if "fold_calibrations" in checkpoint:
+        alone = np.isfinite(member_logits(readable)).sum(1) == 1
+        n_alone = readable.scan[alone].nunique()
+        if n_alone:
+            yield (
+                f"{n_alone} of {readable.scan.nunique()} scans are of subjects of the "
+                "cross-validation: each is predicted by the member that has not seen it, and "
+                "calibrated on the other folds"
+            )
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
         yield (
@@ -233,12 +318,13 @@ def describe_folders_of_one_scan(index, look):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="a slice, a volume, or a folder of either"
+        "inputs", nargs="*", metavar="INPUT", help="a slice, a volume, or a folder of either"
     )
     parser.add_argument(
-        "--checkpoint", metavar="RUN",
-        help="a run or its best_model.pth (default: weights/phantom.pth, trained on drawings)",
-    )
+        "--checkpoint", nargs="+", metavar="RUN",
+        help="a run or its best_model.pth, an ensemble, or the runs that make one "
+        "(default: weights/phantom.pth, trained on drawings)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="DIR", help="new folder for the results (default: predictions/<time>)"
     )
@@ -257,28 +343,79 @@ def parse_args(argv=None):
     group.add_argument(
         "--keep-slices", metavar="DIR", help="keep the slices that volumes are cut into"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.inputs:
+        parser.error(
+            "there is no INPUT; name slices, volumes or folders, before --checkpoint, which takes "
+            "all names behind it"
+        )
+    return args
 
 
 PHANTOM = Path(__file__).parent / "weights" / "phantom.pth"
+
+
+def load_run(path):
+    """(path of best_model.pth, checkpoint) of a run folder or of a file."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best_model.pth"
+    checkpoint = load_checkpoint(path)
+    if "optimizer" in checkpoint:
+        raise InputError(f"{path} is a training to resume; predict with best_model.pth beside it")
+    return path, checkpoint
+
+
+def load_members(paths):
+    """{path of best_model.pth: checkpoint} of the members of an ensemble."""
+    members = {}
+    for path, checkpoint in map(load_run, paths):
+        if str(path) in members:
+            raise InputError(f"{path} is named twice; expected each member once")
+        members[str(path)] = checkpoint
+    require_fit(members)
+    return members
+
+
+def read_members(members):
+    """{path of best_model.pth: {"val": predictions, "test": predictions}} of finished runs.
+    InputError if they are not those of the checkpoint."""
+    tables = {}
+    for path, checkpoint in members.items():
+        tables[path] = {}
+        for part in ("val", "test"):
+            tables[path][part], scores = read_run(Path(path).parent, part)
+            recorded = scores.get("calibration", {}).get("temperature")
+            if recorded != checkpoint["calibration"]["temperature"]:
+                raise InputError(
+                    f"{Path(path).parent / part} was not written for {path}; expected a run that "
+                    "finished, and its best_model.pth"
+                )
+    return tables
+
+
+def load_runs(paths):
+    """(name, checkpoint) of one run, or of the ensemble that several runs make."""
+    if len(paths) == 1:
+        path, checkpoint = load_run(paths[0])
+        return str(path), checkpoint
+    members = load_members(paths)
+    print(f"making an ensemble of {len(members)} runs, and scoring it on their test")
+    name = f"ensemble of {', '.join(Path(path).parent.name for path in members)}"
+    return name, make_ensemble(members, read_members(members))
 
 
 def main(argv=None):
     args = parse_args(argv)
     out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
-    path = Path(args.checkpoint or PHANTOM)
-    if path.is_dir():
-        path = path / "best_model.pth"
-    checkpoint = load_checkpoint(path)
-    if "optimizer" in checkpoint:
-        raise InputError(
-            f"{path} is a training to resume; predict with best_model.pth beside it"
-        )
+    path, checkpoint = load_runs(args.checkpoint or [PHANTOM])
     if args.coverage is not None and "calibration" not in checkpoint:
+        reason = "its run did not finish; finish it with --resume"
+        if why_no_verdicts(checkpoint) == NO_CALIBRATION:
+            reason = "its members have no calibration in common; name members that have one"
         raise InputError(
-            "the checkpoint is not calibrated, since its run did not finish; finish it with "
-            "--resume, or leave out --coverage"
+            f"the checkpoint is not calibrated, since {reason}, or leave out --coverage"
         )
     if args.coverage is not None and is_drawn(checkpoint):
         raise InputError(
@@ -292,33 +429,28 @@ def main(argv=None):
     device = pick_device(args.device)
     amp = pick_amp(args.amp, device)
 
-    explainer = None
     if args.explain:
-        from adnc.explain.attribution import Explainer
+        from adnc.explain.attribution import import_captum
 
-        explainer = Explainer(
-            build_model(checkpoint),
-            lambda: make_model(**checkpoint["model"]),
-            checkpoint,
-            args.explain,
-            device,
-        )
+        import_captum()  # missing: better told before the prediction
     with explain_out_of_memory("lower --batch-size, or give fewer files at once"):
-        predict(args, path, checkpoint, Path(out), explainer, device, amp)
+        predict(args, path, checkpoint, Path(out), device, amp)
 
 
-def predict(args, path, checkpoint, out, explainer, device, amp):
+def predict(args, path, checkpoint, out, device, amp):
     """Read the inputs, predict, and write everything that was asked for into the new folder
     `out`."""
     cut = cut_volumes(args, checkpoint)
     listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
-    name = describe_model(checkpoint["model"]["variant"])
+    name = describe_checkpoint(checkpoint)
     drawn = is_drawn(checkpoint)
     print(
-        f"{path}: {name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']}"
-        f"{', trained on drawings alone' if drawn else ''}; {len(listing.index):,} slices on "
-        f"{device}, {precision_name(amp)}"
+        f"{path}: {name}{', trained on drawings alone' if drawn else ''}; "
+        f"{len(listing.index):,} slices on {device}, {precision_name(amp)}"
     )
+    if "members" in checkpoint:
+        for line in describe_ensemble(checkpoint):
+            print(line)
     for line in cut.lines:
         print(printable(line))
 
@@ -328,17 +460,25 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     cut.close()
     batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     predictions = predict_slices(checkpoint, slices, device=device, amp=amp, batch_size=batch_size)
-    predictions = apply_calibration(predictions, checkpoint.get("calibration"), args.coverage)
+    predictions = calibrate_predictions(predictions, checkpoint, args.coverage)
+    spread = None
+    if "members" in checkpoint:
+        spread = scan_spread(predictions, checkpoint)
 
     new_folder(out)
-    title = f"predictions of {Path(path).parent.name}/{Path(path).name}"
+    title = f"predictions of {'/'.join(Path(path).parts[-2:])}"
     scores = write_results(
         predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
-        calibration=checkpoint.get("calibration"), verdicts=not drawn,
+        calibration=checkpoint.get("calibration"), withheld=why_no_verdicts(checkpoint),
+        spread=spread,
     )  # fmt: skip
     turned = []
     if not drawn:  # drawings are of all planes, mirrored and turned
         turned = describe_turned(slices, checkpoint["mean_slice"].numpy())
+    trusted = describe_distrust(checkpoint) is None
+    disagreement = []
+    if spread is not None and trusted:
+        disagreement = describe_disagreement(spread)
     warnings = [
         *cut.notes,
         *slices.notes,
@@ -346,6 +486,7 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
         *describe_shared_names(slices.index, args.inputs),
         *turned,
+        *disagreement,
         *warnings_about(predictions, checkpoint, args.coverage),
     ]
     for warning in warnings:
@@ -356,7 +497,6 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
             f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists "
             "why"
         )
-    trusted = describe_distrust(checkpoint) is None
     for line in format_scans(scans, trusted, drawn):
         print(printable(line))
     if scores:
@@ -364,7 +504,13 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
     print(f"results in {out}")
 
     explained = None
-    if explainer:
+    if args.explain:
+        from adnc.explain.attribution import Explainer
+
+        explainer = Explainer(
+            build_model(checkpoint), lambda: make_model(**checkpoint["model"]), checkpoint,
+            args.explain, device,
+        )  # fmt: skip
         explained = explainer.write(slices, out / "explanations")
         if explained.usable:
             print(explained.sentence)
@@ -377,12 +523,13 @@ def predict(args, path, checkpoint, out, explainer, device, amp):
         page = Report(
             file=str(path),
             checkpoint=checkpoint,
-            model_name=name,
+            model_name=name_model(checkpoint),
             inputs=args.inputs,
             coverage=args.coverage,
             index=slices.index,
             images=slices.images,
             predictions=predictions,
+            spread=spread,
             out=out,
             scores=scores,
             warnings=warnings,

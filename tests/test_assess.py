@@ -221,7 +221,7 @@ def test_results_are_tables_scores_and_pictures(run_folder):
 def test_tables_always_have_the_same_columns(results):
     for name, columns in (
         ("predictions", metrics.PREDICTIONS),
-        ("scans", metrics.AGGREGATED),
+        ("scans", (*metrics.AGGREGATED, *metrics.SPREAD)),
         ("subjects", metrics.AGGREGATED[1:]),
     ):
         assert list(pd.read_csv(results / f"{name}.csv").columns) == list(columns)

@@ -13,11 +13,13 @@ from sklearn.metrics import roc_auc_score
 
 from adnc.data.pixels import find_head
 from adnc.errors import InputError
-from adnc.files import write_csv
+from adnc.files import read_json, write_csv, write_json
 from adnc.scoring.assess import describe_distrust
 from dataset import decode_set
 from docs.experiments import (
+    aggregate,
     beyond,
+    context,
     finetune,
     fluid_maps,
     learning_curve,
@@ -180,6 +182,54 @@ def test_an_ensemble_of_noisy_scores_is_better_than_their_mean():
         assert found[name] == pytest.approx(roc_auc_score(is_ad, scores[name]), abs=5e-4)
     assert found["ensemble"] > found["mean of 2"] + 0.03
     assert found["mean of 2"] == pytest.approx((found["a"] + found["b"]) / 2, abs=1e-3)
+
+
+# ---------------------------------------------------------------- from slices to a scan
+
+
+def test_a_scan_has_a_score_by_each_rule_and_folds_are_pooled(tmp_path, capsys):
+    table = random_predictions(24, slices=6, digits=6)
+    number = table.subject.str[1:].astype(int)
+    for k in range(2):
+        run = write_run(tmp_path / f"f{k}", table[number % 4 // 2 == k], fold=k, folds=2)
+        (run / "val").symlink_to(run / "test")
+        scores = read_json(run / "test" / "metrics.json")
+        write_json(run / "test" / "metrics.json", {**scores, "calibration": {"temperature": 2.0}})
+    aggregate.main([str(tmp_path / "f0"), str(tmp_path / "f1")])
+    printed = capsys.readouterr().out
+    assert "24 subjects, 1 seeds" in printed
+    for name in aggregate.RULES:
+        assert f"| {name} " in printed
+    with pytest.raises(InputError, match="the runs of seed 0 share subjects"):
+        aggregate.main([str(tmp_path / "f0"), str(tmp_path / "f0")])
+
+
+def test_the_informative_places_are_those_that_tell_the_classes_apart():
+    rng = np.random.default_rng(0)
+    rows = []
+    for scan in range(40):
+        for place in range(4):
+            signal = 3.0 * (scan % 2) if place in (1, 3) else 0.0
+            label = "AD" if scan % 2 else "NC"
+            rows.append({"label": label, "place": place, "logit": signal + rng.normal()})
+    assert sorted(aggregate.informative_places(pd.DataFrame(rows))) == [1, 3]
+
+
+def test_neighbours_are_of_the_same_scan_and_an_end_is_its_own():
+    index = pd.DataFrame({"scan": list("bbaab"), "slice": [2, 1, 7, 8, 3], "row": [4, 3, 2, 1, 0]})
+    rows = context.neighbours(index)
+    assert rows.tolist() == [[3, 4, 0], [3, 3, 4], [2, 2, 1], [2, 1, 1], [4, 0, 0]]
+    with pytest.raises(InputError, match="1 slices do not follow the one before them by 1"):
+        context.neighbours(index.assign(slice=[2, 1, 7, 9, 3]))
+
+
+def test_slices_with_and_without_neighbours_are_compared(ad_nc, monkeypatch, capsys):
+    monkeypatch.setitem(context.train.SMALL, "epochs", 1)
+    context.main([str(ad_nc), "--image-size", "32", "--seeds", "1", "--folds", "2"])
+    printed = capsys.readouterr().out
+    assert "18 test subjects, 1 seeds" in printed
+    for name in (*context.WAYS, "dark share"):
+        assert f"| {name} " in printed
 
 
 # ---------------------------------------------------------------- the residual stream
@@ -379,7 +429,7 @@ def test_ways_to_use_a_few_subjects_are_compared(varied, ad_nc, run_folder, monk
     monkeypatch.setitem(finetune.train.SMALL, "epochs", 1)
     model = ["--checkpoint", str(run_folder / "best_model.pth")]
     words = [str(varied / "AD_NC"), *model]
-    finetune.main([*words, "--subjects", "6", "--seeds", "2"])
+    finetune.main([*words, "--subjects", "6", "--seeds", "2", "--slices", "3"])
     text = capsys.readouterr().out
     assert "6 subjects, half of them AD; the test are 6 others, 3 of them AD; 2 draws" in text
     for name in finetune.METHODS:
@@ -409,6 +459,8 @@ def test_slices_of_a_subject_are_thinned_out_evenly(ad_nc):
 def test_tries_beyond_the_dark_share_are_scored_with_it(varied, ad_nc, monkeypatch, capsys):
     monkeypatch.setitem(beyond.train.SMALL, "epochs", 1)
     monkeypatch.setattr(beyond, "IMAGE_SIZE", 32)
+    ways = ("the recipe", "grey divided by the head's median", "classes, beside the share")
+    monkeypatch.setattr(beyond, "WAYS", {name: beyond.WAYS[name] for name in ways})
     beyond.main([str(varied / "AD_NC"), "--sets", str(ad_nc), "--seeds", "1"])
     text = capsys.readouterr().out
     assert f"{ad_nc}: 18 subjects, dark share alone " in text

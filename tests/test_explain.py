@@ -344,7 +344,7 @@ def test_all_scans_have_the_scale_of_the_training_slices(
 
     checkpoint["map_scale"] = None
     own = write(tmp_path / "own")
-    assert own.scale.endswith("of 2 of these slices, since captum was missing in training")
+    assert own.scale.endswith("of 2 of these slices, since the checkpoint has none of its training")
 
 
 def colour_of(path):

@@ -103,9 +103,9 @@ def test_scans_and_subjects_are_means_of_the_slices(run_folder, ad_nc, tmp_path)
     subjects = pd.read_csv(tmp_path / "out" / "subjects.csv").set_index("subject")
     np.testing.assert_allclose(scans.p_AD, table.groupby("scan").p_AD.mean(), rtol=1e-6)
     assert (scans.n_slices == 5).all() and (scans.exposure == "no").all()
-    assert list(scans.columns) == list(metrics.AGGREGATED[1:]) and list(subjects.columns) == list(
-        scans.columns[1:]
-    )
+    assert list(scans.columns) == [*metrics.AGGREGATED[1:], *metrics.SPREAD]
+    assert list(subjects.columns) == list(metrics.AGGREGATED[2:])
+    assert scans[list(metrics.SPREAD)].isna().all(axis=None)  # of a single model
     assert subjects.p_AD["ta1"] == scans.p_AD["301"]
 
 

@@ -9,6 +9,7 @@ method whose maps do not change then shows the slice, not the model, and is mark
 docs/explain.md measures the methods on the phantom, whose altered anatomy is known.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,26 @@ def occlusion(model, x, baseline):
 def grad_cam(model, x, baseline):
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391) with its negative part.
 
-    The baseline is not used.
+    The baseline is not used. Of an ensemble it is the mean of the maps of its members.
     """
+    if is_ensemble(model):
+        maps = []
+        for member, size, temperature in model.parts():
+            values = grad_cam(member, model.shrink(x, size), None) / temperature
+            maps.append(resize(values, x.shape[2:]))
+        return torch.stack(maps).mean(0)
     small = import_captum().LayerGradCam(margin(model), cam_layer(model)).attribute(x)
-    return torch.nn.functional.interpolate(
-        small.detach(), x.shape[2:], mode="bilinear", align_corners=False
-    )
+    return resize(small.detach(), x.shape[2:])
+
+
+def resize(maps, size):
+    """Maps (N, 1, H, W) in another size, by bilinear interpolation."""
+    return torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def is_ensemble(model):
+    """Whether the model is a modules.Ensemble."""
+    return hasattr(model, "members")
 
 
 def cam_layer(model):
@@ -153,7 +168,20 @@ def attribute(method, model, x, baseline, progress=None):
 
 
 def model_parts(model):
-    """The parts of a model from the head down: (name, prefixes of the names of its weights)."""
+    """The parts of a model from the head down: (name, prefixes of the names of its weights).
+
+    A part of an ensemble has that part of every member; the deepest member has the most.
+    """
+    if is_ensemble(model):
+        parts = []
+        each = [model_parts(member) for member in model.members]
+        for step in itertools.zip_longest(*each, fillvalue=("", ())):
+            names = [name for name, _ in step if name]
+            prefixes = []
+            for i, (_, member_prefixes) in enumerate(step):
+                prefixes += [f"members.{i}.{prefix}" for prefix in member_prefixes]
+            parts.append((" and ".join(dict.fromkeys(names)), tuple(prefixes)))
+        return parts
     if is_convnext(model):
         parts = [("head", ("norm.", "head."))]
         for k in reversed(range(len(model.stages))):
@@ -429,7 +457,8 @@ class Explainer:
             return recorded[method], f"{what} {N_SCALED} training slices"
         maps = attribute(method, self.model, x, self.baseline)
         full = full_colour(maps, inside_head(x, self.baseline))
-        return full, f"{what} {len(x)} of these slices, since captum was missing in training"
+        where = "of these slices, since the checkpoint has none of its training"
+        return full, f"{what} {len(x)} {where}"
 
     def caution(self, method):
         """What a colour does not mean."""
@@ -439,6 +468,11 @@ class Explainer:
                 "It is relative to the mean training slice, which gets a p_AD of "
                 f"{self.baseline_p_ad:.2f} from this model, so one colour may prevail in all "
                 "slices. "
+            )
+        if is_ensemble(self.model):
+            relative += (
+                "The map is that of all members together, also of those that do not predict a scan "
+                "because they have seen its subject. "
             )
         return (
             "A colour shows where the model's output reacts, not where disease is, and not which "

@@ -63,7 +63,8 @@ class Report:
     file, checkpoint, model_name: path of the checkpoint, the checkpoint, the name of its model.
     inputs, coverage: the arguments of the command.
     index, images: of a SliceSet.
-    predictions: the table of `apply_calibration`, in the order of the index.
+    predictions: the table of `calibrate_predictions`, in the order of the index.
+    spread: of `scan_spread`, for an ensemble.
     out, scores: the folder that `write_results` filled, and the scores that it returned.
     warnings, notes: lines of text.
     looks: scan -> the Look that its slices were cut with, where it is known.
@@ -79,6 +80,7 @@ class Report:
     images: np.ndarray
     predictions: pd.DataFrame
     out: Path
+    spread: pd.DataFrame | None = None
     scores: dict | None = None
     warnings: list = field(default_factory=list)
     notes: list = field(default_factory=list)
@@ -296,7 +298,9 @@ def describe_page(report, sources, linked):
             warnings.append(line)
 
     own = []
-    if not report.drawn:
+    if "members" in report.checkpoint:
+        own = [ensemble_scores(report.checkpoint)]
+    elif not report.drawn:
         own = [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")]
     calibration = report.checkpoint.get("calibration")
     both = None  # the interval of p_AD with the verdict AD|NC
@@ -319,6 +323,7 @@ def describe_page(report, sources, linked):
         "report": report,
         "distrust": report.distrust,
         "checkpoint": report.checkpoint,
+        "design": report.checkpoint.get("design"),
         "model": list(describe_checkpoint(report)),
         "scans": scans,
         "own": own,
@@ -359,7 +364,9 @@ def describe_scans(report, sources):
     table = report.predictions.reset_index(drop=True)
     predicted = aggregate(table[table.p_AD.notna()], "scan")
     prediction = {row.scan: row for row in predicted.itertuples()}
-    scans = []
+    members, scans = {}, []
+    if report.spread is not None:
+        members = {row.Index: row for row in report.spread.itertuples()}
     for scan, rows in table.groupby("scan", sort=False):
         rows = rows.sort_values("slice", kind="stable")
         described = describe_scan(
@@ -369,6 +376,7 @@ def describe_scans(report, sources):
             sources,
             trusted=report.distrust is None,
             scored=report.scored,
+            members=members.get(scan),
         )
         look = report.looks.get(scan)
         described["sides"], described["order"] = None, "orientation not known"
@@ -384,11 +392,12 @@ def describe_scans(report, sources):
     return sorted(scans, key=lambda scan: scan["certainty"])
 
 
-def describe_scan(scan, rows, row, sources, trusted=True, scored=True):
+def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=None):
     """A dict with everything that the page shows of a scan.
 
     rows: its slices in the table of predictions. row: its own prediction, None if no slice could be
     read. trusted: whether the model may give a verdict. scored: whether its scores are shown.
+    members: its row of `scan_spread`, for an ensemble.
     """
     first = rows.iloc[0]
     labels, subjects = rows.label.dropna(), rows.subject.dropna()
@@ -412,6 +421,12 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True):
         flags.append(f"{n_unread} not read")
     if row and row.exposure == "yes":
         flags.append("seen in training")
+    if decision in ("AD", "NC", "AD|NC") and members is not None:
+        if 0 < members.members_AD < members.members:
+            flags.append(f"{members.members_AD:.0f} of {members.members:.0f} members predict AD")
+        if members.members > 1:
+            spread = f"{spread}; " if spread else ""
+            spread += f"SD of the members' logits {members.member_sd:.2f}"
 
     slices = []
     for each in rows.itertuples():
@@ -462,10 +477,13 @@ def describe_checkpoint(report):
     if checkpoint["split_by"] == "slice":
         split = "slices of one scan on both sides: LEAKY"
     yield "File", str(report.file)
-    yield "Model", (
-        f"{report.model_name}, {checkpoint['image_size']} px, epoch {checkpoint['epoch']} of "
-        f"{flags['epochs']}, recipe {flags['recipe']}, seed {flags['seed']}"
-    )
+    if "members" in checkpoint:
+        yield "Model", f"{report.model_name}, {checkpoint['design']}; p_AD is of their mean logit"
+        for member in checkpoint["members"]:
+            variant = member["model"]["variant"]
+            yield "Member", f"{member['name']}: {variant}, {describe_training(member)}"
+    else:
+        yield "Model", f"{report.model_name}, {describe_training(checkpoint)}"
     yield (
         "Trained and validated on",
         f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}",
@@ -473,6 +491,27 @@ def describe_checkpoint(report):
     yield "Split", "; ".join([split, *stated["leaks"], *stated["notes"]])
     if report.drawn:
         yield "Scores", "in weights/README.md, beside the model"
+
+
+def describe_training(checkpoint):
+    """The image size, epochs, recipe, seed and fold of a checkpoint or of a member of an
+    ensemble."""
+    flags = checkpoint["flags"]
+    text = (
+        f"{checkpoint['image_size']} px, epoch {checkpoint['epoch']} of {flags['epochs']}, recipe "
+        f"{flags['recipe']}, seed {flags['seed']}"
+    )
+    if flags["fold"] is not None:
+        text += f", fold {flags['fold']} of {flags['folds']}"
+    return text
+
+
+def ensemble_scores(checkpoint):
+    """The scores that were measured when an ensemble was made, or why there are none."""
+    if "scores" not in checkpoint:
+        missing = "The members have no common calibration, and were not tested together."
+        return {"what": "Test", "tables": [], "missing": missing}
+    return {"what": "Test", **describe_run(checkpoint["scores"])}
 
 
 def own_scores(report, what, part):
@@ -483,7 +522,9 @@ def own_scores(report, what, part):
         calibration = report.checkpoint.get("calibration")
         if not calibration or scores["calibration"]["temperature"] != calibration["temperature"]:
             raise InputError(f"{folder} was not written for this checkpoint")
-        return {"what": what, **describe_run(table, scores)}
+        scans = aggregate(table, "scan")
+        counts = {"n": len(scans), "n_ad": int((scans.label == "AD").sum())}
+        return {"what": what, **describe_run(scores), **counts}
     except InputError as problem:
         reason = str(problem)
     except (KeyError, TypeError) as problem:  # an edited file, or one of another version
@@ -491,9 +532,8 @@ def own_scores(report, what, part):
     return {"what": what, "tables": [], "missing": reason}
 
 
-def describe_run(table, scores):
-    """What the page shows of a run's predictions and scores."""
-    scans = aggregate(table, "scan")
+def describe_run(scores):
+    """What the page shows of a run's scores."""
     unseen = ""
     if "unseen_subjects" in scores:
         unseen = score_line(scores["unseen_subjects"])
@@ -503,8 +543,6 @@ def describe_run(table, scores):
         "unseen": unseen,
         "calibration": cell(scores["scan"], "calibration_error"),
         "leaks": scores["leaks"],
-        "n": len(scans),
-        "n_ad": int((scans.label == "AD").sum()),
     }
 
 

@@ -18,6 +18,7 @@ from adnc.scoring.metrics import (
     BASELINES,
     METRICS,
     PREDICTIONS,
+    SPREAD,
     UNITS,
     aggregate,
     bootstrap_scores,
@@ -227,17 +228,32 @@ def conclude(scores):
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
 
 
-def conclude_ranks(scores):
-    """The conclusion, as of `conclude`, on a model that saw drawings alone: its scores rank, and
-    have no threshold."""
+# Why a model gives no verdicts, whatever its test says: the beginning of a sentence.
+DREW, NO_CALIBRATION = "The model saw drawings alone", "The members have no common calibration"
+
+
+def why_no_verdicts(checkpoint):
+    """DREW, NO_CALIBRATION, or None if the scores of a checkpoint have a threshold."""
+    if is_drawn(checkpoint):
+        return DREW
+    if checkpoint.get("design") == "uncalibrated":
+        return NO_CALIBRATION
+    return None
+
+
+def conclude_ranks(scores, why):
+    """The conclusion, as of `conclude`, on a model whose scores rank, and have no threshold. `why`
+    begins a sentence."""
     unit = main_unit(scores)
     sample = scores[unit]
     first = f"On {sample['n']:,} {unit}s: AUROC {cell(sample, 'auroc')} ({unit}-level)."
     second = (
-        "The model saw drawings alone: its scores rank, and no threshold on them is known, so that "
-        "accuracy, sensitivity, specificity and calibration mean nothing here."
+        f"{why}: its scores rank, and no threshold on them is known, so that accuracy, "
+        "sensitivity, specificity and calibration mean nothing here."
     )
-    third = "For verdicts, train on labelled slices: train.py --init phantom --data AD_NC."
+    third = "For verdicts, calibrate it: tools.ensemble of folds, or of seeds of one split."
+    if why == DREW:
+        third = "For verdicts, train on labelled slices: train.py --init phantom --data AD_NC."
     return {"verdict": RANKS_ONLY, "unit": unit, "sentences": [first, second, third]}
 
 
@@ -277,6 +293,8 @@ def describe_distrust(checkpoint):
     if is_drawn(checkpoint):
         return f"{DRAWN} {checkpoint.get('real') or NOT_TRIED}"
     conclusion = checkpoint.get("conclusion")
+    if why_no_verdicts(checkpoint) == NO_CALIBRATION:
+        return "never tested, since its members have no common calibration."
     if conclusion is None:
         return "never tested, since its run did not finish."
     if conclusion["verdict"] == WORKS:
@@ -497,15 +515,17 @@ def write_results(
     notes=(),
     coverage=None,
     calibration=None,
-    verdicts=True,
+    withheld=None,
     runs=(),
+    spread=None,
 ):
     """Write predictions into the folder `out`: tables, and if every label is known, scores and
-    pictures.
+    pictures. `spread` is the `scan_spread` of an ensemble: members.csv then has the logit of each
+    member.
 
-    `calibration` is that of the checkpoint; metrics.json records it. Without `verdicts`, as of a
-    model that saw drawings alone, the column prediction is empty in all tables, and the conclusion
-    is about ranks. Returns the dict of `score`, or None if a label is missing.
+    `calibration` is that of the checkpoint; metrics.json records it. `withheld` is the reason of
+    `why_no_verdicts`: then the column prediction is empty in all tables, and the conclusion is
+    about ranks. Returns the dict of `score`, or None if a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -513,22 +533,27 @@ def write_results(
     (out / "metrics.json").unlink(missing_ok=True)
 
     rows = predictions[list(PREDICTIONS)]
-    if not verdicts:
+    if withheld:
         rows = rows.assign(prediction="")
     write_csv(out / "predictions.csv", rows)
+    if spread is not None:
+        logits = [name for name in predictions if name.startswith("logit_")]
+        write_csv(out / "members.csv", predictions[["path", "scan", "slice", *logits]])
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
     for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
         table = tables[unit][list(columns)]
-        if not verdicts:
+        if withheld:
             table = table.assign(prediction="")
+        if unit == "scan":
+            table = add_spread(table, spread, withheld)
         write_csv(out / f"{unit}s.csv", table)
     if predictions.empty or predictions.label.isna().any():
         return None
 
     scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage, runs=runs)
-    if not verdicts:
-        scores["conclusion"] = conclude_ranks(scores)
+    if withheld:
+        scores["conclusion"] = conclude_ranks(scores, withheld)
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
@@ -536,7 +561,7 @@ def write_results(
 
     tables = {unit: table for unit, table in tables.items() if len(table)}
     title = f"{out.resolve().parent.name}/{out.name}: {scores['title']}"
-    if verdicts:
+    if not withheld:
         plots.plot_confusion(out / "confusion_matrix.png", tables, title)
         plots.plot_calibration(out / "calibration.png", tables, title)
         plots.plot_risk(out / "risk_coverage.png", tables, title, scores.get("prediction_sets"))
@@ -545,6 +570,16 @@ def write_results(
     if tables["slice"].label.nunique() == 2:
         plots.plot_roc(out / "roc_curve.png", tables, title)
     return scores
+
+
+def add_spread(table, spread, withheld):
+    """A table of scans with the columns SPREAD, empty for a single model."""
+    if spread is None:
+        return table.assign(**dict.fromkeys(SPREAD, ""))
+    spread = spread.round(4)
+    if withheld:
+        spread["members_AD"] = ""
+    return table.join(spread, on="scan")
 
 
 def read_run(folder, part="test"):

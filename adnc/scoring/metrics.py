@@ -55,11 +55,12 @@ NUMBERS = {
     **dict.fromkeys(("logit", "p_AD", "threshold", *BASELINES, "with_dark_share"), float),
 }
 
-# The columns of scans.csv. Those of subjects.csv are the same without the first.
+# The columns of scans.csv, before SPREAD. Those of subjects.csv are the same without the first.
 AGGREGATED = (
     "scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
     "n_out_of_range",
 )  # fmt: skip
+SPREAD = ("members", "members_AD", "member_sd")  # of an ensemble, see `ensemble.scan_spread`
 
 # ---------------------------------------------------------------- units
 

@@ -22,8 +22,8 @@ from adnc.cli import Parser, run_script
 from adnc.errors import InputError
 from adnc.files import require_new
 from dataset import decode_set
-from predict import predict_logits
-from utils import build_model, load_checkpoint, save_checkpoint
+from predict import predict_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 
 def halve(weights):
@@ -57,11 +57,7 @@ def largest_difference(one, other, root):
     slices = decode_set(root, progress=None).part("test")
     p = []
     for checkpoint in (one, other):
-        logits = predict_logits(
-            build_model(checkpoint), slices, device=torch.device("cpu"), amp=None,
-            **{key: checkpoint[key] for key in ("image_size", "mean", "std")},
-        )  # fmt: skip
-        p.append(expit(logits))
+        p.append(expit(predict_checkpoint(checkpoint, slices, device=torch.device("cpu"))))
     return np.abs(p[0] - p[1]).max(), len(slices)
 
 

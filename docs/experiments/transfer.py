@@ -21,8 +21,8 @@ from adnc.errors import InputError
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
 from dataset import decode_set
-from predict import predict_logits
-from utils import build_model, load_checkpoint, pick_device
+from predict import predict_checkpoint
+from utils import load_checkpoint, pick_device
 
 RESAMPLES = 2000
 
@@ -83,11 +83,7 @@ def read_scores(runs, root, device):
     for run in runs:
         checkpoint = load_checkpoint(Path(run) / "best_model.pth")
         require_unseen(checkpoint, run, slices)
-        keys = ("image_size", "mean", "std")
-        logits = predict_logits(
-            build_model(checkpoint), slices, device=device, amp=None,
-            **{key: checkpoint[key] for key in keys},
-        )  # fmt: skip
+        logits = predict_checkpoint(checkpoint, slices, device=device)
         columns[Path(run).name] = subject_scores(slices, logits)
     dark = all_dark_shares(slices.images, slices.rows)[:, DARK.index(0.5)]
     columns["dark share"] = subject_scores(slices, dark)

@@ -1,0 +1,371 @@
+"""Ensembles: several trained models that predict together, as one checkpoint.
+
+The logit of an ensemble is the mean over its members of z_AD - z_NC, each at its temperature.
+(Lakshminarayanan et al. 2017, arXiv 1612.01474, average probabilities instead.) A subject that some
+members saw in training is predicted by the others.
+
+The calibration depends on how the members were trained (`find_design`): seeds of one split are
+calibrated on their common validation, folds of a cross-validation out of fold.
+"""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+
+from adnc.data.subjects import merge_exposure
+from adnc.errors import InputError
+from adnc.scoring.assess import COVERAGE, score, statements
+from adnc.scoring.calibration import apply_calibration, calibrate, fit_with_dark_share
+from adnc.scoring.metrics import BASELINES
+
+SEEDS, FOLDS, UNCALIBRATED = "seeds", "folds", "uncalibrated"
+
+# What a member keeps of its checkpoint, beside its weights.
+OWN = (
+    "model", "image_size", "mean", "std", "epoch", "flags", "exposure", "init", "split_by",
+    "slice_stats", "test_read_after", "data_hash",
+)  # fmt: skip
+# What members must have in common, and the ensemble takes over: key -> what it is called.
+COMMON = {
+    "classes": "classes",
+    "slice_size": "size of the training slices",
+    "bits": "bits of 16-bit files",
+    "extraction": "way in which volumes were cut",
+    "mean": "mean of normalised slices",
+    "std": "standard deviation of normalised slices",
+}
+
+# ---------------------------------------------------------------- members -> one checkpoint
+
+
+def make_ensemble(members, tables=None):
+    """A checkpoint, without its format, of {name: checkpoint of a finished run}.
+
+    `tables` are the predictions {name: {"val": table, "test": table}} of the runs, for the
+    calibration; None leaves the ensemble uncalibrated. InputError if the members do not fit
+    together, and if nothing calibrates them together.
+    """
+    require_fit(members)
+    ensemble = merge_members(members)
+    if tables is None:
+        return {**ensemble, "design": UNCALIBRATED}
+
+    ensemble["design"] = find_design(members, tables)
+    rules = sorted({each["calibration"]["threshold_rule"] for each in members.values()})
+    if len(rules) > 1:
+        raise InputError(
+            f"the members differ in --threshold, {' and '.join(rules)}; expected one for all"
+        )
+    (rule,) = rules
+    ensemble["calibration"] = calibrate_with_share(common_predictions(ensemble, tables), rule)
+    if ensemble["design"] == FOLDS:
+        ensemble["fold_calibrations"] = calibrate_folds(ensemble, tables, rule)
+    ensemble["scores"] = score_test(ensemble, tables)
+    ensemble["conclusion"] = ensemble["scores"]["conclusion"]
+    return ensemble
+
+
+def require_fit(members):
+    """InputError if checkpoints {name: checkpoint} differ in what members must have in common."""
+    first_name, first = next(iter(members.items()))
+    for name, checkpoint in members.items():
+        if "members" in checkpoint:
+            raise InputError(f"{name} is an ensemble; name its members instead")
+        if "calibration" not in checkpoint:
+            raise InputError(
+                f"{name} is not calibrated, since its run did not finish; finish it with "
+                "train.py --resume"
+            )
+        for key, what in COMMON.items():
+            if checkpoint[key] != first[key]:
+                raise InputError(
+                    f"{first_name} and {name} differ in the {what}: {first[key]} and "
+                    f"{checkpoint[key]}; expected models that were trained on slices of one kind"
+                )
+        patterns = [each["flags"].get("subject_pattern") for each in (first, checkpoint)]
+        if patterns[0] != patterns[1]:
+            raise InputError(f"{first_name} and {name} differ in their --subject-pattern")
+        drawn = [each["exposure"].get("drawn", False) for each in (first, checkpoint)]
+        if drawn[0] != drawn[1]:
+            raise InputError(
+                f"one of {first_name} and {name} has seen drawings alone; expected all or none of "
+                "the members"
+            )
+
+
+def merge_members(members):
+    """The checkpoint of an ensemble without a calibration."""
+    checkpoints = list(members.values())
+    first, weights, kept = checkpoints[0], {}, []
+    for i, (name, checkpoint) in enumerate(members.items()):
+        own = {key: checkpoint[key] for key in OWN}
+        own["name"] = name
+        own["temperature"] = checkpoint["calibration"]["temperature"]
+        own["baselines"] = checkpoint.get("baselines")
+        kept.append(own)
+        for key, tensor in checkpoint["weights"].items():
+            weights[f"members.{i}.{key}"] = tensor
+
+    parts = [
+        {key: member[key] for key in ("model", "image_size", "temperature")} for member in kept
+    ]
+    exposure = first["exposure"]
+    for checkpoint in checkpoints[1:]:
+        exposure = merge_exposure(exposure, checkpoint["exposure"])
+    # The initial weights whose training subjects are not recorded, if there are any.
+    unknown = [c["init"] for c in checkpoints if c["init"] and not c["init"]["exposure"]]
+    split_by = "subject"
+    if any(checkpoint["split_by"] == "slice" for checkpoint in checkpoints):
+        split_by = "slice"
+    test_read_after = set().union(*(checkpoint["test_read_after"] for checkpoint in checkpoints))
+    means = [checkpoint["mean_slice"].float() for checkpoint in checkpoints]
+    flags = [checkpoint["flags"] for checkpoint in checkpoints]
+    return {
+        **{key: first[key] for key in COMMON},
+        "model": {"variant": "ensemble", "members": parts},
+        "weights": weights,
+        "members": kept,
+        "image_size": max(checkpoint["image_size"] for checkpoint in checkpoints),
+        "mean_slice": (sum(means) / len(means)).round().byte(),
+        "map_scale": None,
+        "exposure": exposure,
+        "init": unknown[0] if unknown else first["init"],
+        "split_by": split_by,
+        "test_read_after": sorted(test_read_after),
+        "flags": {
+            "data": ", ".join(sorted({str(each["data"]) for each in flags})),
+            "demo": any(each["demo"] for each in flags),
+            "subject_pattern": flags[0].get("subject_pattern"),
+            "batch_size": min(each["batch_size"] for each in flags),
+        },
+    }
+
+
+def describe_ensemble(checkpoint):
+    """Lines on the members of an ensemble: their files, the flags in which they differ, and the
+    folds that are missing."""
+    members = checkpoint["members"]
+    yield f"members: {', '.join(member['name'] for member in members)}"
+    flags = [member["flags"] for member in members]
+    for name in flags[0]:
+        values = [str(each.get(name)) for each in flags]
+        if name not in ("out", "resume", "device") and len(set(values)) > 1:
+            yield f"--{name.replace('_', '-')}: {', '.join(values)}"
+    if checkpoint["design"] == FOLDS:
+        missing = set(range(flags[0]["folds"])) - {each["fold"] for each in flags}
+        if missing:
+            numbers = ", ".join(map(str, sorted(missing)))
+            yield f"of {flags[0]['folds']} folds, {numbers} are missing"
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def find_design(members, tables):
+    """SEEDS if all runs have the same validation slices, FOLDS if they are folds of one
+    cross-validation; else InputError. In both cases the runs have read the same data."""
+    checkpoints, flags = members.values(), [each["flags"] for each in members.values()]
+    if len({checkpoint["data_hash"] for checkpoint in checkpoints}) == 1:
+        validations = [set(zip(each["val"].scan, each["val"].slice)) for each in tables.values()]
+        if all(slices == validations[0] for slices in validations):
+            return SEEDS
+        folds = [each["fold"] for each in flags]
+        same = len({(each["folds"], each["seed"]) for each in flags}) == 1
+        if None not in folds and same and len(set(folds)) == len(folds):
+            groups = [set(each["test"].group) for each in tables.values()]
+            apart = all(not one & other for one, other in itertools.combinations(groups, 2))
+            unseen = all((each["test"].exposure != "yes").all() for each in tables.values())
+            if apart and unseen:
+                return FOLDS
+    raise InputError(
+        f"{', '.join(members)} have no validation in common, and are no folds of one "
+        "cross-validation, so that nothing calibrates them together. Expected folds of one seed, "
+        "or seeds of one split: another --seed splits anew, unless --split RUN/split.csv keeps the "
+        "split of the first run. tools.ensemble --uncalibrated makes one without a calibration"
+    )
+
+
+def calibrate_with_share(table, rule):
+    """`calibrate`, with the weights of network and dark share if that is known."""
+    calibration = calibrate(table, rule)
+    if table.dark_share.notna().all():
+        calibration["with_dark_share"] = fit_with_dark_share(table)
+    return calibration
+
+
+def common_predictions(ensemble, tables):
+    """Predictions that none of the weights were trained on: the mean logit on the common validation
+    of SEEDS, or for FOLDS the test of each fold by its own member."""
+    if ensemble["design"] == FOLDS:
+        return pd.concat(test_of_folds(ensemble, tables), ignore_index=True)
+    return mean_predictions(ensemble["members"], tables, "val")
+
+
+def test_of_folds(ensemble, tables):
+    """The test predictions of each fold by its own member, at its temperature."""
+    parts = []
+    for member in ensemble["members"]:
+        table = tables[member["name"]]["test"]
+        parts.append(table.assign(logit=table.logit / member["temperature"]))
+    return parts
+
+
+def calibrate_folds(ensemble, tables, rule):
+    """For each member the calibration on the other folds: that of the subjects of its own fold,
+    which it predicts alone."""
+    folds = test_of_folds(ensemble, tables)
+    calibrations = []
+    for k in range(len(folds)):
+        others = pd.concat([*folds[:k], *folds[k + 1 :]], ignore_index=True)
+        calibrations.append(calibrate_with_share(others, rule))
+    return calibrations
+
+
+def mean_predictions(members, tables, part):
+    """The predictions of a part ("val", "test") of the runs of an ensemble, with the mean over
+    members of their logits, each at its temperature, and of their baselines.
+
+    A slice counts as seen, of unknown exposure or out of range if it is so for any member.
+    InputError if the runs have not predicted the same slices with the same labels.
+    """
+    key = ["scan", "slice"]
+    every = [
+        tables[member["name"]][part].sort_values(key, ignore_index=True) for member in members
+    ]
+    first = every[0]
+    for member, table in zip(members, every):
+        if not first[[*key, "label", "group"]].equals(table[[*key, "label", "group"]]):
+            raise InputError(
+                f"{members[0]['name']} and {member['name']} have not predicted the same slices, "
+                f"labels and subjects in {part}/; expected runs of one split"
+            )
+    logits = [table.logit / member["temperature"] for member, table in zip(members, every)]
+    exposures = np.column_stack([table.exposure for table in every])
+    mean = {"logit": np.mean(logits, axis=0)}
+    mean["exposure"] = exposure_over(exposures, np.ones(exposures.shape, bool))
+    for name in BASELINES:
+        mean[name] = np.mean([table[name] for table in every], axis=0)
+    combined = first.assign(**mean)
+    for table in every[1:]:
+        combined["out_of_range"] = combined.out_of_range.fillna(table.out_of_range)
+    return combined
+
+
+def score_test(ensemble, tables):
+    """The scores, as in metrics.json, of the test of the runs, with prediction sets.
+
+    SEEDS: the mean over members. FOLDS: each subject by its own member, calibrated on the other
+    folds.
+    """
+    n = len(ensemble["members"])
+    if ensemble["design"] == SEEDS:
+        title = f"mean logit of {n} run{'s' if n > 1 else ''}, test"
+        table = mean_predictions(ensemble["members"], tables, "test")
+        table = apply_calibration(table, ensemble["calibration"], COVERAGE)
+    else:
+        title = f"{n} folds, each subject by the member that has not seen it"
+        folds = zip(test_of_folds(ensemble, tables), ensemble["fold_calibrations"])
+        parts = [apply_calibration(fold, calibration, COVERAGE) for fold, calibration in folds]
+        table = pd.concat(parts, ignore_index=True)
+    return score(table, title, **statements(ensemble), coverage=COVERAGE)
+
+
+# ---------------------------------------------------------------- prediction
+
+
+def split_members(checkpoint):
+    """The checkpoints of the members of an ensemble."""
+    members = []
+    for i, member in enumerate(checkpoint["members"]):
+        begin = f"members.{i}."
+        weights = {
+            key.removeprefix(begin): tensor
+            for key, tensor in checkpoint["weights"].items()
+            if key.startswith(begin)
+        }
+        members.append({**member, "weights": weights})
+    return members
+
+
+def members_that_predict(exposures, scan):
+    """Which members predict which slice, bool (N, M), given the exposure of each slice to each
+    member and its scan (N,).
+
+    A scan that some members have seen is predicted by the others, and one that all have seen by
+    all.
+    """
+    seen = pd.DataFrame(np.asarray(exposures) == "yes")
+    seen = seen.groupby(np.asarray(scan)).transform("any").to_numpy(bool)
+    return ~seen | seen.all(axis=1, keepdims=True)
+
+
+def exposure_over(exposures, used):
+    """The exposure of each slice to the members that predict it, (N,): "yes" if one has seen it,
+    else "unknown" if that is not known of one, else "no"."""
+    exposures = np.asarray(exposures)
+    seen = (used & (exposures == "yes")).any(1)
+    unknown = (used & (exposures == "unknown")).any(1)
+    return np.select([seen, unknown], ["yes", "unknown"], "no")
+
+
+def member_logits(predictions):
+    """The columns logit_1, logit_2, ... of predictions of an ensemble, float64 (N, M): missing
+    where a member does not predict. (N, 0) of a single model."""
+    names = [name for name in predictions if name.startswith("logit_")]
+    return predictions[names].to_numpy(float)
+
+
+def calibrate_predictions(predictions, checkpoint, coverage=None):
+    """`apply_calibration` with the calibration of a checkpoint.
+
+    A subject of the cross-validation of an ensemble of folds is predicted by one member alone, and
+    is one of those that the ensemble was calibrated on: it gets the calibration on the other folds.
+    """
+    common = checkpoint.get("calibration")
+    if "fold_calibrations" not in checkpoint:
+        return apply_calibration(predictions, common, coverage)
+    predicts = np.isfinite(member_logits(predictions))
+    alone = (predicts.sum(1) == 1) & (predicts.shape[1] > 1)
+    parts = [apply_calibration(predictions[~alone], common, coverage)]
+    for k, calibration in enumerate(checkpoint["fold_calibrations"]):
+        rows = alone & predicts[:, k]
+        if rows.any():
+            parts.append(apply_calibration(predictions[rows], calibration, coverage))
+    return pd.concat(parts).sort_index()
+
+
+def scan_spread(predictions, checkpoint):
+    """How far the members of an ensemble are apart: a row for each scan of calibrated predictions.
+
+    members: how many predict it. members_AD: how many of them predict AD, by the rule of the
+    ensemble. member_sd: the SD over them of the scan's mean logit, each at its temperature (missing
+    for one member).
+    """
+    readable = predictions[predictions.p_AD.notna()]
+    temperatures = [member["temperature"] for member in checkpoint["members"]]
+    at_temperature = member_logits(readable) / temperatures
+    temperature = checkpoint.get("calibration", {}).get("temperature", 1.0)
+    scan = readable.scan.to_numpy()
+    means = pd.DataFrame(at_temperature).groupby(scan).mean()
+    p_ad = pd.DataFrame(expit(at_temperature / temperature)).groupby(scan).mean()
+    threshold = readable.groupby("scan").threshold.first()
+    return pd.DataFrame({
+        "members": means.notna().sum(axis=1),
+        "members_AD": p_ad.ge(threshold, axis=0).sum(axis=1),
+        "member_sd": means.std(axis=1),
+    })  # fmt: skip
+
+
+def describe_disagreement(spread):
+    """A line if members disagree on the class of scans in a table of `scan_spread`."""
+    split = spread[(spread.members_AD > 0) & (spread.members_AD < spread.members)]
+    if len(split):
+        nearest = (split.members_AD / split.members - 0.5).abs().idxmin()
+        row = split.loc[nearest]
+        yield (
+            f"the members disagree on {len(split)} of {len(spread)} scans, most of all on "
+            f"{nearest}: {row.members_AD:.0f} of {row.members:.0f} predict AD (member_sd in "
+            "scans.csv)"
+        )

@@ -1,0 +1,371 @@
+"""Ensembles: several runs as one checkpoint, and what they predict together."""
+
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import train_small, write_set
+from scipy.special import expit
+
+import predict
+import train
+from adnc.errors import InputError
+from adnc.scoring import ensemble as together
+from adnc.scoring.assess import read_run
+from dataset import decode_set
+from modules import Ensemble, make_model
+from tools import ensemble
+from utils import build_model, load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def seeds(ad_nc, shared_once):
+    """Two runs of one split: a narrow ConvNeXt at 32 px, and a plain CNN at 40 px."""
+
+    def make(folder):
+        first = train_small(ad_nc, folder / "s0", "--epochs", "2")
+        split = ["--split", str(first / "split.csv")]
+        flags = ["--model", "cnn", "--image-size", "40", "--seed", "1", "--epochs", "2", *split]
+        train_small(ad_nc, folder / "s1", *flags)
+
+    folder = shared_once("ensemble_seeds", make)
+    return [folder / "s0", folder / "s1"]
+
+
+@pytest.fixture(scope="module")
+def folds(ad_nc, shared_once):
+    """The three folds of a cross-validation over all subjects."""
+
+    def make(folder):
+        for k in range(3):
+            flags = ["--fold", str(k), "--folds", "3", "--pool-test", "--epochs", "1"]
+            train_small(ad_nc, folder / f"f{k}", *flags)
+
+    folder = shared_once("ensemble_folds", make)
+    return [folder / f"f{k}" for k in range(3)]
+
+
+def make_file(out, *runs):
+    """Make an ensemble of runs; returns its checkpoint."""
+    ensemble.main([*map(str, runs), "--out", str(out)])
+    return load_checkpoint(out)
+
+
+def run_predict(inputs, out, *words):
+    """(predictions.csv, members.csv, scans.csv) of a command."""
+    predict.main([*map(str, inputs), "--out", str(out), *map(str, words)])
+    names = ("predictions", "members", "scans")
+    return [pd.read_csv(out / f"{name}.csv", dtype={"scan": str}) for name in names]
+
+
+def temperature(run):
+    return load_checkpoint(run / "best_model.pth")["calibration"]["temperature"]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_a_subject_is_predicted_by_the_members_that_have_not_seen_it():
+    exposures = np.array([
+        ["yes", "no", "no"], ["yes", "yes", "yes"], ["no", "unknown", "yes"], ["no", "no", "no"],
+    ])  # fmt: skip
+    used = together.members_that_predict(exposures, list("abcd"))
+    assert used.tolist() == [
+        [False, True, True], [True, True, True], [True, True, False], [True, True, True],
+    ]  # fmt: skip
+    assert together.exposure_over(exposures, used).tolist() == ["no", "yes", "unknown", "no"]
+    of_one_scan = together.members_that_predict(exposures, list("abcc"))
+    assert of_one_scan[2:].tolist() == [[True, True, False]] * 2  # for all slices of a scan
+
+
+def test_the_spread_of_a_scan_is_that_of_the_means_of_its_slices():
+    table = pd.DataFrame({
+        "scan": list("aabcd"), "p_AD": [0.5, 0.5, 0.5, 0.5, np.nan], "threshold": 0.5,
+        "logit_1": [2.0, 6, 2, 10, np.nan], "logit_2": [-2.0, -4, 2, np.nan, np.nan],
+    })  # fmt: skip
+    checkpoint = {"members": [{"temperature": 2.0}, {"temperature": 1.0}]}
+    spread = together.scan_spread(table, checkpoint)
+    assert spread.index.tolist() == list("abc")
+    assert spread.members.tolist() == [2, 2, 1] and spread.members_AD.tolist() == [1, 2, 1]
+    assert spread.member_sd.tolist()[:2] == pytest.approx([np.std([2, -3], ddof=1), 0.5**0.5])
+    assert np.isnan(spread.member_sd["c"])
+    (line,) = together.describe_disagreement(spread)
+    assert "disagree on 1 of 3 scans" in line and "a: 1 of 2 predict AD" in line
+    assert not list(together.describe_disagreement(spread.loc[["b", "c"]]))
+
+    strict = together.scan_spread(table.assign(threshold=0.9), checkpoint)  # as of youden
+    assert strict.members_AD.tolist() == [0, 0, 1]
+
+
+def test_the_margin_of_the_module_is_the_mean_at_each_temperature():
+    torch.manual_seed(0)
+    models = [dict(variant="narrow"), dict(variant="cnn")]
+    members = [
+        dict(model=models[0], image_size=32, temperature=2.0),
+        dict(model=models[1], image_size=32, temperature=0.5),
+    ]
+    model = make_model("ensemble", members=members).eval()
+    assert isinstance(model, Ensemble)
+    x = torch.randn(3, 1, 32, 32)
+    with torch.inference_mode():
+        first, second = (member(x) for member in model.members)
+        margin = model(x).diff(dim=1)[:, 0]
+    expected = (first.diff(dim=1) / 2.0 + second.diff(dim=1) / 0.5)[:, 0] / 2
+    torch.testing.assert_close(margin, expected)
+
+
+# ---------------------------------------------------------------- one checkpoint
+
+
+def test_an_ensemble_of_one_member_predicts_what_the_member_does(ad_nc, seeds, tmp_path):
+    one = make_file(tmp_path / "one.pth", seeds[0])
+    alone = load_checkpoint(seeds[0] / "best_model.pth")
+    slices = decode_set(ad_nc, progress=None).part("test")
+    options = dict(device=torch.device("cpu"), amp=None)
+    expected = predict.predict_slices(alone, slices, **options)
+    table = predict.predict_slices(one, slices, **options)
+    assert np.array_equal(table.logit_1, expected.logit)  # to the bit
+    assert np.array_equal(table.logit, expected.logit / alone["calibration"]["temperature"])
+    for name in ("exposure", "out_of_range", "dark_share", "logistic_regression"):
+        assert table[name].equals(expected[name])
+    table = together.calibrate_predictions(table, one)
+    expected = together.calibrate_predictions(expected, alone)
+    assert (table.prediction == expected.prediction).all()
+
+
+def test_seeds_predict_by_their_mean_logit_from_a_file_or_on_the_fly(ad_nc, seeds, tmp_path):
+    checkpoint = make_file(tmp_path / "e.pth", *seeds)
+    test = [ad_nc / "test"]
+    words = ["--checkpoint", tmp_path / "e.pth"]
+    table, members, scans = run_predict(test, tmp_path / "file", *words)
+    mean = (members.logit_1 / temperature(seeds[0]) + members.logit_2 / temperature(seeds[1])) / 2
+    np.testing.assert_allclose(table.logit, mean, atol=2e-6)
+    own = checkpoint["calibration"]["temperature"]
+    np.testing.assert_allclose(table.p_AD, expit(table.logit / own), atol=1e-6)
+    assert scans.members.tolist() == [2] * 6 and scans.member_sd.notna().all()
+
+    run_predict(test, tmp_path / "fly", "--checkpoint", *seeds)
+    for name in ("predictions", "members", "scans"):
+        files = [tmp_path / folder / f"{name}.csv" for folder in ("file", "fly")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):
+    checkpoint = make_file(tmp_path / "e.pth", *seeds)
+    tables = [read_run(run, "val")[0] for run in seeds]
+    mean = [table.logit / temperature(run) for table, run in zip(tables, seeds)]
+    mean = tables[0].assign(logit=np.mean(mean, axis=0))
+    assert checkpoint["design"] == "seeds"
+    assert checkpoint["calibration"]["temperature"] == pytest.approx(
+        together.calibrate(mean)["temperature"]
+    )
+
+
+def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_member(
+    ad_nc, folds, tmp_path, capsys
+):
+    checkpoint = make_file(tmp_path / "e.pth", *folds)
+    assert "3 folds, each subject by the member that has not seen it" in capsys.readouterr().out
+    assert checkpoint["design"] == "folds" and checkpoint["calibration"]["groups"] == 18
+    assert [each["groups"] for each in checkpoint["fold_calibrations"]] == [12, 12, 12]
+    sets = checkpoint["scores"]["prediction_sets"]
+    assert sets["coverage"] == 0.9 and 0 < sets["covered"] <= 1
+    assert checkpoint["scores"]["exposure"] == {"no": 18, "unknown": 0, "yes": 0}
+    assert len(checkpoint["exposure"]["subjects"]) == 18
+
+    both = [ad_nc / "train", ad_nc / "test"]
+    words = ["--checkpoint", tmp_path / "e.pth"]
+    table, members, scans = run_predict(both, tmp_path / "p", *words)
+    assert "18 of 18 scans are of subjects of the cross-validation" in capsys.readouterr().err
+    assert set(table.exposure) == {"no"} and set(scans.members) == {1}
+    predicted = table.set_index("path").logit
+    for k, run in enumerate(folds):
+        test, _ = read_run(run, "test")
+        expected = test.set_index("path").logit / temperature(run)
+        np.testing.assert_allclose(predicted[expected.index], expected, rtol=1e-5, atol=1e-5)
+        own = members[members.path.isin(expected.index)]
+        at = checkpoint["fold_calibrations"][k]["temperature"]  # of the other folds
+        p_ad = table.set_index("path").p_AD[expected.index]
+        np.testing.assert_allclose(p_ad, expit(expected / at), atol=1e-5)
+        assert own[f"logit_{k + 1}"].notna().all()
+        assert own[[f"logit_{j + 1}" for j in range(3) if j != k]].isna().all(axis=None)
+
+
+def test_new_subjects_are_predicted_by_all_folds_with_the_common_calibration(
+    ad_nc, folds, tmp_path
+):
+    checkpoint = make_file(tmp_path / "e.pth", *folds)
+    scans = {"900": ("test", "AD", "new1"), "901": ("test", "NC", "new2")}
+    new = write_set(tmp_path / "new", scans)
+    words = ["--checkpoint", tmp_path / "e.pth"]
+    table, members, scans = run_predict([new / "test"], tmp_path / "p", *words)
+    assert scans.members.tolist() == [3, 3]
+    logits = [members[f"logit_{k + 1}"] / temperature(run) for k, run in enumerate(folds)]
+    np.testing.assert_allclose(table.logit, np.mean(logits, axis=0), atol=1e-5)
+    at = checkpoint["calibration"]["temperature"]
+    np.testing.assert_allclose(table.p_AD, expit(table.logit / at), atol=1e-5)
+
+
+def test_the_exposure_of_seeds_is_that_of_every_member(seeds):
+    members = [{"name": run.name, "temperature": 1.0} for run in seeds]
+    tables = {run.name: {"test": read_run(run, "test")[0]} for run in seeds}
+    tables["s1"]["test"] = tables["s1"]["test"].assign(exposure="yes", out_of_range="median 1")
+    for order in (members, members[::-1]):
+        mean = together.mean_predictions(order, tables, "test")
+        assert set(mean.exposure) == {"yes"} and set(mean.out_of_range) == {"median 1"}
+    other = tables["s1"]["test"].assign(label="AD")
+    with pytest.raises(InputError, match="s0 and s1 have not predicted the same slices, labels"):
+        together.mean_predictions(members, {**tables, "s1": {"test": other}}, "test")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_runs_that_nothing_calibrates_together_are_refused_or_give_no_verdicts(
+    ad_nc, seeds, folds, tmp_path, capsys
+):
+    runs = [str(seeds[0]), str(folds[0])]
+    with pytest.raises(InputError, match="nothing calibrates them together.*--uncalibrated"):
+        ensemble.main([*runs, "--out", str(tmp_path / "e.pth")])
+    assert not (tmp_path / "e.pth").exists()
+
+    ensemble.main([*runs, "--out", str(tmp_path / "e.pth"), "--uncalibrated"])
+    assert "uncalibrated: no threshold, no prediction sets" in capsys.readouterr().out
+    words = ["--checkpoint", tmp_path / "e.pth"]
+    table, _, scans = run_predict([ad_nc / "test"], tmp_path / "p", *words)
+    printed = capsys.readouterr()
+    assert "The members have no common calibration" in printed.err
+    assert "did not finish" not in printed.err and "ranks" not in printed.err
+    assert "no threshold on them is known" in printed.out
+    assert table.prediction.isna().all() and scans.prediction.isna().all()
+    assert scans.members_AD.isna().all() and not (tmp_path / "p" / "confusion_matrix.png").exists()
+    with pytest.raises(InputError, match="its members have no calibration in common"):
+        run_predict([ad_nc / "test"], tmp_path / "q", *words, "--coverage", "0.9")
+
+
+def test_folds_of_two_seeds_are_no_cross_validation(folds):
+    checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in folds}
+    tables = {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in folds}
+    assert together.find_design(checkpoints, tables) == "folds"
+    for name, value in (("seed", 5), ("fold", 0)):
+        flags = {**checkpoints["f1"]["flags"], name: value}
+        changed = {**checkpoints, "f1": {**checkpoints["f1"], "flags": flags}}
+        with pytest.raises(InputError, match="no validation in common"):
+            together.find_design(changed, tables)
+
+
+def test_equal_names_of_other_slices_are_no_common_validation(seeds, tmp_path):
+    checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
+    tables = {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in seeds}
+    assert together.find_design(checkpoints, tables) == "seeds"
+    checkpoints["s1"]["data_hash"] = "another"
+    with pytest.raises(InputError, match="no validation in common"):
+        together.find_design(checkpoints, tables)
+
+
+def test_a_missing_fold_is_named(folds, tmp_path, capsys):
+    make_file(tmp_path / "e.pth", *folds[:2])
+    assert "of 3 folds, 2 are missing" in capsys.readouterr().out
+
+
+def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):
+    checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
+    wide = {**checkpoints["s1"], "slice_size": [64, 64]}
+    with pytest.raises(InputError, match="s0 and s1 differ in the size of the training slices"):
+        together.make_ensemble({**checkpoints, "s1": wide})
+    drawn = {**checkpoints["s1"], "exposure": {**wide["exposure"], "drawn": True}}
+    with pytest.raises(InputError, match="one of s0 and s1 has seen drawings alone"):
+        together.make_ensemble({**checkpoints, "s1": drawn})
+    unfinished = {key: v for key, v in checkpoints["s1"].items() if key != "calibration"}
+    with pytest.raises(InputError, match="s1 is not calibrated, since its run did not finish"):
+        together.make_ensemble({**checkpoints, "s1": unfinished})
+
+    file = tmp_path / "e.pth"
+    with pytest.raises(InputError, match="s0/best_model.pth and .*phantom.pth differ in the size"):
+        ensemble.main([str(seeds[0]), str(predict.PHANTOM), "--out", str(file)])
+    with pytest.raises(InputError, match="is named twice"):
+        ensemble.main([str(seeds[0]), str(seeds[0]), "--out", str(file)])
+    with pytest.raises(InputError, match="is a training to resume"):
+        ensemble.main([str(seeds[0] / "last.pth"), "--out", str(file)])
+    make_file(file, *seeds)
+    with pytest.raises(InputError, match="is an ensemble; name its members instead"):
+        ensemble.main([str(file), str(seeds[0]), "--out", str(tmp_path / "f.pth")])
+    with pytest.raises(InputError, match="exists"):
+        ensemble.main([*map(str, seeds), "--out", str(file)])
+    with pytest.raises(InputError, match="--init .* is an ensemble; expected a single model"):
+        train.load_init(make_model("narrow"), str(file), print)
+
+
+def test_scores_of_another_checkpoint_do_not_calibrate(seeds, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(seeds[0], run)
+    shutil.copy(seeds[1] / "best_model.pth", run / "best_model.pth")
+    with pytest.raises(InputError, match="val was not written for .*run/best_model.pth"):
+        ensemble.main([str(run), str(seeds[1]), "--out", str(tmp_path / "e.pth")])
+
+
+def test_the_input_stands_before_the_runs(seeds, capsys):
+    with pytest.raises(SystemExit):
+        predict.parse_args(["--checkpoint", str(seeds[0]), "slices"])
+    assert "before --checkpoint, which takes all names behind it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- report and maps
+
+
+def test_an_ensemble_is_explained_and_reported(ad_nc, seeds, tmp_path, pictures):
+    pytest.importorskip("captum")
+    slices = sorted((ad_nc / "test" / "AD").glob("300_*"))[:2]
+    page = tmp_path / "page.html"
+    words = ["--checkpoint", *map(str, seeds), "--report", str(page), "--explain", "grad-cam"]
+    predict.main([*map(str, slices), "--out", str(tmp_path / "p"), *words])
+    text = re.sub(r"\s+", " ", page.read_text())
+    for run in seeds:
+        assert f"{run / 'best_model.pth'}: " in text
+    assert "ensemble of 1 ConvNeXt narrow, 1 plain CNN, seeds" in text
+    assert "Test of its runs" in text
+    (maps,) = (tmp_path / "p" / "explanations").glob("*.npz")
+    assert np.load(maps)["maps"].shape == (2, 40, 40)
+
+
+def test_the_report_names_scans_on_which_members_disagree(ad_nc, seeds, tmp_path, monkeypatch):
+    checkpoint = make_file(tmp_path / "e.pth", *seeds)
+    checkpoint["conclusion"] = {**checkpoint["conclusion"], "verdict": "works"}
+    monkeypatch.setattr(predict, "load_runs", lambda paths: (tmp_path / "e.pth", checkpoint))
+
+    def disagree(member, slices, **options):
+        sign = 1 if member["model"]["variant"] == "cnn" else -0.5
+        return np.full(len(slices.index), sign, np.float32)
+
+    monkeypatch.setattr(predict, "predict_checkpoint", disagree)
+    folder = tmp_path / "slices"
+    shutil.copytree(ad_nc / "test", folder)
+    (folder / "AD" / "300_70.jpeg").write_bytes(b"broken")  # the first slice of a scan
+    page = tmp_path / "page.html"
+    words = ["--checkpoint", "e", "--report", str(page), "--out", str(tmp_path / "p")]
+    predict.main([str(folder), *words])
+    text = page.read_text()
+    assert text.count("1 of 2 members predict AD") == 6
+    assert text.count("SD of the members") == 6
+
+
+def test_maps_of_an_ensemble_add_up_to_its_margin(seeds):
+    pytest.importorskip("captum")
+    from adnc.explain.attribution import integrated_gradients, margin, model_parts
+
+    checkpoint = together.make_ensemble(
+        {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
+    )
+    model = build_model(checkpoint).eval()
+    torch.manual_seed(0)
+    x, baseline = torch.rand(1, 1, 40, 40), torch.zeros(1, 1, 40, 40)
+    with torch.no_grad():
+        difference = margin(model)(x) - margin(model)(baseline)
+    total = integrated_gradients(model, x, baseline).sum()
+    assert total.item() == pytest.approx(difference.item(), rel=0.1)  # 32 steps of the integral
+    names = {name for name, _ in model.named_parameters()}
+    prefixes = tuple(prefix for _, part in model_parts(model) for prefix in part)
+    assert all(name.startswith(prefixes) for name in names)
