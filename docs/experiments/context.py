@@ -1,0 +1,168 @@
+"""Does a slice say more beside its two neighbours? The same slices as one channel and as three.
+
+    python -m docs.experiments.context OASIS/AD_NC --folds 5
+    python -m docs.experiments.context PHANTOM/AD_NC --subjects 100
+
+2.5-D: the slice before and the slice after it in the same scan are two more channels; where there
+is none, the slice itself is taken. The number of a slice is no input. Both ways have the small
+recipe, the same seeds and the same order of slices. With --folds all subjects are predicted out of
+fold; else networks trained on --subjects of train/ predict test/. Printed: subject-level AUROC,
+mean over seeds, and the paired difference.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+
+import train
+from adnc.cli import COUNT, Parser, number, run_script
+from adnc.data.augment import eval_transform
+from adnc.errors import InputError
+from adnc.scoring.assess import format_table
+from adnc.scoring.baselines import DARK, all_dark_shares
+from dataset import Batches, load_set
+from docs.experiments.transfer import auroc, bootstrap, subject_scores
+from modules import make_model
+from utils import seed_everything
+
+# ---------------------------------------------------------------- neighbours
+
+
+def neighbours(index):
+    """The rows of the pixels of the slice before each slice, of itself, and of the one after, int
+    (N, 3). InputError unless the slices of each scan have consecutive numbers."""
+    order = index.sort_values(["scan", "slice"], kind="stable")
+    gaps = order.groupby("scan").slice.diff().dropna()
+    if (gaps != 1).any():
+        raise InputError(
+            f"{(gaps != 1).sum()} slices do not follow the one before them by 1; expected scans "
+            "of consecutive slices"
+        )
+    before = order.groupby("scan").row.shift(1).fillna(order.row)
+    after = order.groupby("scan").row.shift(-1).fillna(order.row)
+    table = pd.DataFrame({"before": before, "row": order.row, "after": after})
+    return table.loc[index.index].to_numpy(np.int64)
+
+
+class Neighbours:
+    """The pixels of a SliceSet as an array of three channels a row, as Batches reads it."""
+
+    def __init__(self, slices):
+        self.images = slices.images
+        self.rows = np.zeros((len(slices.images), 3), np.int64)
+        self.rows[slices.rows] = neighbours(slices.index)
+
+    def __getitem__(self, rows):
+        return self.images[self.rows[rows]]
+
+
+class ContextBatches(Batches):
+    """Batches of images uint8 (B, 3, H, W). On a CPU."""
+
+    def __init__(self, slices, batch_size, **options):
+        super().__init__(slices, batch_size, **options)
+        self.images = Neighbours(slices)
+
+    def _fetch(self, numbers):
+        images, labels = super()._fetch(numbers)
+        return images[:, 0], labels  # (B, 1, 3, H, W) -> (B, 3, H, W)
+
+
+WAYS = {"one slice": (Batches, 1), "with its neighbours (2.5-D)": (ContextBatches, 3)}
+
+# ---------------------------------------------------------------- training and scores
+
+
+def train_network(slices, batches_of, in_chans, image_size, seed):
+    """The small recipe on the part "train" of a SliceSet."""
+    seed_everything(seed)
+    model = make_model(train.SMALL["model"], in_chans=in_chans)
+    state = train.TrainState(model, device=torch.device("cpu"), amp=None, lr=train.SMALL["lr"])
+    order = torch.Generator()
+    batches = batches_of(
+        slices.part("train"), train.SMALL["batch_size"], generator=order, device=state.device
+    )
+    schedule = dict(
+        steps_per_epoch=len(batches), epochs=train.SMALL["epochs"], warmup_epochs=1,
+        lr=train.SMALL["lr"],
+    )  # fmt: skip
+    for epoch in range(train.SMALL["epochs"]):
+        order.manual_seed(1000 * seed + epoch)
+        row = train.train_one_epoch(
+            state, batches, criterion=train.make_loss(), schedule=schedule,
+            image_size=image_size, seed=seed,
+        )  # fmt: skip
+        state.history.append(row)
+    return state.model.eval()
+
+
+@torch.inference_mode()
+def predict(model, slices, batches_of, image_size):
+    """z_AD - z_NC of the slices of a SliceSet, float64 (N,)."""
+    logits = []
+    for images, _ in batches_of(slices, 64, device=torch.device("cpu")):
+        logits.append(model(eval_transform(images, image_size)).double())
+    return torch.cat(logits).diff(dim=1)[:, 0].numpy()
+
+
+def score_seed(root, image_size, seed, folds, n_subjects):
+    """Scores of the test subjects by each of WAYS and by the dark share, a DataFrame with is_ad."""
+    parts = []
+    for fold in range(folds or 1):
+        slices = load_set(
+            root, val_fraction=0.1, seed=seed, n_subjects=n_subjects,
+            fold=fold if folds else None, folds=folds, pool_test=folds is not None, progress=None,
+        )  # fmt: skip
+        test = slices.part("test")
+        columns = {"is_ad": test.is_ad}
+        for name, (batches_of, in_chans) in WAYS.items():
+            model = train_network(slices, batches_of, in_chans, image_size, seed)
+            columns[name] = predict(model, test, batches_of, image_size)
+        columns["dark share"] = all_dark_shares(test.images, test.rows)[:, DARK.index(0.5)]
+        parts.append(pd.DataFrame({key: subject_scores(test, c) for key, c in columns.items()}))
+    return pd.concat(parts).sort_index()
+
+
+def compare_ways(tables):
+    """Rows of the table for the tables of `score_seed` of several seeds."""
+    is_ad = tables[0].is_ad.to_numpy() > 0.5
+    names = [*WAYS, "dark share"]
+    scores = np.stack([table[names].to_numpy() for table in tables], axis=1)  # (S, seeds, ways)
+    n_subjects, n_seeds, n_ways = scores.shape
+    flat = scores.reshape(n_subjects, -1)
+    each = auroc(is_ad, flat).reshape(n_seeds, n_ways)
+    resamples = bootstrap(is_ad, flat).reshape(-1, n_seeds, n_ways).mean(1)
+    low, high = np.percentile(resamples, (2.5, 97.5), axis=0)
+    worst, best = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
+    rows = []
+    for i, name in enumerate(names):
+        point = each[:, i].mean()
+        apart = ""
+        if i > 0:
+            apart = f"{point - each[:, 0].mean():+.3f} [{worst[i]:+.3f}, {best[i]:+.3f}]"
+        spread = f"{each[:, i].std(ddof=1):.3f}" if n_seeds > 1 else ""
+        rows.append([name, f"{point:.3f} [{low[i]:.3f}, {high[i]:.3f}]", spread, apart])
+    return rows
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("set", metavar="AD_NC", help="a set whose scans have consecutive slices")
+    add("--folds", type=number(2, 100, int), help="folds over train/ and test/")
+    add("--subjects", type=COUNT, metavar="N", help="train on N subjects of train/ (all)")
+    add("--image-size", type=COUNT, default=112, metavar="PX", help="side of the input (112)")
+    add("--seeds", type=COUNT, default=5, help="repetitions (5)")
+    args = parser.parse_args(argv)
+    tables = [
+        score_seed(args.set, args.image_size, seed, args.folds, args.subjects)
+        for seed in range(args.seeds)
+    ]
+    print(f"{args.set}: {len(tables[0])} test subjects, {args.seeds} seeds\n")
+    head = ["", "subject-level AUROC", "SD of seeds", "minus one slice"]
+    for line in format_table([head, *compare_ways(tables)]):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Do ensembles, other summaries of a scan, neighbouring slices, longer training and mixing help? The runs and tables of
+# docs/what-helps.md. From the folder of this repository, with the environment active:
+#
+#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; days on two cores
+#     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC    # the runs of these names
+#
+# Finished runs are skipped, interrupted runs are resumed. Two run at a time (JOBS), with one thread each. Of the tables,
+# those whose runs are all finished are printed.
+set -euo pipefail
+data=${1:?expected the folder AD_NC of the OASIS-1 slices}
+runs=${2:-runs/helps}
+export OMP_NUM_THREADS=1
+mkdir -p "$runs"
+local="$runs/LOCAL/AD_NC"
+if [ ! -d "$runs/LOCAL" ]; then python -m tools.phantom "$runs/LOCAL" --cue local --subjects 1000; fi
+
+flags_of() {  # MODEL
+    case $1 in
+        small) echo "--recipe small";;
+        init) echo "--recipe small --init phantom";;  # from the weights that saw drawings alone
+        cnn) echo "--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last";;
+        paper) echo "--model atto --image-size 112 --batch-size 32 --epochs 20 --keep last";;
+        mix5) echo "--recipe small --mixup 0.2 --cutmix 1.0 --epochs 50";;
+        long5) echo "--recipe small --epochs 50";;
+        mix20) echo "--recipe small --mixup 0.2 --cutmix 1.0 --epochs 200";;
+        long20) echo "--recipe small --epochs 200";;
+    esac
+}
+oasis() {  # MODEL SEED: five folds
+    for k in 0 1 2 3 4; do
+        echo "--out $runs/oasis-$1-s$2-f$k --data $data --pool-test --folds 5 --fold $k --seed $2 $(flags_of "$1")"
+    done
+}
+drawn() {  # MODEL SUBJECTS SEED
+    echo "--out $runs/local-$1-n$2-s$3 --data $local --subjects $2 --seed $3 $(flags_of "$1")"
+}
+list() {  # the flags of all runs, the most telling first
+    local model seed n
+    for seed in 0 1 2 3 4; do for model in small init; do oasis $model $seed; done; done
+    for seed in 0 1 2 3 4; do for n in 50 100 200; do for model in small init cnn; do drawn $model $n $seed; done; done; done
+    for seed in 0 1 2 3 4; do for model in mix5 long5; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2 3 4; do for model in cnn paper; do oasis $model $seed; done; done
+    for seed in 0 1 2 3 4; do for n in 50 100 200; do drawn paper $n $seed; done; done
+    for seed in 0 1 2 3 4; do for model in mix20 long20; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2 3 4; do oasis mix5 $seed; done
+}
+start_or_resume() {  # FLAGS
+    local out=${1#--out }; out=${out%% *}
+    if [ -f "$out/test/metrics.json" ]; then return; fi
+    if [ -f "$out/last.pth" ]; then set -- "--out $out --resume"; fi
+    echo "python train.py $1"
+    python train.py $1 > "$out.log" 2>&1 || { tail -5 "$out.log"; return 1; }
+}
+export -f start_or_resume
+list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
+
+finished() {  # MODEL SET: the runs of a model on a set, if all five seeds are finished
+    local flags out found=()
+    while read -r flags; do
+        out=${flags#--out }; out=${out%% *}
+        if [ ! -f "$out/test/metrics.json" ]; then return; fi
+        found+=("$out")
+    done < <(list | grep -E -- "--out $runs/$2-$1-")
+    echo "${found[@]}"
+}
+table() {  # TITLE COMMAND...: the command and its output
+    printf '\n### %s\n\n' "$1"
+    shift
+    "$@"
+}
+for model in small init cnn paper mix5; do
+    found=$(finished $model oasis)
+    if [ -n "$found" ]; then
+        table "$model, OASIS-1" python -m tools.evaluate $found
+        table "$model, OASIS-1: from slices to a scan" python -m docs.experiments.aggregate $found
+    fi
+done
+for model in small init cnn paper long5 mix5 long20 mix20; do for n in 50 100 200; do
+    found=$(finished "$model-n$n" local)
+    if [ -n "$found" ]; then
+        table "$model, local cue, $n subjects" python -m tools.evaluate $found
+        table "$model, local cue, $n subjects: from slices to a scan" python -m docs.experiments.aggregate $found
+    fi
+done; done
+if [ -z "${ONLY:-}" ]; then
+    table "neighbours, OASIS-1" python -m docs.experiments.context "$data" --folds 5
+fi
