@@ -14,13 +14,15 @@ writes
 
 The brain is a parametric shape. One number per subject, its atrophy, drives the anatomy; the
 classes overlap, so that the best possible subject-level accuracy is about 0.915. With --cue local
-only the temporal horn and the hippocampus show it. With --cue varied the slices are 112 x 112, four
-along each plane; contrast, sharpness, noise, pose and background of each are drawn at random;
-disease also widens ventricles and sulci, and so does age; the sizes that were drawn are in
-VARIED/latents.csv, the fluid that each slice shows in VARIED/slices.csv, the subjects in
-VARIED/subjects.csv. A result on the phantom shows that the code
-works; it says nothing about Alzheimer's disease. --volumes writes HEADS/heads/sub-*_T1w.nii.gz,
-HEADS/brains/ and HEADS/heads.csv.
+only the temporal horn and the hippocampus show it.
+
+With --cue varied the slices are 112 x 112, four along each plane. Contrast, sharpness, noise, pose
+and background of each are drawn at random. Disease also widens ventricles and sulci, and so does
+age. Beside AD_NC are latents.csv (the sizes that were drawn), slices.csv (the fluid that each slice
+shows), subjects.csv and extraction.json (how predict.py cuts a volume for such a model).
+
+--volumes writes HEADS/heads/sub-*_T1w.nii.gz, HEADS/brains/ and HEADS/heads.csv. A result on the
+phantom shows that the code works; it says nothing about Alzheimer's disease.
 """
 
 from adnc.cli import SEED, Parser, new_png, number, run_script

@@ -122,13 +122,13 @@ def compare_rules(tables):
     points = auroc(is_ad, flat).reshape(n_seeds, n_rules).mean(0)
     resamples = bootstrap(is_ad, flat).reshape(-1, n_seeds, n_rules).mean(1)
     low, high = np.percentile(resamples, (2.5, 97.5), axis=0)
-    worst, best = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
+    gain_low, gain_high = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
     rows = []
     for i, name in enumerate(RULES):
-        apart = ""
+        gain = ""
         if i > 0:
-            apart = f"{points[i] - points[0]:+.3f} [{worst[i]:+.3f}, {best[i]:+.3f}]"
-        rows.append([name, f"{points[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]", apart])
+            gain = f"{points[i] - points[0]:+.3f} [{gain_low[i]:+.3f}, {gain_high[i]:+.3f}]"
+        rows.append([name, f"{points[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]", gain])
     return rows
 
 

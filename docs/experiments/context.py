@@ -133,15 +133,15 @@ def compare_ways(tables):
     each = auroc(is_ad, flat).reshape(n_seeds, n_ways)
     resamples = bootstrap(is_ad, flat).reshape(-1, n_seeds, n_ways).mean(1)
     low, high = np.percentile(resamples, (2.5, 97.5), axis=0)
-    worst, best = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
+    gain_low, gain_high = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
     rows = []
     for i, name in enumerate(names):
         point = each[:, i].mean()
-        apart = ""
+        gain = ""
         if i > 0:
-            apart = f"{point - each[:, 0].mean():+.3f} [{worst[i]:+.3f}, {best[i]:+.3f}]"
+            gain = f"{point - each[:, 0].mean():+.3f} [{gain_low[i]:+.3f}, {gain_high[i]:+.3f}]"
         spread = f"{each[:, i].std(ddof=1):.3f}" if n_seeds > 1 else ""
-        rows.append([name, f"{point:.3f} [{low[i]:.3f}, {high[i]:.3f}]", spread, apart])
+        rows.append([name, f"{point:.3f} [{low[i]:.3f}, {high[i]:.3f}]", spread, gain])
     return rows
 
 

@@ -273,10 +273,11 @@ def summarise(results):
     rows = []
     for i, name in enumerate(METHODS):
         low, high = np.percentile(resamples[:, 0, i], (2.5, 97.5))
-        worst, best = np.percentile(resamples[:, 0, i] - resamples[:, 0, 0], (2.5, 97.5))
-        apart = f"{mean[0, i] - mean[0, 0]:+.3f} [{worst:+.3f}, {best:+.3f}]" if i else ""
-        auc = f"{mean[0, i]:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append([name, auc, f"{spread[0, i]:.3f}", apart, f"{mean[1, i]:.3f}"])
+        auc, difference = f"{mean[0, i]:.3f} [{low:.3f}, {high:.3f}]", ""
+        if i > 0:
+            low, high = np.percentile(resamples[:, 0, i] - resamples[:, 0, 0], (2.5, 97.5))
+            difference = f"{mean[0, i] - mean[0, 0]:+.3f} [{low:+.3f}, {high:+.3f}]"
+        rows.append([name, auc, f"{spread[0, i]:.3f}", difference, f"{mean[1, i]:.3f}"])
     return rows
 
 

@@ -108,13 +108,14 @@ def format_scores(is_ad, table, together=True):
     rows = [["", "subject-level AUROC", "minus that of the dark share", "rank correlation with it"]]
     values = [points[: len(names)].mean(), *points]
     for i, name in enumerate([f"mean of {len(names)}", *order]):
-        apart, same = "", ""
+        difference, correlation = "", ""
         if name != "dark share":
-            worst, best = differences[:, i]
-            apart = f"{values[i] - points[-1]:+.3f} [{worst:+.3f}, {best:+.3f}]"
+            lower, upper = differences[:, i]
+            difference = f"{values[i] - points[-1]:+.3f} [{lower:+.3f}, {upper:+.3f}]"
         if name in names:
-            same = f"{spearmanr(table[name], table['dark share'])[0]:.2f}"
-        rows.append([name, f"{values[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]", apart, same])
+            correlation = f"{spearmanr(table[name], table['dark share'])[0]:.2f}"
+        auc = f"{values[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]"
+        rows.append([name, auc, difference, correlation])
     head, mean, *each, ensemble, dark = rows
     if together:
         return format_table([head, *each, mean, ensemble, dark])
