@@ -2,7 +2,7 @@
 # Do ensembles, other summaries of a scan, neighbouring slices, longer training and mixing help? The runs and tables of
 # docs/what-helps.md. From the folder of this repository, with the environment active:
 #
-#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; days on two cores
+#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; nine hours on two cores
 #     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC    # the runs of these names
 #
 # Finished runs are skipped, interrupted runs are resumed. Two run at a time (JOBS), with one thread each. Of the tables,
@@ -18,13 +18,13 @@ if [ ! -d "$runs/LOCAL" ]; then python -m tools.phantom "$runs/LOCAL" --cue loca
 flags_of() {  # MODEL
     case $1 in
         small) echo "--recipe small";;
-        init) echo "--recipe small --init phantom";;  # from the weights that saw drawings alone
         cnn) echo "--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last";;
-        paper) echo "--model atto --image-size 112 --batch-size 32 --epochs 20 --keep last";;
-        mix5) echo "--recipe small --mixup 0.2 --cutmix 1.0 --epochs 50";;
-        long5) echo "--recipe small --epochs 50";;
-        mix20) echo "--recipe small --mixup 0.2 --cutmix 1.0 --epochs 200";;
-        long20) echo "--recipe small --epochs 200";;
+        paper) echo "--model atto --image-size 64 --batch-size 32 --epochs 20 --keep last";;
+        short) echo "--recipe small --image-size 64";;
+        long5) echo "--recipe small --image-size 64 --epochs 50";;
+        mix5) echo "--recipe small --image-size 64 --epochs 50 --mixup 0.2 --cutmix 1.0";;
+        long20) echo "--recipe small --image-size 64 --epochs 200";;
+        mix20) echo "--recipe small --image-size 64 --epochs 200 --mixup 0.2 --cutmix 1.0";;
     esac
 }
 oasis() {  # MODEL SEED: five folds
@@ -37,13 +37,13 @@ drawn() {  # MODEL SUBJECTS SEED
 }
 list() {  # the flags of all runs, the most telling first
     local model seed n
-    for seed in 0 1 2 3 4; do for model in small init; do oasis $model $seed; done; done
-    for seed in 0 1 2 3 4; do for n in 50 100 200; do for model in small init cnn; do drawn $model $n $seed; done; done; done
-    for seed in 0 1 2 3 4; do for model in mix5 long5; do drawn $model 100 $seed; done; done
-    for seed in 0 1 2 3 4; do for model in cnn paper; do oasis $model $seed; done; done
-    for seed in 0 1 2 3 4; do for n in 50 100 200; do drawn paper $n $seed; done; done
-    for seed in 0 1 2 3 4; do for model in mix20 long20; do drawn $model 100 $seed; done; done
-    for seed in 0 1 2 3 4; do oasis mix5 $seed; done
+    for seed in 0 1 2 3 4; do oasis small $seed; done
+    for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn small $n $seed; done; done
+    for seed in 0 1 2 3 4; do for model in short long5 mix5; do drawn $model 100 $seed; done; done
+    for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn cnn $n $seed; done; done
+    for seed in 0 1 2 3 4; do drawn paper 100 $seed; done
+    for seed in 0 1 2; do for model in long20 mix20; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2; do for model in cnn paper; do oasis $model $seed; done; done
 }
 start_or_resume() {  # FLAGS
     local out=${1#--out }; out=${out%% *}
@@ -55,7 +55,7 @@ start_or_resume() {  # FLAGS
 export -f start_or_resume
 list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
 
-finished() {  # MODEL SET: the runs of a model on a set, if all five seeds are finished
+finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are finished
     local flags out found=()
     while read -r flags; do
         out=${flags#--out }; out=${out%% *}
@@ -69,20 +69,28 @@ table() {  # TITLE COMMAND...: the command and its output
     shift
     "$@"
 }
-for model in small init cnn paper mix5; do
+for model in small cnn paper; do
     found=$(finished $model oasis)
     if [ -n "$found" ]; then
         table "$model, OASIS-1" python -m tools.evaluate $found
         table "$model, OASIS-1: from slices to a scan" python -m docs.experiments.aggregate $found
     fi
 done
-for model in small init cnn paper long5 mix5 long20 mix20; do for n in 50 100 200; do
+for model in small cnn paper; do for n in 50 100 200; do
     found=$(finished "$model-n$n" local)
     if [ -n "$found" ]; then
         table "$model, local cue, $n subjects" python -m tools.evaluate $found
         table "$model, local cue, $n subjects: from slices to a scan" python -m docs.experiments.aggregate $found
     fi
 done; done
+short=$(finished short-n100 local)
+for model in long5 mix5 long20 mix20; do
+    found=$(finished "$model-n100" local)
+    if [ -n "$short" ] && [ -n "$found" ]; then
+        n=$(wc -w <<< "$found")  # as many seeds of the short training
+        table "$model, local cue" python -m tools.evaluate $found --against $(cut -d' ' -f "1-$n" <<< "$short")
+    fi
+done
 if [ -z "${ONLY:-}" ]; then
-    table "neighbours, OASIS-1" python -m docs.experiments.context "$data" --folds 5
+    table "neighbours, OASIS-1" python -m docs.experiments.context "$data" --folds 5 --image-size 64
 fi
