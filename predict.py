@@ -11,9 +11,10 @@ INPUT is a slice, a folder of slices, a folder with AD/ and NC/, a volume (NIfTI
 DICOM folder, or a folder of volumes. The checkpoint decides the architecture, the image size and,
 if it knows, how volumes are cut. Without --checkpoint, weights/phantom.pth is used, which was
 trained on drawings alone: it gives scores and ranks, and no verdicts. Written to --out:
-predictions.csv (one row per slice), scans.csv and subjects.csv (mean p_AD, the calibrated
-probability of AD), and if the labels are known metrics.json and pictures. A file that cannot be
-read gets a row with the reason; a slice out of the training range gets a warning.
+predictions.csv (one row per slice), scans.csv and subjects.csv (mean p_AD: how much the slices
+resemble those labelled AD, calibrated on validation), and if the labels are known metrics.json and
+pictures. A file that cannot be read gets a row with the reason; a slice out of the training range
+gets a warning.
 """
 
 import os
@@ -44,7 +45,7 @@ from adnc.data.index import describe_one_scan, list_inputs
 from adnc.data.orientation import describe_turned
 from adnc.data.pixels import out_of_range
 from adnc.data.subjects import describe_same_names, describe_shared_names, find_exposure
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, count, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
 from adnc.scoring.assess import (
@@ -252,7 +253,7 @@ def warnings_about(predictions, checkpoint, coverage):
     n_unlabelled = readable.label.isna().sum()
     if 0 < n_unlabelled < len(readable):
         yield f"{n_unlabelled} of {len(readable)} slices have no label: no scores are computed"
-    yield from warn_of_rows(predictions, "error", "files could not be used")
+    yield from warn_of_rows(predictions, "error", "slices or files could not be used")
     yield from warn_of_rows(
         readable,
         "out_of_range",
@@ -279,14 +280,16 @@ def warnings_about(predictions, checkpoint, coverage):
 
 def format_scans(scans, trusted=True, drawn=False, most=10):
     """A line for each of the first scans of a table of `metrics.aggregate`. `trusted` is whether
-    the model may give a verdict, `drawn` whether it saw drawings alone: then it gives ranks."""
-    ranks = scans.p_AD.rank(ascending=False, method="min").astype(int)
+    the model may give a verdict, `drawn` whether it saw drawings alone: then it gives ranks, if
+    there are several scans."""
+    ranks = metrics.ranks(scans)
     for row, rank in zip(scans.head(most).itertuples(), ranks):
         slices = f"{row.n_slices} slice{'s' if row.n_slices > 1 else ''}"
         verdict = metrics.verdict(row)
         if drawn:
-            rank = f"rank {rank} of {len(scans)}"
-            text = f"no verdict: score {row.p_AD:.3f}, {rank}, mean of {slices}"
+            text = f"no verdict: score {row.p_AD:.3f}, mean of {slices}"
+            if len(scans) > 1:
+                text += ", not ranked" if pd.isna(rank) else f", rank {rank} of {ranks.count()}"
         elif not trusted or verdict == "no verdict":
             text = f"no verdict: {slices}"
         else:
@@ -332,7 +335,8 @@ def parse_args(argv=None):
     add("--coverage", type=number(1e-6, 0.999999), metavar="C",
         help="scan-level prediction sets that contain the label with this probability, e.g. 0.9")
     add("--explain", choices=METHODS, metavar="METHOD",
-        help="attribution maps in --out/explanations; auto: the first that passes its check")
+        help="attribution maps in --out/explanations, which need captum of requirements-extra.txt; "
+        "auto: the first that passes its check")
     add("--report", metavar="FILE", help="write an HTML page with every scan")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=COUNT, metavar="N", help="slices at once (default: as in training)")
@@ -446,7 +450,7 @@ def predict(args, path, checkpoint, out, device, amp):
     drawn = is_drawn(checkpoint)
     print(
         f"{path}: {name}{', trained on drawings alone' if drawn else ''}; "
-        f"{len(listing.index):,} slices on {device}, {precision_name(amp)}"
+        f"{count(len(listing.index), 'slice')} on {device}, {precision_name(amp)}"
     )
     if "members" in checkpoint:
         for line in describe_ensemble(checkpoint):

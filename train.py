@@ -284,6 +284,11 @@ def parse_args(argv=None):
                 parser.error(
                     f"--split names the split of every slice; leave out --{name.replace('_', '-')}"
                 )
+    if args.init and args.init != "phantom" and not args.resume and not os.path.isfile(args.init):
+        parser.error(
+            f"there is no file --init {args.init}; expected phantom, the weights that saw drawings "
+            "alone, or a file of weights"
+        )
     if args.tensorboard:
         import_writer()  # missing: better told now than after the data are read
     if args.model == "cnn" and args.model_args:
@@ -832,7 +837,10 @@ def load_init(model, path, log):
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
-        raise InputError(f"--init {path}: {problem}") from None
+        advice = ""
+        if "format" in content:  # a file of this project
+            advice = f"; these are weights of --model {content['model']['variant']}"
+        raise InputError(f"--init {path}: {problem}{advice}") from None
     log(
         f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: "
         f"{', '.join(left) or 'none'}"

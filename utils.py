@@ -56,7 +56,7 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
         reason = str(problem).splitlines()[0]
         raise InputError(
-            f"device {name} cannot be used here ({reason}); choose cpu, cuda, or auto"
+            f"device {name} cannot be used here ({reason}); choose cpu or auto"
         ) from None
     return device
 

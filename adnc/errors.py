@@ -23,6 +23,11 @@ def is_system_limit(problem):
     return any(reason in text for reason in (*reasons, "can't start new thread"))
 
 
+def count(n, noun):
+    """`1 slice`, `2,000 slices`."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+
+
 def printable(text, keep="\n"):
     """Text for a terminal, a log or a figure: characters that do not print become escapes.
 

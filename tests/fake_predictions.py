@@ -16,6 +16,7 @@ def make_predictions(**columns):
     """A table with the columns that predictions always have, empty if not given."""
     table = pd.DataFrame(columns)
     empty = dict(threshold=0.5, exposure=None, prediction_set=None, out_of_range=None)
+    empty["dark_share"] = np.nan
     table = table.assign(**empty).astype({"subject": "string", "prediction_set": "string"})
     return metrics.with_predictions(table.assign(group=table.subject))
 

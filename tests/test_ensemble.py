@@ -253,7 +253,7 @@ def test_folds_of_two_seeds_are_no_cross_validation(folds):
     for name, value in (("seed", 5), ("fold", 0)):
         flags = {**checkpoints["f1"]["flags"], name: value}
         changed = {**checkpoints, "f1": {**checkpoints["f1"], "flags": flags}}
-        with pytest.raises(InputError, match="no validation in common"):
+        with pytest.raises(InputError, match="no validation slices in common"):
             together.find_design(changed, tables)
 
 
@@ -262,7 +262,7 @@ def test_equal_names_of_other_slices_are_no_common_validation(seeds, tmp_path):
     tables = {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in seeds}
     assert together.find_design(checkpoints, tables) == "seeds"
     checkpoints["s1"]["data_hash"] = "another"
-    with pytest.raises(InputError, match="no validation in common"):
+    with pytest.raises(InputError, match="no validation slices in common"):
         together.find_design(checkpoints, tables)
 
 

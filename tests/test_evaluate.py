@@ -231,6 +231,19 @@ def test_leaks_and_flags_of_averaged_seeds_are_named(seeds, tmp_path, capsys):
 # ---------------------------------------------------------------- comparisons
 
 
+def test_seeds_with_a_split_that_is_given_are_no_warning_and_few_subjects_no_verdict(
+    tmp_path, capsys
+):
+    table = few_slices(8)
+    runs = [
+        write_run(tmp_path / "a", table, seed=0),
+        write_run(tmp_path / "b", worse(table), seed=1, split="a/split.csv"),
+    ]
+    text = run_evaluate(capsys, *runs)
+    assert "the runs differ" not in text
+    assert "8 independent subjects are too few to tell whether that beats guessing" in text
+
+
 def test_two_models_are_compared_on_the_same_slices(folds, tmp_path, capsys):
     table = few_slices()
     others = []

@@ -21,6 +21,7 @@ from adnc.scoring.assess import WORKS
 from adnc.scoring.calibration import apply_calibration
 from dataset import load_inputs
 from modules import convnext
+from tools import evaluate
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -186,25 +187,74 @@ def test_a_checkpoint_names_no_subject(run_folder):
     )
 
 
-def test_without_a_checkpoint_weights_that_saw_drawings_rank_the_scans(ad_nc, tmp_path, capsys):
+def test_without_a_checkpoint_weights_that_saw_drawings_rank_the_scans(varied, tmp_path, capsys):
     words = ["--out", tmp_path / "out", "--report", tmp_path / "page.html"]
-    predict.main([str(ad_nc / "test"), *map(str, words)])
+    predict.main([str(varied / "AD_NC" / "test"), *map(str, words)])
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert "weights/phantom.pth: ConvNeXt narrow" in first and "trained on drawings alone" in first
     assert last.startswith("The model was trained on drawings alone. Its score is the resemblance ")
-    assert "is no diagnosis. On the 136 subjects of OASIS-1" in last
+    assert "is no diagnosis. Only the order of scans made in the same way says something" in last
+    assert "On the 136 subjects of OASIS-1" in last and "scores above 0.5" in last
     scans = pd.read_csv(tmp_path / "out" / "scans.csv", dtype={"scan": str}).set_index("scan")
     assert scans.prediction.isna().all() and scans.prediction_set.isna().all()
     assert set(scans.exposure) == {"no"}  # also those whose subject is not known
-    best = scans.p_AD.idxmax()
-    line = f"scan {best}: no verdict: score {scans.p_AD[best]:.3f}, rank 1 of {len(scans)}, mean of"
-    assert any(each.startswith(line) for each in lines)
+    best = scans["rank"].idxmin()
+    begin = f"scan {best}: no verdict: score {scans.p_AD[best]:.3f}, mean of "
+    rank = f"rank 1 of {scans['rank'].count()}"
+    assert any(each.startswith(begin) and rank in each for each in lines)
+    ordered = scans.dropna(subset="rank").sort_values("rank")
+    assert len(ordered) > 1 and ordered.p_AD.is_monotonic_decreasing
+    slices = pd.read_csv(tmp_path / "out" / "predictions.csv", dtype={"scan": str})
+    assert slices.prediction.isna().all() and slices.threshold.isna().all()
     subjects = pd.read_csv(tmp_path / "out" / "subjects.csv")
     assert subjects.prediction.isna().all()
-    assert (tmp_path / "page.html").exists()
+    page = (tmp_path / "page.html").read_text()
+    scores = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "there is no threshold, and so no accuracy" in page
+    for text in (page, "\n".join(lines)):
+        assert not any(word in text for word in ("Brier score", "| accuracy", ">accuracy"))
+    for unit in metrics.UNITS:
+        assert set(scores[unit]["ci95"]) == {"auroc", "average_precision"}
+        assert not {"accuracy", "sensitivity", "brier"} & set(scores[unit])
+    assert evaluate_again(tmp_path / "out", scores, capsys)
 
     with pytest.raises(InputError, match="--coverage is for verdicts, and .* drawings alone"):
-        predict.main([str(ad_nc / "test"), "--out", str(tmp_path / "b"), "--coverage", "0.9"])
+        predict.main([str(varied / "AD_NC" / "test"), "--out", str(tmp_path / "b"), "--coverage", "0.9"])
+
+
+def evaluate_again(folder, scores, capsys):
+    """Whether tools.evaluate reads predictions without verdicts, and gives their scores alone."""
+    evaluate.main([str(folder)])
+    alone = capsys.readouterr().out
+    evaluate.main([str(folder), "--against", str(folder)])
+    compared = capsys.readouterr().out
+    assert "Brier" not in alone + compared and "accuracy of" not in alone + compared
+    assert "Scan-level AUROC: " in compared
+    return f"{scores['scan']['auroc']:.3f}" in alone
+
+
+def test_scans_have_one_rank_and_those_out_of_range_have_none():
+    rows = {"scan": list("abcdd"), "p_AD": [0.6, 0.8, 0.6, 0.9, 0.9]}
+    rows["out_of_range"] = [None, None, None, "too bright", None]
+    table = pd.DataFrame(rows).reindex(columns=metrics.PREDICTIONS).assign(threshold=0.5)
+    table["scan"] = table.scan.astype("string")
+    scans = metrics.aggregate(table, "scan").set_index("scan", drop=False)
+    assert metrics.ranks(scans).dropna().to_dict() == {"a": 2, "b": 1, "c": 2}
+    lines = list(predict.format_scans(scans, trusted=False, drawn=True))
+    ends = [line.split(", ", 2)[2] for line in lines]
+    assert ends == [
+        "rank 2 of 3", "rank 1 of 3", "rank 2 of 3",
+        "not ranked, 1 out of the training range",
+    ]  # fmt: skip
+    (alone,) = predict.format_scans(scans[:1], trusted=False, drawn=True)
+    assert "rank" not in alone
+
+
+def test_scans_and_subjects_have_the_dark_share_of_their_slices(run_folder, ad_nc, tmp_path):
+    slices = run_predict(run_folder, tmp_path / "out", ad_nc / "test")
+    scans = pd.read_csv(tmp_path / "out" / "scans.csv", dtype={"scan": str}).set_index("scan")
+    means = slices.groupby("scan").dark_share.mean()
+    assert len(means) > 1 and scans.dark_share.round(6).to_dict() == means.round(6).to_dict()
 
 
 def test_a_volume_of_the_phantom_is_scored_without_any_flag(tmp_path, capsys):
@@ -214,7 +264,7 @@ def test_a_volume_of_the_phantom_is_scored_without_any_flag(tmp_path, capsys):
     (volume,) = (tmp_path / "heads" / "brains").iterdir()
     predict.main([str(volume), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
-    assert "rank 1 of 1, mean of 25 slices" in printed.out
+    assert "mean of 25 slices\n" in printed.out and "rank" not in printed.out.split("\n")[-3]
     assert "axial" in printed.out and "out of the training range" not in printed.err
 
 
@@ -278,7 +328,7 @@ def test_a_file_that_cannot_be_read_gets_a_row_with_the_reason(run_folder, ad_nc
     bad = table[table.slice == 71].iloc[0]
     assert "cannot be read as an image" in bad.error and np.isnan(bad.p_AD)
     assert pd.read_csv(tmp_path / "out" / "scans.csv").n_slices.tolist() == [1]
-    assert "1 of 2 files could not be used" in capsys.readouterr().err
+    assert "1 of 2 slices or files could not be used" in capsys.readouterr().err
 
 
 def test_nothing_readable_is_an_error_but_the_reasons_are_written(run_folder, tmp_path):

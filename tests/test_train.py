@@ -22,6 +22,7 @@ from conftest import (
 
 import modules
 import train
+from adnc.errors import InputError
 from utils import load_checkpoint, lr_at
 
 
@@ -220,6 +221,14 @@ def test_init_starts_from_torchvision_and_reports_what_it_left(tmp_path):
     assert "--init does not record its training subjects" in lines[1]
     own, theirs = model.stages[2][3].dwconv.weight, pretrained.features[5][3].block[0].weight
     assert torch.equal(own, theirs)
+
+
+def test_init_without_its_file_or_its_model_says_what_is_expected(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--init", "phanton"])
+    assert "no file --init phanton; expected phantom, the weights" in capsys.readouterr().err
+    with pytest.raises(InputError, match="these are weights of --model narrow"):
+        train.load_init(modules.convnext("tiny"), "phantom", print)
 
 
 def test_init_of_a_run_inherits_its_exposure(ad_nc, run_folder, tmp_path):

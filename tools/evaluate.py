@@ -53,6 +53,12 @@ class Pool:
             stated[name] = list(dict.fromkeys(sentences))
         return stated
 
+    @property
+    def withheld(self):
+        """The reason of `why_no_verdicts` if a run has one: then there are scores of an order
+        alone."""
+        return next((run["withheld"] for run in self.runs if run.get("withheld")), None)
+
 
 def pool(members):
     """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a scan.
@@ -109,7 +115,7 @@ def check_flags(pools):
     """Warnings about flags that differ between runs, and about missing folds."""
     free = set(FREE_FLAGS)
     if len(pools) > 1:
-        free.add("seed")
+        free |= {"seed", "split"}  # another seed has another split, given or not
     flags = [read_flags(folder) for one in pools for folder in one.folders]
     flags = [each for each in flags if each]
     if len(flags) < 2:
@@ -203,10 +209,13 @@ def compare_runs(first, second):
         title = "the same, only subjects that neither has seen in training"
         comparisons[title] = [table[unseen] for table in tables]
 
+    ranks_only = any(pool.withheld for pool in (*first, *second))
+    names = metrics.RANKING if ranks_only else METRICS
     results = []
     for title, parts in comparisons.items():
         one, other = mean_scores(parts[: len(first)]), mean_scores(parts[len(first) :])
-        results.append({"title": title, **metrics.compare(one, other)})
+        differences = metrics.keep_metrics(metrics.compare(one, other), names)
+        results.append({"title": title, **differences})
     return results
 
 
@@ -215,6 +224,8 @@ def format_comparison(comparison):
     units = [unit for unit in UNITS if comparison[unit] is not None]
     rows = [["first minus second", *(f"{unit}-level" for unit in units)]]
     for name, label in METRICS.items():
+        if name not in comparison["scan"]:
+            continue
         if name in LOWER_IS_BETTER:
             label += " (lower is better)"
         row = [label]
@@ -229,11 +240,14 @@ def format_comparison(comparison):
         rows.append(row)
 
     scans = comparison["scan"]
-    if scans["groups"] < metrics.MIN_GROUPS:
+    decisive = "accuracy" if "accuracy" in scans else "auroc"
+    if scans[decisive] is None:
+        verdict = "undefined, since only one class is there"
+    elif scans["groups"] < metrics.MIN_GROUPS:
         verdict = f"{scans['groups']} subjects are too few for a verdict"
-    elif metrics.is_better(scans, "accuracy"):
+    elif metrics.is_better(scans, decisive):
         verdict = "the first is better"
-    elif scans["accuracy"]["ci95"][1] < 0:
+    elif scans[decisive]["ci95"][1] < 0:
         verdict = "the second is better"
     else:
         verdict = "the difference may be noise: its interval contains 0"
@@ -243,7 +257,7 @@ def format_comparison(comparison):
         "",
         *format_table(rows),
         "",
-        f"Scan-level accuracy: {verdict}.",
+        f"Scan-level {METRICS[decisive]}: {verdict}.",
     ]
 
 
@@ -256,7 +270,13 @@ def evaluate_pool(one, part, out=None):
     if len(one.runs) > 1:
         title = f"{len(one.runs)} runs pooled, {PARTS[part]}"
     coverage = one.runs[0].get("prediction_sets", {}).get("coverage")
-    given = {"title": title, **one.stated, "coverage": coverage, "runs": one.runs}
+    given = {
+        "title": title,
+        **one.stated,
+        "coverage": coverage,
+        "runs": one.runs,
+        "withheld": one.withheld,
+    }
     if out:
         scores = assess.write_results(one.table, out, **given)
     else:
@@ -332,6 +352,8 @@ def evaluate_seeds(pools):
         )
         lines += assess.format_beyond(scores)
     beaten = assess.describe_beaten(*assess.beaten_baselines(scores, unit))
+    if scores[unit]["groups"] < metrics.MIN_GROUPS:
+        beaten = assess.describe_too_few(scores[unit]["groups"])
     auroc = cell(scores[unit], "auroc")
     return [*lines, "", f"The mean over seeds has a {unit}-level AUROC of {auroc}. {beaten}"]
 

@@ -37,7 +37,7 @@ from adnc.scoring.assess import (
     statements,
 )
 from adnc.scoring.calibration import conformal_quantile
-from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
+from adnc.scoring.metrics import METRICS, UNITS, aggregate, ranks, verdict
 from adnc.volumes.look import describe_order, picture_sides
 
 INLINE = 6_500_000  # bytes of pictures, a third more in base64: the page stays below 10 MB
@@ -335,6 +335,7 @@ def describe_page(report, sources, linked):
         "verdicts": list(RANKS),
         "counts": Counter(scan["verdict"] for scan in scans),
         "exposure": Counter(scan["exposure"] for scan in scans),
+        "n_ranked": sum(scan["rank"] is not None for scan in scans),
         "labelled": bool(predicted.label.notna().any()),
         "here": score_tables(report.scores) if report.scores else [],
         "curves": curves,
@@ -359,10 +360,11 @@ def describe_scans(report, sources):
 
     Scans without a verdict or a readable slice come first, then AD|NC, then the others by the
     distance of p_AD from the threshold. Of a model that saw drawings alone the highest score comes
-    first.
+    first, and scans without a rank come last.
     """
     table = report.predictions.reset_index(drop=True)
     predicted = aggregate(table[table.p_AD.notna()], "scan")
+    predicted = predicted.assign(rank=ranks(predicted))
     prediction = {row.scan: row for row in predicted.itertuples()}
     members, scans = {}, []
     if report.spread is not None:
@@ -386,7 +388,7 @@ def describe_scans(report, sources):
             described["order"] = describe_order(look, numbers.min(), numbers.max())
         scans.append(described)
     if report.drawn:
-        return sorted(scans, key=lambda scan: (scan["p_AD"] is None, -(scan["p_AD"] or 0)))
+        return sorted(scans, key=lambda scan: (scan["rank"] is None, -(scan["p_AD"] or 0)))
     if report.distrust:  # the order must not tell what is withheld
         return sorted(scans, key=lambda scan: scan["name"])
     return sorted(scans, key=lambda scan: scan["certainty"])
@@ -451,6 +453,7 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=N
         "label": label,
         "subject": None if subjects.empty else subjects.iloc[0],
         "p_AD": row.p_AD if row else None,
+        "rank": row.rank if row and not pd.isna(row.rank) else None,
         "exposure": row.exposure if row else "not read",
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
@@ -568,7 +571,8 @@ def score_tables(scores):
         units = [unit for unit in reversed(UNITS) if part[unit] is not None]
         rows = []
         for name, label in METRICS.items():
-            rows.append((label, [cell(part[unit], name) for unit in units]))
+            if name in part["scan"]:
+                rows.append((label, [cell(part[unit], name) for unit in units]))
         lines = []
         if "baselines" in part:
             lines.append(format_baselines(part)[-1])

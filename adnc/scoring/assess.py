@@ -67,15 +67,17 @@ def find_leaks(predictions, leaks=(), notes=()):
     return leaks, notes
 
 
-def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=()):
+def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=(), withheld=None):
     """All scores of labelled slice-level predictions, a dict as in metrics.json.
 
+    `withheld` is the reason of `why_no_verdicts`: then there are only the scores of an order.
     `leaks` and `notes` are sentences about the run. Those about exposure and range are added, and
     all of them are part of the title. If training saw some subjects and not others, the scores of
     the others are also given apart, under "unseen_subjects". `runs` are the metrics.json of the
     runs whose predictions are pooled here; their mean is given under "each_run".
     """
     all_leaks, all_notes = find_leaks(predictions, leaks, notes)
+    names = metrics.RANKING if withheld else METRICS
     parts = [title]
     if all_leaks:
         parts.append("LEAKY: " + ", ".join(all_leaks))
@@ -87,16 +89,17 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=()):
         "notes": all_notes,
         "run_leaks": list(leaks),
         "run_notes": list(notes),
+        "withheld": withheld,
         "exposure": {name: int((exposure == name).sum()) for name in ("no", "unknown", "yes")},
-        **score_part(predictions, coverage),
+        **score_part(predictions, coverage, names),
     }
     if len(runs) > 1:
         scores["each_run"] = summarise_runs(runs)
     unseen = predictions.exposure == "no"
     if (predictions.exposure == "yes").any() and unseen.any():
-        part = score_part(predictions[unseen], coverage)
+        part = score_part(predictions[unseen], coverage, names)
         scores["unseen_subjects"] = {"title": "only subjects not seen in training", **part}
-    scores["conclusion"] = conclude(scores)
+    scores["conclusion"] = conclude_ranks(scores, withheld) if withheld else conclude(scores)
     return scores
 
 
@@ -109,17 +112,19 @@ def summarise_runs(runs):
     unit = "subject" if all(run["subject"] for run in runs) else "scan"
     summary = {"unit": unit, "runs": len(runs)}
     for name in ("accuracy", "auroc"):
-        values = [run[unit][name] for run in runs if run[unit][name] is not None]
+        values = [run[unit].get(name) for run in runs]
+        values = [value for value in values if value is not None]
         if len(values) > 1:
             mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
             summary[name] = {"values": values, "mean": mean, "sd": sd}
     return summary
 
 
-def score_part(predictions, coverage):
-    """Scores of the model, the baselines, their differences, and the prediction sets."""
+def score_part(predictions, coverage, names=METRICS):
+    """Scores of the model, the baselines, their differences, and the prediction sets; of the
+    METRICS those in `names`."""
     samples = bootstrap_scores(predictions)
-    scores = summarise(samples)
+    scores = metrics.keep_metrics(summarise(samples), names)
 
     baselines = {}
     for name in BASELINES:
@@ -129,8 +134,9 @@ def score_part(predictions, coverage):
         scores["baselines"] = {}
         scores["minus_baseline"] = {}
         for name, baseline in baselines.items():
-            scores["baselines"][name] = summarise(baseline)
-            scores["minus_baseline"][name] = metrics.compare(samples, baseline)
+            difference = metrics.compare(samples, baseline)
+            scores["baselines"][name] = metrics.keep_metrics(summarise(baseline), names)
+            scores["minus_baseline"][name] = metrics.keep_metrics(difference, names)
     if "dark_share" in baselines and predictions.with_dark_share.notna().all():
         both = bootstrap_scores(metrics.as_baseline(predictions, "with_dark_share"))
         scores["beyond_dark_share"] = compare_with_dark_share(
@@ -145,25 +151,18 @@ def score_part(predictions, coverage):
 def compare_with_dark_share(network, both, dark_share):
     """AUROC of the network minus that of the dark share, and of both together minus it, from
     results of `bootstrap_scores`."""
-    return {
-        "network_minus": only_auroc(metrics.compare(network, dark_share)),
-        "both_minus": only_auroc(metrics.compare(both, dark_share)),
-    }
-
-
-def only_auroc(comparison):
-    """A result of `metrics.compare` without the metrics other than AUROC."""
-    kept = {}
-    for unit, part in comparison.items():
-        kept[unit] = part and {"groups": part["groups"], "auroc": part["auroc"]}
-    return kept
+    differences = {"network_minus": network, "both_minus": both}
+    for name, samples in differences.items():
+        comparison = metrics.compare(samples, dark_share)
+        differences[name] = metrics.keep_metrics(comparison, ("auroc",))
+    return differences
 
 
 # ---------------------------------------------------------------- what the scores say
 
 # The verdicts of `conclude`. With all but "works" the report shows no verdicts on scans.
 WORKS, NOT_SHOWN, SWAPPED = "works", "not shown to work", "worse than chance"
-TOO_FEW, NO_TEST, RANKS_ONLY = "too few subjects", "no test", "ranks only"
+TOO_FEW, NO_TEST, RANKS_ONLY = "tested on too few subjects", "not tested", "ranks only"
 
 
 def conclude(scores):
@@ -211,10 +210,7 @@ def conclude(scores):
         third = "Test it on subjects of both classes."
     elif sample["groups"] < metrics.MIN_GROUPS:
         verdict = TOO_FEW
-        second = (
-            f"{sample['groups']} independent subjects are too few to tell whether that beats "
-            f"guessing; {metrics.MIN_GROUPS} are needed."
-        )
+        second = describe_too_few(sample["groups"])
         third = "Add subjects, or let --fold and --folds predict each of them once."
     else:
         beaten, not_beaten = beaten_baselines(part, unit)
@@ -248,9 +244,11 @@ def conclude_ranks(scores, why):
     sample = scores[unit]
     first = f"On {sample['n']:,} {unit}s: AUROC {cell(sample, 'auroc')} ({unit}-level)."
     second = (
-        f"{why}: its scores rank, and no threshold on them is known, so that accuracy, "
-        "sensitivity, specificity and calibration mean nothing here."
+        f"{why}: its scores rank, and no threshold on them is known, so that there is no accuracy, "
+        "sensitivity, specificity or calibration."
     )
+    if sample["auroc"] is None:
+        second += " Only one class is there, so that nothing can be said about telling them apart."
     third = "For verdicts, calibrate it: tools.ensemble of folds, or of seeds of one split."
     if why == DREW:
         third = "For verdicts, train on labelled slices: train.py --init phantom --data AD_NC."
@@ -282,7 +280,7 @@ def ranks_better_than_chance(sample):
 # Of weights that were trained on drawings, without a verdict whatever their test on drawings says.
 DRAWN = (
     "trained on drawings alone. Its score is the resemblance to drawn atrophy; it grows with age, "
-    "too, and is no diagnosis."
+    "too, and is no diagnosis. Only the order of scans made in the same way says something."
 )
 NOT_TRIED = "What it is worth on real slices is not known."
 
@@ -334,6 +332,13 @@ def beaten_baselines(part, unit):
     return beaten, not_beaten
 
 
+def describe_too_few(n):
+    return (
+        f"{n} independent subjects are too few to tell whether that beats guessing; "
+        f"{metrics.MIN_GROUPS} are needed."
+    )
+
+
 def describe_beaten(beaten, not_beaten):
     if not not_beaten:
         return f"That is shown to beat {join(beaten, 'and')}."
@@ -366,7 +371,7 @@ def next_step(verdict, part, unit):
     if "beyond_dark_share" in part and not knows_more(part, unit):
         return (
             "It is not shown to know more than the dark share of the head, one number: take that "
-            "number, or train on more subjects."
+            "number (dark_share in scans.csv), or train on more subjects."
         )
     return "Repeat it with other seeds before you report it; predict.py predicts new slices."
 
@@ -395,6 +400,8 @@ def cell(part, name):
 
 def format_difference(part):
     """`+0.059 [-0.029, +0.157]`: the difference of a metric, from `metrics.compare`."""
+    if part is None:
+        return "undefined"
     low, high = part["ci95"]
     return f"{part['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
@@ -415,7 +422,8 @@ def format_scores(scores, title):
     units = [unit for unit in UNITS if scores[unit] is not None]
     rows = [["", *(f"{unit}s (n = {scores[unit]['n']:,})" for unit in units)]]
     for name, label in METRICS.items():
-        rows.append([label, *(cell(scores[unit], name) for unit in units)])
+        if name in scores[units[0]]:
+            rows.append([label, *(cell(scores[unit], name) for unit in units)])
     lines = [title, "", *format_table(rows)]
     if "subject" not in units:
         lines += ["", "subject-level: subjects unknown"]
@@ -423,17 +431,20 @@ def format_scores(scores, title):
 
 
 def format_baselines(scores):
-    """Lines with scan-level scores of model and baselines, and which ones the model beats."""
+    """Lines with scan-level scores of model and baselines, and which ones the model beats, in
+    accuracy, or if there is none in AUROC."""
     model = scores["scan"]
-    header = [f"scans (n = {model['n']:,})", *(METRICS[name] for name in COMPARED)]
-    header.append("accuracy of the model minus it")
-    rows = [header, ["the model", *(cell(model, name) for name in COMPARED), ""]]
+    compared = [name for name in COMPARED if name in model]
+    decisive = compared[0]
+    header = [f"scans (n = {model['n']:,})", *(METRICS[name] for name in compared)]
+    header.append(f"{METRICS[decisive]} of the model minus it")
+    rows = [header, ["the model", *(cell(model, name) for name in compared), ""]]
     beaten, not_beaten = [], []
     for name, part in scores["baselines"].items():
         difference = scores["minus_baseline"][name]["scan"]
-        cells = [cell(part["scan"], metric) for metric in COMPARED]
-        rows.append([BASELINES[name], *cells, format_difference(difference["accuracy"])])
-        if metrics.is_better(difference, "accuracy"):
+        cells = [cell(part["scan"], metric) for metric in compared]
+        rows.append([BASELINES[name], *cells, format_difference(difference[decisive])])
+        if metrics.is_better(difference, decisive):
             beaten.append(BASELINES[name])
         else:
             not_beaten.append(BASELINES[name])
@@ -446,10 +457,13 @@ def format_baselines(scores):
         )
     else:
         if beaten:
-            sentences.append(f"In scan-level accuracy, the model beats: {', '.join(beaten)}.")
+            names = ", ".join(beaten)
+            sentences.append(f"In scan-level {METRICS[decisive]}, the model beats: {names}.")
         if not_beaten:
             names = ", ".join(not_beaten)
-            sentences.append(f"In scan-level accuracy, the model is NOT shown to beat: {names}.")
+            sentences.append(
+                f"In scan-level {METRICS[decisive]}, the model is NOT shown to beat: {names}."
+            )
     return ["", *format_table(rows), "", " ".join(sentences)]
 
 
@@ -524,8 +538,9 @@ def write_results(
     member.
 
     `calibration` is that of the checkpoint; metrics.json records it. `withheld` is the reason of
-    `why_no_verdicts`: then the column prediction is empty in all tables, and the conclusion is
-    about ranks. Returns the dict of `score`, or None if a label is missing.
+    `why_no_verdicts`: then the columns prediction and threshold are empty in all tables, scans and
+    subjects have a rank, and the scores are those of an order. Returns the dict of `score`, or None
+    if a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -534,7 +549,7 @@ def write_results(
 
     rows = predictions[list(PREDICTIONS)]
     if withheld:
-        rows = rows.assign(prediction="")
+        rows = rows.assign(prediction="", threshold="")
     write_csv(out / "predictions.csv", rows)
     if spread is not None:
         logits = [name for name in predictions if name.startswith("logit_")]
@@ -544,16 +559,17 @@ def write_results(
     for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
         table = tables[unit][list(columns)]
         if withheld:
-            table = table.assign(prediction="")
+            table = table.assign(prediction="", rank=metrics.ranks(table))
         if unit == "scan":
             table = add_spread(table, spread, withheld)
         write_csv(out / f"{unit}s.csv", table)
     if predictions.empty or predictions.label.isna().any():
         return None
 
-    scores = score(predictions, title, leaks=leaks, notes=notes, coverage=coverage, runs=runs)
-    if withheld:
-        scores["conclusion"] = conclude_ranks(scores, withheld)
+    scores = score(
+        predictions, title, leaks=leaks, notes=notes, coverage=coverage, runs=runs,
+        withheld=withheld,
+    )  # fmt: skip
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
@@ -635,8 +651,12 @@ def check_predictions(table, scores):
         names, scan = ", ".join(constant), differs.idxmax()
         raise ValueError(f"expected one of {names} for each scan; not so for scan {scan}")
 
-    accuracy = (table.label == table.prediction).mean()
-    if abs(accuracy - scores["slice"]["accuracy"]) > 1e-6:
+    name, again = "accuracy", (table.label == table.prediction).mean()
+    if scores.get("withheld"):  # there is no accuracy
+        name = "auroc"
+        again = metrics.point_scores(*metrics.arrays(table, "slice")[:3])[name]
+    both = np.array([again, scores["slice"][name]], float)  # None, of one class alone, becomes NaN
+    if not np.isclose(*both, rtol=0, atol=1e-6, equal_nan=True):
         raise ValueError("the labels are not those of metrics.json")
     if not np.isfinite(table.logit).all():
         raise ValueError("some logits are not finite")

@@ -9,6 +9,7 @@ calibrated on their common validation, folds of a cross-validation out of fold.
 """
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -179,11 +180,12 @@ def find_design(members, tables):
             unseen = all((each["test"].exposure != "yes").all() for each in tables.values())
             if apart and unseen:
                 return FOLDS
+    first = next(iter(members))
     raise InputError(
-        f"{', '.join(members)} have no validation in common, and are no folds of one "
-        "cross-validation, so that nothing calibrates them together. Expected folds of one seed, "
-        "or seeds of one split: another --seed splits anew, unless --split RUN/split.csv keeps the "
-        "split of the first run. tools.ensemble --uncalibrated makes one without a calibration"
+        f"{', '.join(members)} have no validation slices in common, and are no folds of one "
+        "cross-validation, so that nothing calibrates them together; train the others with --split "
+        f"{Path(first).parent / 'split.csv'}, or make an ensemble without verdicts by "
+        "tools.ensemble --uncalibrated"
     )
 
 

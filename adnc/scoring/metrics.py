@@ -34,6 +34,7 @@ METRICS = {
     "calibration_error": "calibration error",
 }
 LOWER_IS_BETTER = ("brier", "calibration_error")
+RANKING = ("auroc", "average_precision")  # need an order alone, no threshold and no probability
 BASELINES = {
     "majority_class": "majority class",
     "window_vote": "window vote",
@@ -58,7 +59,7 @@ NUMBERS = {
 # The columns of scans.csv, before SPREAD. Those of subjects.csv are the same without the first.
 AGGREGATED = (
     "scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
-    "n_out_of_range",
+    "n_out_of_range", "dark_share",
 )  # fmt: skip
 SPREAD = ("members", "members_AD", "member_sd")  # of an ensemble, see `ensemble.scan_spread`
 
@@ -73,7 +74,8 @@ def with_predictions(table):
 
 
 def aggregate(predictions, unit):
-    """Slice-level predictions -> one row per "slice", "scan" or "subject", with the mean p_AD.
+    """Slice-level predictions -> one row per "slice", "scan" or "subject", with the mean p_AD and
+    the mean dark_share.
 
     Adds n_slices and n_out_of_range. Other columns are those of the first slice, since they do not
     differ within a scan. Slices of unknown subjects are left out at subject level, and subjects
@@ -90,6 +92,7 @@ def aggregate(predictions, unit):
         carried += ["subject", "prediction_set"]
     columns = {
         "p_AD": "mean",
+        "dark_share": "mean",
         "n_slices": "sum",
         "n_out_of_range": "sum",
         **dict.fromkeys(carried, "first"),
@@ -105,12 +108,38 @@ def aggregate(predictions, unit):
 
 def verdict(scan):
     """The verdict on a scan, a row of `aggregate`: its prediction set, or its prediction if there
-    is none. "no verdict" if at least half of the slices are out of the training range."""
-    if 2 * scan.n_out_of_range >= scan.n_slices:
+    is none. "no verdict" if it is `mostly_out_of_range`."""
+    if mostly_out_of_range(scan):
         return "no verdict"
     if pd.isna(scan.prediction_set):
         return scan.prediction
     return scan.prediction_set
+
+
+def mostly_out_of_range(scans):
+    """Whether at least half of the slices of a row, or of each row of a table, of `aggregate` are
+    out of the training range."""
+    return 2 * scans.n_out_of_range >= scans.n_slices
+
+
+def ranks(scans):
+    """The rank of each row of a table of `aggregate` by p_AD, 1 for the highest, equal ones alike;
+    <NA> for those `mostly_out_of_range`."""
+    usable = scans.p_AD.where(~mostly_out_of_range(scans))
+    return usable.rank(ascending=False, method="min").astype("Int64")
+
+
+def keep_metrics(by_unit, names):
+    """A result of `summarise` or `compare` with those of METRICS that are in names."""
+    kept = {}
+    for unit, part in by_unit.items():
+        if part is not None:
+            dropped = set(METRICS) - set(names)
+            part = {key: value for key, value in part.items() if key not in dropped}
+            if "ci95" in part:
+                part["ci95"] = {name: part["ci95"][name] for name in names}
+        kept[unit] = part
+    return kept
 
 
 def arrays(predictions, unit):

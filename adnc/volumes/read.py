@@ -306,7 +306,10 @@ def open_volume(path):
         raise Unfit(f"holds {len(shape)} dimensions; expected one volume of three dimensions")
     if any(side != 1 for side in shape[3:]):
         n_volumes = "x".join(map(str, shape[3:]))
-        raise Unfit(f"holds {n_volumes} volumes; expected one volume of three dimensions")
+        raise Unfit(
+            f"holds {n_volumes} volumes; expected one volume of three dimensions: save one of them "
+            "as a file of its own"
+        )
     in_limits = MIN_SIDE <= min(shape[:3]) and max(shape[:3]) <= MAX_SIDE
     if not in_limits or np.prod(shape[:3], dtype=float) > MAX_VOXELS:
         raise Unfit(
