@@ -188,8 +188,9 @@ def test_a_checkpoint_names_no_subject(run_folder):
 
 
 def test_without_a_checkpoint_weights_that_saw_drawings_rank_the_scans(varied, tmp_path, capsys):
+    test = str(varied / "AD_NC" / "test")
     words = ["--out", tmp_path / "out", "--report", tmp_path / "page.html"]
-    predict.main([str(varied / "AD_NC" / "test"), *map(str, words)])
+    predict.main([test, *map(str, words)])
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert "weights/phantom.pth: ConvNeXt narrow" in first and "trained on drawings alone" in first
     assert last.startswith("The model was trained on drawings alone. Its score is the resemblance ")
@@ -219,7 +220,7 @@ def test_without_a_checkpoint_weights_that_saw_drawings_rank_the_scans(varied, t
     assert evaluate_again(tmp_path / "out", scores, capsys)
 
     with pytest.raises(InputError, match="--coverage is for verdicts, and .* drawings alone"):
-        predict.main([str(varied / "AD_NC" / "test"), "--out", str(tmp_path / "b"), "--coverage", "0.9"])
+        predict.main([test, "--out", str(tmp_path / "b"), "--coverage", "0.9"])
 
 
 def evaluate_again(folder, scores, capsys):
