@@ -677,5 +677,6 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
         result.inputs += map(str, parts)
     elif n_cut:
         result.inputs.append(str(slices))
-    result.lines.append(f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin})")
+    kept = "" if look.strip else "; skulls are kept, --strip removes them"
+    result.lines.append(f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin}){kept}")
     return result

@@ -20,11 +20,10 @@ flags_of() {  # MODEL
         small) echo "--recipe small";;
         cnn) echo "--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last";;
         paper) echo "--model atto --image-size 64 --batch-size 32 --epochs 20 --keep last";;
-        short) echo "--recipe small --image-size 64";;
-        long5) echo "--recipe small --image-size 64 --epochs 50";;
-        mix5) echo "--recipe small --image-size 64 --epochs 50 --mixup 0.2 --cutmix 1.0";;
-        long20) echo "--recipe small --image-size 64 --epochs 200";;
-        mix20) echo "--recipe small --image-size 64 --epochs 200 --mixup 0.2 --cutmix 1.0";;
+        long5) echo "--recipe small --epochs 50";;
+        mix5) echo "--recipe small --epochs 50 --mixup 0.2 --cutmix 1.0";;
+        long20) echo "--recipe small --epochs 200";;
+        mix20) echo "--recipe small --epochs 200 --mixup 0.2 --cutmix 1.0";;
     esac
 }
 oasis() {  # MODEL SEED: five folds
@@ -39,7 +38,7 @@ list() {  # the flags of all runs, the most telling first
     local model seed n
     for seed in 0 1 2 3 4; do oasis small $seed; done
     for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn small $n $seed; done; done
-    for seed in 0 1 2 3 4; do for model in short long5 mix5; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2 3 4; do for model in long5 mix5; do drawn $model 100 $seed; done; done
     for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn cnn $n $seed; done; done
     for seed in 0 1 2 3 4; do drawn paper 100 $seed; done
     for seed in 0 1 2; do for model in long20 mix20; do drawn $model 100 $seed; done; done
@@ -83,7 +82,7 @@ for model in small cnn paper; do for n in 50 100 200; do
         table "$model, local cue, $n subjects: from slices to a scan" python -m docs.experiments.aggregate $found
     fi
 done; done
-short=$(finished short-n100 local)
+short=$(finished small-n100 local)
 for model in long5 mix5 long20 mix20; do
     found=$(finished "$model-n100" local)
     if [ -n "$short" ] && [ -n "$found" ]; then
