@@ -48,6 +48,7 @@ class SliceSet:
     root: the folder AD_NC.
     bad: (path, reason) of the files that were left out.
     dropped: the number of scans that --drop-test-subjects left out, or None.
+    unused: rows like those of the index, of slices that are in no part, as with --subjects.
     sources: the files that name the subjects.
     notes: sentences on what was converted, assumed, or not used.
     """
@@ -57,6 +58,7 @@ class SliceSet:
     root: str = ""
     bad: list = field(default_factory=list)
     dropped: int | None = None
+    unused: pd.DataFrame | None = None
     sources: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
@@ -145,7 +147,9 @@ def load_set(
         index = split_index(index, val_fraction, split_by, seed)
 
     check_classes(index, slices.root)
-    return replace(slices, index=index.reset_index(drop=True), dropped=dropped)
+    unused = slices.index[~slices.index.path.isin(index.path)]
+    index = index.reset_index(drop=True)
+    return replace(slices, index=index, unused=unused, dropped=dropped)
 
 
 def check_classes(index, root):

@@ -56,7 +56,7 @@ from adnc.cli import (
 )
 from adnc.data import pixels, subjects
 from adnc.data.augment import MEAN, STD, train_transform
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.explain.attribution import measure_map_scale
 from adnc.files import (
     fingerprint,
@@ -922,7 +922,8 @@ def write_start(out, args, slices, card):
     used = {name: card[name] for name in ("data", "precision", "machine")}
     versions = {name: card[name] for name in ("versions", "earlier_versions")}
     write_json(out / "config.json", {"flags": vars(args), "used": used, **versions})
-    split = slices.index[["path", "label", "scan", "slice", "subject", "split", "group"]]
+    split = pd.concat([slices.index, slices.unused.assign(split=subjects.UNUSED)])
+    split = split[["path", "label", "scan", "slice", "subject", "split", "group"]]
     split = split.assign(path=[os.path.relpath(path, slices.root) for path in split.path])
     write_csv(out / "split.csv", split)
     if args.skip_bad:
@@ -1231,6 +1232,8 @@ def train(args, world, device, amp):
     )
     for line in slices.notes:
         log(line)
+    if len(slices.unused):
+        log(f"not used: {count(len(slices.unused), 'slice')} of the set, as split.csv says")
     for line in subjects.describe_split(slices.index, args.split_by, slices.dropped):
         log(line)
     for line in subjects.describe_validation(slices.index):

@@ -216,7 +216,7 @@ def test_copies_of_a_scan_are_one_group_for_intervals_calibration_and_sets(copie
     p = np.where(test.label == "AD", 0.9, 0.2)
     table = test.assign(p_AD=p, logit=np.log(p / (1 - p)), threshold=0.5, exposure="no")
     sets = table.label.mask(test.scan.isin(["400", "902"]), "AD|NC")
-    table = table.assign(out_of_range=None, prediction_set=sets)
+    table = table.assign(out_of_range=None, prediction_set=sets, dark_share=np.nan)
 
     samples = metrics.bootstrap_scores(table)
     assert samples["slice"].groups == samples["scan"].groups == 6

@@ -267,6 +267,22 @@ def test_the_split_csv_of_a_run_gives_its_split_again(ad_nc, run_folder, tmp_pat
     assert (run / "split.csv").read_bytes() == (run_folder / "split.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "flags", [["--subjects", "8"], ["--fold", "1", "--folds", "3"], ["--drop-test-subjects"]]
+)
+def test_the_split_csv_of_a_run_on_a_part_of_the_set_gives_the_same_part_again(flags, tmp_path):
+    scans = SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")}
+    root = write_set(tmp_path, scans)
+    first = train_steps(root, tmp_path / "first", "--epochs", "1", *flags)
+    split = first / "split.csv"
+    assert (pd.read_csv(split).split == "unused").any()
+    again = train_steps(
+        root, tmp_path / "again", "--epochs", "1", "--seed", "1", "--split", str(split)
+    )
+    assert (again / "split.csv").read_bytes() == split.read_bytes()
+    assert "not used: " in (again / "training_log.txt").read_text()
+
+
 def test_shared_subjects_are_reported_apart(tmp_path):
     scans = SCANS | {"300": ("test", "AD", "a0"), "400": ("test", "NC", "n1")}
     run = train_small(write_set(tmp_path, scans), tmp_path / "run", "--epochs", "1")
@@ -282,7 +298,7 @@ def test_test_subjects_can_be_left_out_of_training(tmp_path):
         write_set(tmp_path, scans), tmp_path / "run", "--epochs", "1", "--drop-test-subjects"
     )
     split = pd.read_csv(run / "split.csv")
-    assert not split[split.split != "test"].subject.isin(["a0", "n1"]).any()
+    assert not split[split.split.isin(["train", "val"])].subject.isin(["a0", "n1"]).any()
     assert "LEAK" not in (run / "training_log.txt").read_text()
 
 

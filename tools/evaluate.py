@@ -32,6 +32,11 @@ PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": 
 # Flags that may differ between runs that are pooled: they do not change how a model learns.
 FREE_FLAGS = {"fold", "out", "data", "resume", "device"}
 
+# Flags that --split replaces: of two runs one may have them, and the other its split.csv.
+SPLIT_FLAGS = {
+    "split", "folds", "pool_test", "subjects", "drop_test_subjects", "split_by", "val_fraction",
+}  # fmt: skip
+
 # ---------------------------------------------------------------- finished runs
 
 
@@ -115,7 +120,7 @@ def check_flags(pools):
     """Warnings about flags that differ between runs, and about missing folds."""
     free = set(FREE_FLAGS)
     if len(pools) > 1:
-        free |= {"seed", "split"}  # another seed has another split, given or not
+        free.add("seed")
     flags = [read_flags(folder) for one in pools for folder in one.folders]
     flags = [each for each in flags if each]
     if len(flags) < 2:
@@ -124,6 +129,8 @@ def check_flags(pools):
     warnings = []
     first = flags[0]
     differing = []
+    if len(pools) > 1 and any(each.get("split") for each in flags):
+        free |= SPLIT_FLAGS
     for name in sorted(set(first) - free):
         if any(each.get(name) != first[name] for each in flags):
             differing.append("--" + name.replace("_", "-"))

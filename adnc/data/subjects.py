@@ -171,9 +171,12 @@ def fold_index(index, fold, folds, by="subject", seed=0):
     return index
 
 
+UNUSED = "unused"  # in a split.csv: a slice that is in no part, as with --subjects
+
+
 def read_split(index, file, root):
     """The index with the split (train, val or test) that a split.csv gives each file, by its path
-    below `root`.
+    below `root`, without the files that are UNUSED.
 
     The file comes from an earlier run or was made by hand; its columns path and split are read.
     InputError if it does not name the slices of the index, each once, or if a group is in both
@@ -182,14 +185,13 @@ def read_split(index, file, root):
     given = read_table(file, ("path", "split"))
     given["path"] = given.path.map(comparable_path, na_action="ignore")
     given["split"] = given.split.str.lower()
-    valid = (
-        given.split.isin(["train", "val", "test"]) & given.path.notna() & ~given.path.duplicated()
-    )
+    known = given.split.isin(["train", "val", "test", UNUSED])
+    valid = known & given.path.notna() & ~given.path.duplicated()
     if not valid.all():
         row = given[~valid].iloc[0]
         raise InputError(
             f"--split {file}: {(~valid).sum()} rows, first {row.path} with split {row.split}, are "
-            "not usable; expected each path once, in train, val or test"
+            "not usable; expected each path once, in train, val or test, or unused"
         )
 
     paths = index.path.map(lambda path: comparable_path(os.path.relpath(path, root)))
@@ -208,6 +210,7 @@ def read_split(index, file, root):
         )
 
     index = index.assign(split=paths.map(dict(zip(given.path, given.split))).to_numpy(str))
+    index = index[index.split != UNUSED]
     shared = shared_values(index, "group", "train", "val")
     if shared:
         raise InputError(

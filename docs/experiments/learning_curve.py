@@ -27,7 +27,7 @@ def learning_curve(folders):
     by_size = {}
     for folder in folders:
         split = read_csv(Path(folder) / "split.csv")
-        n_subjects = split.group[split.split != "test"].nunique()
+        n_subjects = split.group[split.split.isin(["train", "val"])].nunique()
         model = describe_model(read_flags(folder)["model"])
         by_size.setdefault((model, n_subjects), []).append(folder)
 

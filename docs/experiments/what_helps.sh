@@ -4,6 +4,7 @@
 #
 #     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; nine hours on two cores
 #     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC    # the runs of these names
+#     HELPED='mix5' bash docs/experiments/what_helps.sh OASIS/AD_NC           # also on OASIS-1, since it helped on the local cue
 #
 # Finished runs are skipped, interrupted runs are resumed. Two run at a time (JOBS), with one thread each. Of the tables,
 # those whose runs are all finished are printed.
@@ -13,36 +14,51 @@ runs=${2:-runs/helps}
 export OMP_NUM_THREADS=1
 mkdir -p "$runs"
 local="$runs/LOCAL/AD_NC"
-if [ ! -d "$runs/LOCAL" ]; then python -m tools.phantom "$runs/LOCAL" --cue local --subjects 1000; fi
+if [ ! -d "$runs/LOCAL" ]; then
+    rm -rf "$runs/LOCAL.part"  # of a drawing that was interrupted
+    python -m tools.phantom "$runs/LOCAL.part" --cue local --subjects 1000
+    mv "$runs/LOCAL.part" "$runs/LOCAL"
+fi
 
-flags_of() {  # MODEL
+flags_of() {  # MODEL SET
     case $1 in
         small) echo "--recipe small";;
         cnn) echo "--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last";;
-        paper) echo "--model atto --image-size 64 --batch-size 32 --epochs 20 --keep last";;
+        paper)  # about 2,200 steps on each set
+            local epochs=20
+            if [ "$2" = local ]; then epochs=120; fi
+            echo "--model atto --image-size 64 --batch-size 32 --epochs $epochs --keep last";;
         long5) echo "--recipe small --epochs 50";;
         mix5) echo "--recipe small --epochs 50 --mixup 0.2 --cutmix 1.0";;
         long20) echo "--recipe small --epochs 200";;
         mix20) echo "--recipe small --epochs 200 --mixup 0.2 --cutmix 1.0";;
     esac
 }
+# All runs of a set learn from the subjects of the first, small with seed 0: else five seeds together would know more people.
 oasis() {  # MODEL SEED: five folds
+    local k split
     for k in 0 1 2 3 4; do
-        echo "--out $runs/oasis-$1-s$2-f$k --data $data --pool-test --folds 5 --fold $k --seed $2 $(flags_of "$1")"
+        split="--split $runs/oasis-small-s0-f$k/split.csv"
+        if [ "$1-$2" = small-0 ]; then split="--pool-test --folds 5 --fold $k"; fi
+        echo "--out $runs/oasis-$1-s$2-f$k --data $data $split --seed $2 $(flags_of "$1" oasis)"
     done
 }
 drawn() {  # MODEL SUBJECTS SEED
-    echo "--out $runs/local-$1-n$2-s$3 --data $local --subjects $2 --seed $3 $(flags_of "$1")"
+    local split="--split $runs/local-small-n$2-s0/split.csv"
+    if [ "$1-$3" = small-0 ]; then split="--subjects $2"; fi
+    echo "--out $runs/local-$1-n$2-s$3 --data $local $split --seed $3 $(flags_of "$1" local)"
 }
 list() {  # the flags of all runs, the most telling first
     local model seed n
-    for seed in 0 1 2 3 4; do oasis small $seed; done
-    for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn small $n $seed; done; done
+    for seed in 0 1 2 3 4; do
+        oasis small $seed
+        for n in 50 100 200; do drawn small $n $seed; done
+    done
     for seed in 0 1 2 3 4; do for model in long5 mix5; do drawn $model 100 $seed; done; done
     for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn cnn $n $seed; done; done
     for seed in 0 1 2 3 4; do drawn paper 100 $seed; done
     for seed in 0 1 2; do for model in long20 mix20; do drawn $model 100 $seed; done; done
-    for seed in 0 1 2; do for model in cnn paper; do oasis $model $seed; done; done
+    for seed in 0 1 2; do for model in cnn paper ${HELPED:-}; do oasis $model $seed; done; done
 }
 start_or_resume() {  # FLAGS
     local out=${1#--out }; out=${out%% *}
@@ -52,7 +68,8 @@ start_or_resume() {  # FLAGS
     python train.py $1 > "$out.log" 2>&1 || { tail -5 "$out.log"; return 1; }
 }
 export -f start_or_resume
-list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"'
+list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
+    echo "some runs failed; their tables are missing"
 
 finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are finished
     local flags out found=()
@@ -82,14 +99,22 @@ for model in small cnn paper; do for n in 50 100 200; do
         table "$model, local cue, $n subjects: from slices to a scan" python -m docs.experiments.aggregate $found
     fi
 done; done
-short=$(finished small-n100 local)
-for model in long5 mix5 long20 mix20; do
-    found=$(finished "$model-n100" local)
-    if [ -n "$short" ] && [ -n "$found" ]; then
-        n=$(wc -w <<< "$found")  # as many seeds of the short training
-        table "$model, local cue" python -m tools.evaluate $found --against $(cut -d' ' -f "1-$n" <<< "$short")
-    fi
-done
+against() {  # SET TITLE MODEL OTHER: the paired difference of two models on as many seeds as both have
+    local found other n
+    found=$(finished "$3" "$1")
+    other=$(finished "$4" "$1")
+    if [ -z "$found" ] || [ -z "$other" ]; then return; fi
+    n=$(wc -w <<< "$found")
+    table "$2" python -m tools.evaluate $found --against $(cut -d' ' -f "1-$n" <<< "$other")
+}
+for model in long5 mix5 long20 mix20; do against local "$model minus 10 epochs, local cue" $model-n100 small-n100; done
+for times in 5 20; do against local "mixing, $times times the steps, local cue" mix$times-n100 long$times-n100; done
+for model in ${HELPED:-}; do against oasis "$model minus 10 epochs, OASIS-1" $model small; done
 if [ -z "${ONLY:-}" ]; then
-    table "neighbours, OASIS-1" python -m docs.experiments.context "$data" --folds 5 --image-size 64
+    neighbours="$runs/neighbours.txt"
+    if [ ! -f "$neighbours" ]; then
+        python -m docs.experiments.context "$data" --folds 5 --image-size 64 > "$neighbours.part"
+        mv "$neighbours.part" "$neighbours"
+    fi
+    table "neighbours, OASIS-1" cat "$neighbours"
 fi
