@@ -240,7 +240,7 @@ def warnings_about(predictions, checkpoint, coverage):
         yield f"the model is LEAKY: {leak}"
     if why_no_verdicts(checkpoint) == NO_CALIBRATION:
         yield f"{NO_CALIBRATION}: p_AD orders scans, and is no probability"
-    elif "calibration" not in checkpoint:
+    elif "calibration" not in checkpoint and not is_drawn(checkpoint):
         yield "the run did not finish: its p_AD are not calibrated"
     elif coverage is not None:
         most = max_coverage(checkpoint["calibration"], coverage)
@@ -257,8 +257,8 @@ def warnings_about(predictions, checkpoint, coverage):
     yield from warn_of_rows(
         readable,
         "out_of_range",
-        "slices are out of the training range; do not rely on their p_AD (if they show a skull and "
-        "the training slices did not, use --strip)",
+        "slices are out of the training range; do not rely on their scores (if they show a skull "
+        "and the training slices did not, use --strip)",
         begin="is out of the training range: ",
     )
     if "fold_calibrations" in checkpoint:
@@ -278,18 +278,18 @@ def warnings_about(predictions, checkpoint, coverage):
         )
 
 
-def format_scans(scans, trusted=True, drawn=False, most=10):
+def format_scans(scans, trusted=True, ranked=False, most=10):
     """A line for each of the first scans of a table of `metrics.aggregate`. `trusted` is whether
-    the model may give a verdict, `drawn` whether it saw drawings alone: then it gives ranks, if
-    there are several scans."""
-    ranks = metrics.ranks(scans)
-    for row, rank in zip(scans.head(most).itertuples(), ranks):
-        slices = f"{row.n_slices} slice{'s' if row.n_slices > 1 else ''}"
+    the model may give a verdict, `ranked` whether its scores have no threshold, and order scans if
+    there are several."""
+    n_ranked = scans["rank"].count()
+    for row in scans.head(most).itertuples():
+        slices = count(row.n_slices, "slice")
         verdict = metrics.verdict(row)
-        if drawn:
+        if ranked:
             text = f"no verdict: score {row.p_AD:.3f}, mean of {slices}"
-            if len(scans) > 1:
-                text += ", not ranked" if pd.isna(rank) else f", rank {rank} of {ranks.count()}"
+            if n_ranked > 1:
+                text += ", not ranked" if pd.isna(row.rank) else f", rank {row.rank} of {n_ranked}"
         elif not trusted or verdict == "no verdict":
             text = f"no verdict: {slices}"
         else:
@@ -414,17 +414,17 @@ def main(argv=None):
     out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
     path, checkpoint = load_runs(args.checkpoint or [PHANTOM])
+    if args.coverage is not None and is_drawn(checkpoint):
+        raise InputError(
+            f"--coverage is for verdicts, and {path} was trained on drawings alone and gives none; "
+            "leave it out, or name a model trained on people with --checkpoint"
+        )
     if args.coverage is not None and "calibration" not in checkpoint:
         reason = "its run did not finish; finish it with --resume"
         if why_no_verdicts(checkpoint) == NO_CALIBRATION:
             reason = "its members have no calibration in common; name members that have one"
         raise InputError(
             f"the checkpoint is not calibrated, since {reason}, or leave out --coverage"
-        )
-    if args.coverage is not None and is_drawn(checkpoint):
-        raise InputError(
-            f"--coverage is for verdicts, and {path} was trained on drawings alone and gives none; "
-            "leave it out, or name a model trained on people with --checkpoint"
         )
     if args.report:
         from adnc.explain import report
@@ -501,7 +501,7 @@ def predict(args, path, checkpoint, out, device, amp):
             f"none of the {len(predictions)} files could be read; {out / 'predictions.csv'} lists "
             "why"
         )
-    for line in format_scans(scans, trusted, drawn):
+    for line in format_scans(scans, trusted, ranked=why_no_verdicts(checkpoint) is not None):
         print(printable(line))
     if scores:
         print("\n".join(format_assessment(scores)))

@@ -1280,7 +1280,7 @@ def train(args, world, device, amp):
         return
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
-        log(f"predict again with:\n  {how_to_predict(slices.root, out)}")
+        log(f"predict again with:\n  {how_to_predict(slices.root, out, assess.is_drawn(card))}")
     labels = read_labels(slices.part("train"), args.soft_labels)
     guessing, _ = guessing_losses(labels, args.label_smoothing)
     for line in (*describe_end(state.history, args.keep, guessing), *last_lines):
@@ -1294,9 +1294,13 @@ def is_busy():
     return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
-def how_to_predict(root, out):
+def how_to_predict(root, out, drawn):
+    """The command that predicts test/ with the model of a run; `drawn` is whether it has seen
+    drawings alone, and so gives no prediction sets."""
     predict = Path(__file__).with_name("predict.py")
-    model = ("--checkpoint", out / "best_model.pth", "--coverage", assess.COVERAGE)
+    model = ["--checkpoint", out / "best_model.pth"]
+    if not drawn:
+        model += ["--coverage", assess.COVERAGE]
     return command(sys.executable, predict, Path(root) / "test", *model)
 
 

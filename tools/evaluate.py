@@ -238,9 +238,7 @@ def format_comparison(comparison):
         row = [label]
         for unit in units:
             part = comparison[unit][name]
-            if part is None:
-                row.append("undefined")
-            elif part["p"] is None:
+            if part is None or part["p"] is None:
                 row.append(format_difference(part))
             else:
                 row.append(f"{format_difference(part)}, p = {part['p']:.3f}")
@@ -325,7 +323,7 @@ def format_together(together, model, unit):
         ["", f"AUROC of {unit}s"],
         ["mean over seeds", cell(metrics.summarise(model)[unit], "auroc")],
         ["all seeds together, mean logit", cell(metrics.summarise(together)[unit], "auroc")],
-        ["difference, paired", "undefined" if gain is None else format_difference(gain)],
+        ["difference, paired", format_difference(gain)],
     ]
     return format_table(rows)
 

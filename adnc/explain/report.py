@@ -35,9 +35,10 @@ from adnc.scoring.assess import (
     is_drawn,
     read_run,
     statements,
+    why_no_verdicts,
 )
 from adnc.scoring.calibration import conformal_quantile
-from adnc.scoring.metrics import METRICS, UNITS, aggregate, ranks, verdict
+from adnc.scoring.metrics import METRICS, UNITS, aggregate, verdict
 from adnc.volumes.look import describe_order, picture_sides
 
 INLINE = 6_500_000  # bytes of pictures, a third more in base64: the page stays below 10 MB
@@ -95,13 +96,18 @@ class Report:
 
     @property
     def drawn(self):
-        """Whether the model saw drawings alone: then the page ranks the scans by their scores."""
+        """Whether the model saw drawings alone."""
         return is_drawn(self.checkpoint)
+
+    @property
+    def ranked(self):
+        """Whether the scores have no threshold: then the page ranks the scans by them."""
+        return why_no_verdicts(self.checkpoint) is not None
 
     @property
     def scored(self):
         """Whether the page shows scores."""
-        return self.drawn or self.distrust is None
+        return self.ranked or self.distrust is None
 
     @property
     def overlays(self):
@@ -255,7 +261,7 @@ def probability_plot(rows, threshold):
     if predicted.any():
         line = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x[predicted], y[predicted]))
         p = rows.p_AD[predicted]
-        label += f": p_AD from {p.min():.2f} to {p.max():.2f}"
+        label += f": from {p.min():.2f} to {p.max():.2f}"
         label += f", first {p.iloc[0]:.2f}, last {p.iloc[-1]:.2f}"
     return {
         "line": line,
@@ -297,10 +303,11 @@ def describe_page(report, sources, linked):
         if not line.startswith(files) and not said_above:
             warnings.append(line)
 
-    own = []
-    if "members" in report.checkpoint:
+    if report.drawn:  # its test was on drawings
+        own = []
+    elif "members" in report.checkpoint:
         own = [ensemble_scores(report.checkpoint)]
-    elif not report.drawn:
+    else:
         own = [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")]
     calibration = report.checkpoint.get("calibration")
     both = None  # the interval of p_AD with the verdict AD|NC
@@ -359,12 +366,11 @@ def describe_scans(report, sources):
     """One dict per scan, the least certain first.
 
     Scans without a verdict or a readable slice come first, then AD|NC, then the others by the
-    distance of p_AD from the threshold. Of a model that saw drawings alone the highest score comes
-    first, and scans without a rank come last.
+    distance of p_AD from the threshold. Of a model whose scores rank the highest comes first, and
+    scans without a rank come last.
     """
     table = report.predictions.reset_index(drop=True)
     predicted = aggregate(table[table.p_AD.notna()], "scan")
-    predicted = predicted.assign(rank=ranks(predicted))
     prediction = {row.scan: row for row in predicted.itertuples()}
     members, scans = {}, []
     if report.spread is not None:
@@ -387,7 +393,7 @@ def describe_scans(report, sources):
             described["sides"] = [SHORT.get(side, side) for side in picture_sides(look)]
             described["order"] = describe_order(look, numbers.min(), numbers.max())
         scans.append(described)
-    if report.drawn:
+    if report.ranked:
         return sorted(scans, key=lambda scan: (scan["rank"] is None, -(scan["p_AD"] or 0)))
     if report.distrust:  # the order must not tell what is withheld
         return sorted(scans, key=lambda scan: scan["name"])

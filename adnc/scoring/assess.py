@@ -162,7 +162,11 @@ def compare_with_dark_share(network, both, dark_share):
 
 # The verdicts of `conclude`. With all but "works" the report shows no verdicts on scans.
 WORKS, NOT_SHOWN, SWAPPED = "works", "not shown to work", "worse than chance"
-TOO_FEW, NO_TEST, RANKS_ONLY = "tested on too few subjects", "not tested", "ranks only"
+TOO_FEW, NO_TEST = "tested on too few subjects", "tested on subjects seen in training"
+RANKS_ONLY = "ranks only"
+
+NO_TEST_SENTENCE = "That is no test: a model can recognise subjects that it has seen."
+ONE_CLASS = "Only one class is there, so that nothing can be said about telling them apart."
 
 
 def conclude(scores):
@@ -172,21 +176,8 @@ def conclude(scores):
     whether that beats the baselines, and what to do next. The verdict is WORKS if the intervals of
     AUROC and of the accuracy minus that of the larger class lie above 0.5 and above 0.
     """
-    part = scores.get("unseen_subjects", scores)
-    unit = main_unit(part)
+    part, unit, who = decisive_part(scores)
     sample, exposure = part[unit], scores["exposure"]
-    who = f"the {sample['n']:,} {unit}s not seen in training"
-    if part is scores and exposure["unknown"]:
-        who = f"{sample['n']:,} {unit}s of which it is unknown whether training saw them"
-        if exposure["no"]:
-            who = (
-                f"{sample['n']:,} {unit}s (for {exposure['unknown']:,} scans it is unknown whether "
-                "training saw the subject)"
-            )
-    if part is scores and exposure["yes"]:
-        who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
-    if "each_run" in scores:
-        who += f", pooled from {scores['each_run']['runs']} runs"
     first = (
         f"On {who}: AUROC {cell(sample, 'auroc')}, accuracy {cell(sample, 'accuracy')} "
         f"({unit}-level)."
@@ -202,11 +193,11 @@ def conclude(scores):
         third = "Find out before you use any of these numbers."
     elif part is scores and exposure["yes"]:
         verdict = NO_TEST
-        second = "That is no test: a model can recognise subjects that it has seen."
+        second = NO_TEST_SENTENCE
         third = "Test it on other subjects, or train with --drop-test-subjects."
     elif sample["auroc"] is None:
         verdict = TOO_FEW
-        second = "Only one class is there, so that nothing can be said about telling them apart."
+        second = ONE_CLASS
         third = "Test it on subjects of both classes."
     elif sample["groups"] < metrics.MIN_GROUPS:
         verdict = TOO_FEW
@@ -222,6 +213,27 @@ def conclude(scores):
             )
         third = next_step(verdict, part, unit)
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
+
+
+def decisive_part(scores):
+    """(part, unit, who) of scores: the subjects not seen in training, if there are others, their
+    unit, and what a sentence calls them."""
+    part = scores.get("unseen_subjects", scores)
+    unit = main_unit(part)
+    sample, exposure = part[unit], scores["exposure"]
+    who = f"the {sample['n']:,} {unit}s not seen in training"
+    if part is scores and exposure["unknown"]:
+        who = f"{sample['n']:,} {unit}s of which it is unknown whether training saw them"
+        if exposure["no"]:
+            who = (
+                f"{sample['n']:,} {unit}s (for {exposure['unknown']:,} scans it is unknown whether "
+                "training saw the subject)"
+            )
+    if part is scores and exposure["yes"]:
+        who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
+    if "each_run" in scores:
+        who += f", pooled from {scores['each_run']['runs']} runs"
+    return part, unit, who
 
 
 # Why a model gives no verdicts, whatever its test says: the beginning of a sentence.
@@ -240,18 +252,19 @@ def why_no_verdicts(checkpoint):
 def conclude_ranks(scores, why):
     """The conclusion, as of `conclude`, on a model whose scores rank, and have no threshold. `why`
     begins a sentence."""
-    unit = main_unit(scores)
-    sample = scores[unit]
-    first = f"On {sample['n']:,} {unit}s: AUROC {cell(sample, 'auroc')} ({unit}-level)."
+    part, unit, who = decisive_part(scores)
+    first = f"On {who}: AUROC {cell(part[unit], 'auroc')} ({unit}-level)."
     second = (
         f"{why}: its scores rank, and no threshold on them is known, so that there is no accuracy, "
         "sensitivity, specificity or calibration."
     )
-    if sample["auroc"] is None:
-        second += " Only one class is there, so that nothing can be said about telling them apart."
+    if part is scores and scores["exposure"]["yes"]:
+        second += f" {NO_TEST_SENTENCE}"
+    if part[unit]["auroc"] is None:
+        second += f" {ONE_CLASS}"
     third = "For verdicts, calibrate it: tools.ensemble of folds, or of seeds of one split."
     if why == DREW:
-        third = "For verdicts, train on labelled slices: train.py --init phantom --data AD_NC."
+        third = "For verdicts, train on labelled slices: train.py --data AD_NC --recipe small."
     return {"verdict": RANKS_ONLY, "unit": unit, "sentences": [first, second, third]}
 
 
@@ -538,9 +551,8 @@ def write_results(
     member.
 
     `calibration` is that of the checkpoint; metrics.json records it. `withheld` is the reason of
-    `why_no_verdicts`: then the columns prediction and threshold are empty in all tables, scans and
-    subjects have a rank, and the scores are those of an order. Returns the dict of `score`, or None
-    if a label is missing.
+    `why_no_verdicts`: then no table has a prediction or a threshold, and the scores are those of an
+    order. Returns the dict of `score`, or None if a label is missing.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -559,7 +571,7 @@ def write_results(
     for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
         table = tables[unit][list(columns)]
         if withheld:
-            table = table.assign(prediction="", rank=metrics.ranks(table))
+            table = table.assign(prediction="")
         if unit == "scan":
             table = add_spread(table, spread, withheld)
         write_csv(out / f"{unit}s.csv", table)
@@ -636,7 +648,7 @@ def check_predictions(table, scores):
 
     # Text to float by Python: the fast parser of pandas may be off in the last digit.
     table = table[table.p_AD.notna()].reset_index(drop=True).astype(metrics.NUMBERS)
-    if table.prediction.isna().all():  # withheld: the model saw drawings alone
+    if table.prediction.isna().all():  # withheld: the model has no threshold
         table = metrics.with_predictions(table)
     if len(table) != scores["slice"]["n"]:
         raise ValueError("predictions.csv and metrics.json are not of the same slices")

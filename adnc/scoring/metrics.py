@@ -59,7 +59,7 @@ NUMBERS = {
 # The columns of scans.csv, before SPREAD. Those of subjects.csv are the same without the first.
 AGGREGATED = (
     "scan", "subject", "p_AD", "n_slices", "prediction", "prediction_set", "label", "exposure",
-    "n_out_of_range", "dark_share",
+    "n_out_of_range", "dark_share", "rank",
 )  # fmt: skip
 SPREAD = ("members", "members_AD", "member_sd")  # of an ensemble, see `ensemble.scan_spread`
 
@@ -77,8 +77,9 @@ def aggregate(predictions, unit):
     """Slice-level predictions -> one row per "slice", "scan" or "subject", with the mean p_AD and
     the mean dark_share.
 
-    Adds n_slices and n_out_of_range. Other columns are those of the first slice, since they do not
-    differ within a scan. Slices of unknown subjects are left out at subject level, and subjects
+    Adds n_slices, n_out_of_range, and to scans and subjects their rank by p_AD, 1 for the highest,
+    equal ones alike, <NA> for those `mostly_out_of_range`. Other columns are those of the first
+    slice, since they do not differ within a scan. Slices of unknown subjects are left out at subject level, and subjects
     have no prediction set. A subject with scans of both classes, which the audit reports, gets the
     label of the first scan.
     """
@@ -101,6 +102,8 @@ def aggregate(predictions, unit):
 
     # The means of 19 and of 20 equal numbers may differ in the last bit, which would rank them.
     table = with_predictions(table.assign(p_AD=table.p_AD.round(12)))
+    usable = table.p_AD.where(~mostly_out_of_range(table))
+    table["rank"] = usable.rank(ascending=False, method="min").astype("Int64")
     if unit == "subject":
         table["prediction_set"] = pd.Series(None, table.index, dtype="string")
     return table
@@ -120,13 +123,6 @@ def mostly_out_of_range(scans):
     """Whether at least half of the slices of a row, or of each row of a table, of `aggregate` are
     out of the training range."""
     return 2 * scans.n_out_of_range >= scans.n_slices
-
-
-def ranks(scans):
-    """The rank of each row of a table of `aggregate` by p_AD, 1 for the highest, equal ones alike;
-    <NA> for those `mostly_out_of_range`."""
-    usable = scans.p_AD.where(~mostly_out_of_range(scans))
-    return usable.rank(ascending=False, method="min").astype("Int64")
 
 
 def keep_metrics(by_unit, names):

@@ -677,6 +677,6 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
         result.inputs += map(str, parts)
     elif n_cut:
         result.inputs.append(str(slices))
-    kept = "" if look.strip else "; skulls are kept, --strip removes them"
+    kept = "" if look.strip else "; no skull is removed, which --strip would do"
     result.lines.append(f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin}){kept}")
     return result
