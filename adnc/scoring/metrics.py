@@ -79,9 +79,9 @@ def aggregate(predictions, unit):
 
     Adds n_slices, n_out_of_range, and to scans and subjects their rank by p_AD, 1 for the highest,
     equal ones alike, <NA> for those `mostly_out_of_range`. Other columns are those of the first
-    slice, since they do not differ within a scan. Slices of unknown subjects are left out at subject level, and subjects
-    have no prediction set. A subject with scans of both classes, which the audit reports, gets the
-    label of the first scan.
+    slice, since they do not differ within a scan. Slices of unknown subjects are left out at
+    subject level, and subjects have no prediction set. A subject with scans of both classes, which
+    the audit reports, gets the label of the first scan.
     """
     out_of_range = predictions.out_of_range.notna().astype(int)
     counts = predictions.assign(n_slices=1, n_out_of_range=out_of_range)
