@@ -1281,6 +1281,8 @@ def train(args, world, device, amp):
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
         log(f"predict again with:\n  {how_to_predict(slices.root, out, assess.is_drawn(card))}")
+    if args.demo:
+        log("this was a demonstration on drawings: what follows says nothing about real slices")
     labels = read_labels(slices.part("train"), args.soft_labels)
     guessing, _ = guessing_losses(labels, args.label_smoothing)
     for line in (*describe_end(state.history, args.keep, guessing), *last_lines):

@@ -360,7 +360,9 @@ def test_the_demo_learns_and_prints_a_command_that_predicts(
     scores = json.loads((run / "test" / "metrics.json").read_text())
     assert scores["scan"]["auroc"] >= repeats(0.75, 0.85)
 
-    (line,) = re.findall(r"^  (.*predict\.py .*)$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert "says nothing about real slices" in printed
+    (line,) = re.findall(r"^  (.*predict\.py .*)$", printed, re.MULTILINE)
     done = command.run_printed(line, "--out", "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again = (tmp_path / "again" / "scans.csv").read_text()
