@@ -66,8 +66,8 @@ from adnc.scoring.ensemble import (
     describe_ensemble,
     exposure_over,
     make_ensemble,
-    member_logits,
     members_that_predict,
+    own_folds,
     require_fit,
     scan_spread,
     split_members,
@@ -262,12 +262,11 @@ def warnings_about(predictions, checkpoint, coverage):
         begin="is out of the training range: ",
     )
     if "fold_calibrations" in checkpoint:
-        alone = np.isfinite(member_logits(readable)).sum(1) == 1
-        n_alone = readable.scan[alone].nunique()
-        if n_alone:
+        n_own = readable.scan[own_folds(readable, checkpoint) >= 0].nunique()
+        if n_own:
             yield (
-                f"{n_alone} of {readable.scan.nunique()} scans are of subjects of the "
-                "cross-validation: each is predicted by the member that has not seen it, and "
+                f"{n_own} of {readable.scan.nunique()} scans are of subjects of the "
+                "cross-validation: each is predicted by the members that have not seen it, and "
                 "calibrated on the other folds"
             )
     n_seen = readable.scan[readable.exposure == "yes"].nunique()

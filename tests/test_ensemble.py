@@ -194,6 +194,33 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
         assert own[[f"logit_{j + 1}" for j in range(3) if j != k]].isna().all(axis=None)
 
 
+def test_a_fold_may_have_several_seeds(ad_nc, folds, tmp_path, capsys):
+    flags = ["--epochs", "1", "--seed", "1", "--split", str(folds[0] / "split.csv")]
+    other = train_small(ad_nc, tmp_path / "f0-s1", *flags)
+    checkpoint = make_file(tmp_path / "e.pth", *folds, other)
+    title = "4 runs of 3 folds, each subject by those that have not seen it"
+    assert title in capsys.readouterr().out
+    assert [member["fold"] for member in checkpoint["members"]] == [0, 1, 2, 0]
+
+    # The scores are of the mean logit in fold 0, and of single members in the others.
+    tests = [read_run(run, "test")[0] for run in (*folds, other)]
+    scaled = [test.logit / temperature(run) for test, run in zip(tests, (*folds, other))]
+    scaled = [(scaled[0] + scaled[3]) / 2, *scaled[1:3]]
+    pooled = pd.concat([test.assign(logit=logit) for test, logit in zip(tests, scaled)])
+    own = together.calibrate(pooled)["temperature"]
+    assert checkpoint["calibration"]["temperature"] == pytest.approx(own, rel=1e-6)
+
+    words = ["--checkpoint", tmp_path / "e.pth"]
+    table, members, scans = run_predict([ad_nc / "train", ad_nc / "test"], tmp_path / "p", *words)
+    assert "18 of 18 scans are of subjects of the cross-validation" in capsys.readouterr().err
+    in_fold_0 = scans.scan.isin(set(tests[0].scan.astype(str)))
+    assert scans.members.tolist() == np.where(in_fold_0, 2, 1).tolist()
+    others = pooled[~pooled.scan.isin(tests[0].scan)]
+    at = together.calibrate(others)["temperature"]  # fold 0 is calibrated on the others
+    first = table[table.path.isin(tests[0].path)]
+    np.testing.assert_allclose(first.p_AD, expit(first.logit / at), atol=1e-5)
+
+
 def test_new_subjects_are_predicted_by_all_folds_with_the_common_calibration(
     ad_nc, folds, tmp_path
 ):
@@ -225,9 +252,10 @@ def test_the_exposure_of_seeds_is_that_of_every_member(seeds):
 
 
 def test_runs_that_nothing_calibrates_together_are_refused_or_give_no_verdicts(
-    ad_nc, seeds, folds, tmp_path, capsys
+    ad_nc, seeds, tmp_path, capsys
 ):
-    runs = [str(seeds[0]), str(folds[0])]
+    other = train_small(ad_nc, tmp_path / "other", "--epochs", "1", "--val-fraction", "0.4")
+    runs = [str(seeds[0]), str(other)]
     with pytest.raises(InputError, match="nothing calibrates them together.*--uncalibrated"):
         ensemble.main([*runs, "--out", str(tmp_path / "e.pth")])
     assert not (tmp_path / "e.pth").exists()
@@ -246,24 +274,28 @@ def test_runs_that_nothing_calibrates_together_are_refused_or_give_no_verdicts(
         run_predict([ad_nc / "test"], tmp_path / "q", *words, "--coverage", "0.9")
 
 
-def test_folds_of_two_seeds_are_no_cross_validation(folds):
+def read_tables(runs):
+    return {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in runs}
+
+
+def test_folds_that_share_a_subject_or_have_seen_theirs_are_no_cross_validation(folds):
     checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in folds}
-    tables = {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in folds}
-    assert together.find_design(checkpoints, tables) == "folds"
-    for name, value in (("seed", 5), ("fold", 0)):
-        flags = {**checkpoints["f1"]["flags"], name: value}
-        changed = {**checkpoints, "f1": {**checkpoints["f1"], "flags": flags}}
+    tables = read_tables(folds)
+    assert together.find_folds(checkpoints, tables) == [0, 1, 2]
+    test = tables["f1"]["test"]
+    shared = test.assign(group=test.group.replace(test.group[0], tables["f0"]["test"].group[0]))
+    for changed in (shared, test.assign(exposure="yes"), tables["f0"]["test"].iloc[1:]):
         with pytest.raises(InputError, match="no validation slices in common"):
-            together.find_design(changed, tables)
+            together.find_folds(checkpoints, {**tables, "f1": {**tables["f1"], "test": changed}})
 
 
 def test_equal_names_of_other_slices_are_no_common_validation(seeds, tmp_path):
     checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
-    tables = {run.name: {part: read_run(run, part)[0] for part in ("val", "test")} for run in seeds}
-    assert together.find_design(checkpoints, tables) == "seeds"
+    tables = read_tables(seeds)
+    assert together.find_folds(checkpoints, tables) == [0, 0]
     checkpoints["s1"]["data_hash"] = "another"
     with pytest.raises(InputError, match="no validation slices in common"):
-        together.find_design(checkpoints, tables)
+        together.find_folds(checkpoints, tables)
 
 
 def test_a_missing_fold_is_named(folds, tmp_path, capsys):

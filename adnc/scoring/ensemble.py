@@ -4,11 +4,11 @@ The logit of an ensemble is the mean over its members of z_AD - z_NC, each at it
 (Lakshminarayanan et al. 2017, arXiv 1612.01474, average probabilities instead.) A subject that some
 members saw in training is predicted by the others.
 
-The calibration depends on how the members were trained (`find_design`): seeds of one split are
-calibrated on their common validation, folds of a cross-validation out of fold.
+The calibration depends on how the members were trained (`find_folds`): seeds of one split are
+calibrated on their common validation, folds of a cross-validation out of fold. A fold may have
+several members, its seeds.
 """
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,10 @@ def make_ensemble(members, tables=None):
     if tables is None:
         return {**ensemble, "design": UNCALIBRATED}
 
-    ensemble["design"] = find_design(members, tables)
+    folds = find_folds(members, tables)
+    for member, fold in zip(ensemble["members"], folds):
+        member["fold"] = fold
+    ensemble["design"] = FOLDS if max(folds) > 0 else SEEDS
     rules = sorted({each["calibration"]["threshold_rule"] for each in members.values()})
     if len(rules) > 1:
         raise InputError(
@@ -154,32 +157,42 @@ def describe_ensemble(checkpoint):
         values = [str(each.get(name)) for each in flags]
         if name not in ("out", "resume", "device") and len(set(values)) > 1:
             yield f"--{name.replace('_', '-')}: {', '.join(values)}"
-    if checkpoint["design"] == FOLDS:
-        missing = set(range(flags[0]["folds"])) - {each["fold"] for each in flags}
+    by_fold = [each for each in flags if each["folds"]]  # the others have their split by --split
+    if checkpoint["design"] == FOLDS and by_fold:
+        n_folds = by_fold[0]["folds"]
+        missing = set(range(n_folds)) - {each["fold"] for each in by_fold}
         if missing:
             numbers = ", ".join(map(str, sorted(missing)))
-            yield f"of {flags[0]['folds']} folds, {numbers} are missing"
+            yield f"of {n_folds} folds, {numbers} are missing"
 
 
 # ---------------------------------------------------------------- calibration
 
 
-def find_design(members, tables):
-    """SEEDS if all runs have the same validation slices, FOLDS if they are folds of one
-    cross-validation; else InputError. In both cases the runs have read the same data."""
-    checkpoints, flags = members.values(), [each["flags"] for each in members.values()]
-    if len({checkpoint["data_hash"] for checkpoint in checkpoints}) == 1:
-        validations = [set(zip(each["val"].scan, each["val"].slice)) for each in tables.values()]
-        if all(slices == validations[0] for slices in validations):
-            return SEEDS
-        folds = [each["fold"] for each in flags]
-        same = len({(each["folds"], each["seed"]) for each in flags}) == 1
-        if None not in folds and same and len(set(folds)) == len(folds):
-            groups = [set(each["test"].group) for each in tables.values()]
-            apart = all(not one & other for one, other in itertools.combinations(groups, 2))
-            unseen = all((each["test"].exposure != "yes").all() for each in tables.values())
-            if apart and unseen:
-                return FOLDS
+def find_folds(members, tables):
+    """The fold of each member, a list of numbers from 0. Members whose test has the same slices
+    share a fold: they are its seeds.
+
+    Of a single fold all members have the same validation. Of several, which are a cross-validation,
+    no two have a test subject in common, and no member has seen its own. InputError if neither
+    holds, or if the runs have not read the same data.
+    """
+    tests = []  # of each fold, its slices
+    folds = []
+    for each in tables.values():
+        slices = slices_of(each["test"])
+        if slices not in tests:
+            tests.append(slices)
+        folds.append(tests.index(slices))
+
+    same_data = len({checkpoint["data_hash"] for checkpoint in members.values()}) == 1
+    if len(tests) == 1:
+        validations = [slices_of(each["val"]) for each in tables.values()]
+        fits = all(slices == validations[0] for slices in validations)
+    else:
+        fits = tests_are_apart(folds, tables)
+    if same_data and fits:
+        return folds
     first = next(iter(members))
     raise InputError(
         f"{', '.join(members)} have no validation slices in common, and are no folds of one "
@@ -187,6 +200,24 @@ def find_design(members, tables):
         f"{Path(first).parent / 'split.csv'}, or make an ensemble without verdicts by "
         "tools.ensemble --uncalibrated"
     )
+
+
+def slices_of(predictions):
+    """Which slices a table has: pairs of scan and number."""
+    return set(zip(predictions.scan, predictions.slice))
+
+
+def tests_are_apart(folds, tables):
+    """Whether each test subject is in one fold alone, and not seen by the members of that fold."""
+    owner = {}
+    for fold, each in zip(folds, tables.values()):
+        test = each["test"]
+        if (test.exposure == "yes").any():
+            return False
+        for group in test.group.unique():
+            if owner.setdefault(group, fold) != fold:
+                return False
+    return True
 
 
 def calibrate_with_share(table, rule):
@@ -199,24 +230,25 @@ def calibrate_with_share(table, rule):
 
 def common_predictions(ensemble, tables):
     """Predictions that none of the weights were trained on: the mean logit on the common validation
-    of SEEDS, or for FOLDS the test of each fold by its own member."""
+    of SEEDS, or for FOLDS the test of each fold by its own members."""
     if ensemble["design"] == FOLDS:
         return pd.concat(test_of_folds(ensemble, tables), ignore_index=True)
     return mean_predictions(ensemble["members"], tables, "val")
 
 
 def test_of_folds(ensemble, tables):
-    """The test predictions of each fold by its own member, at its temperature."""
-    parts = []
-    for member in ensemble["members"]:
-        table = tables[member["name"]]["test"]
-        parts.append(table.assign(logit=table.logit / member["temperature"]))
-    return parts
+    """The test predictions of each fold, by the mean logit of its own members."""
+    n_folds = 1 + max(member["fold"] for member in ensemble["members"])
+    return [mean_predictions(members_of_fold(ensemble, k), tables, "test") for k in range(n_folds)]
+
+
+def members_of_fold(ensemble, k):
+    return [member for member in ensemble["members"] if member["fold"] == k]
 
 
 def calibrate_folds(ensemble, tables, rule):
-    """For each member the calibration on the other folds: that of the subjects of its own fold,
-    which it predicts alone."""
+    """For each fold the calibration on the other folds: that of its own subjects, which its members
+    alone predict."""
     folds = test_of_folds(ensemble, tables)
     calibrations = []
     for k in range(len(folds)):
@@ -233,9 +265,7 @@ def mean_predictions(members, tables, part):
     InputError if the runs have not predicted the same slices with the same labels.
     """
     key = ["scan", "slice"]
-    every = [
-        tables[member["name"]][part].sort_values(key, ignore_index=True) for member in members
-    ]
+    every = [tables[member["name"]][part].sort_values(key, ignore_index=True) for member in members]
     first = every[0]
     for member, table in zip(members, every):
         if not first[[*key, "label", "group"]].equals(table[[*key, "label", "group"]]):
@@ -258,8 +288,8 @@ def mean_predictions(members, tables, part):
 def score_test(ensemble, tables):
     """The scores, as in metrics.json, of the test of the runs, with prediction sets.
 
-    SEEDS: the mean over members. FOLDS: each subject by its own member, calibrated on the other
-    folds.
+    SEEDS: the mean over members. FOLDS: each subject by the members of its fold, calibrated on the
+    other folds.
     """
     n = len(ensemble["members"])
     if ensemble["design"] == SEEDS:
@@ -267,9 +297,12 @@ def score_test(ensemble, tables):
         table = mean_predictions(ensemble["members"], tables, "test")
         table = apply_calibration(table, ensemble["calibration"], COVERAGE)
     else:
-        title = f"{n} folds, each subject by the member that has not seen it"
-        folds = zip(test_of_folds(ensemble, tables), ensemble["fold_calibrations"])
-        parts = [apply_calibration(fold, calibration, COVERAGE) for fold, calibration in folds]
+        folds = test_of_folds(ensemble, tables)
+        title = f"{len(folds)} folds, each subject by the member that has not seen it"
+        if n > len(folds):
+            title = f"{n} runs of {len(folds)} folds, each subject by those that have not seen it"
+        calibrated = zip(folds, ensemble["fold_calibrations"])
+        parts = [apply_calibration(fold, calibration, COVERAGE) for fold, calibration in calibrated]
         table = pd.concat(parts, ignore_index=True)
     return score(table, title, **statements(ensemble), coverage=COVERAGE)
 
@@ -319,22 +352,32 @@ def member_logits(predictions):
     return predictions[names].to_numpy(float)
 
 
+def own_folds(predictions, checkpoint):
+    """The fold of each row, int (N,): that whose members, and no others, predict it. -1 for a row
+    that is no subject of the cross-validation."""
+    predicts = np.isfinite(member_logits(predictions))  # (N, members)
+    fold = np.array([member["fold"] for member in checkpoint["members"]])
+    own = np.full(len(predictions), -1)
+    for k in np.unique(fold):
+        own[(predicts == (fold == k)).all(1)] = k
+    return own
+
+
 def calibrate_predictions(predictions, checkpoint, coverage=None):
     """`apply_calibration` with the calibration of a checkpoint.
 
-    A subject of the cross-validation of an ensemble of folds is predicted by one member alone, and
-    is one of those that the ensemble was calibrated on: it gets the calibration on the other folds.
+    A subject of the cross-validation of an ensemble of folds is predicted by the members of one
+    fold alone, and is one of those that the ensemble was calibrated on: it gets the calibration on
+    the other folds.
     """
     common = checkpoint.get("calibration")
     if "fold_calibrations" not in checkpoint:
         return apply_calibration(predictions, common, coverage)
-    predicts = np.isfinite(member_logits(predictions))
-    alone = (predicts.sum(1) == 1) & (predicts.shape[1] > 1)
-    parts = [apply_calibration(predictions[~alone], common, coverage)]
+    own = own_folds(predictions, checkpoint)
+    parts = [apply_calibration(predictions[own == -1], common, coverage)]
     for k, calibration in enumerate(checkpoint["fold_calibrations"]):
-        rows = alone & predicts[:, k]
-        if rows.any():
-            parts.append(apply_calibration(predictions[rows], calibration, coverage))
+        if (own == k).any():
+            parts.append(apply_calibration(predictions[own == k], calibration, coverage))
     return pd.concat(parts).sort_index()
 
 

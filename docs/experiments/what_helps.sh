@@ -90,6 +90,8 @@ for model in small cnn paper; do
     if [ -n "$found" ]; then
         table "$model, OASIS-1" python -m tools.evaluate $found
         table "$model, OASIS-1: from slices to a scan" python -m docs.experiments.aggregate $found
+        rm -f "$runs/$model.pth"
+        table "$model, OASIS-1: all runs as one model" python -m tools.ensemble $found --out "$runs/$model.pth"
     fi
 done
 for model in small cnn paper; do for n in 50 100 200; do
