@@ -59,15 +59,15 @@ from adnc.scoring.assess import (
     write_results,
 )
 from adnc.scoring.baselines import predict_baselines
-from adnc.scoring.calibration import max_coverage
+from adnc.scoring.calibration import apply_calibration, max_coverage
 from adnc.scoring.ensemble import (
-    calibrate_predictions,
+    FOLDS,
     describe_disagreement,
     describe_ensemble,
     exposure_over,
     make_ensemble,
+    member_logits,
     members_that_predict,
-    own_folds,
     require_fit,
     scan_spread,
     split_members,
@@ -127,7 +127,7 @@ def predict_slices(checkpoint, slices, *, device, amp, batch_size=64, exposure=N
 
     Returns a table with metrics.PREDICTIONS, one row per row of the index; rows of files that could
     not be read are empty. p_AD, the softmax probability of AD, is not yet calibrated: see
-    `calibrate_predictions`. `exposure` replaces the record of the checkpoint's training. For an
+    `apply_calibration`. `exposure` replaces the record of the checkpoint's training. For an
     ensemble the columns of `predict_members` are added.
     """
     slices = replace(slices, index=slices.index.reset_index(drop=True))
@@ -261,14 +261,17 @@ def warnings_about(predictions, checkpoint, coverage):
         "and the training slices did not, use --strip)",
         begin="is out of the training range: ",
     )
-    if "fold_calibrations" in checkpoint:
-        n_own = readable.scan[own_folds(readable, checkpoint) >= 0].nunique()
-        if n_own:
-            yield (
-                f"{n_own} of {readable.scan.nunique()} scans are of subjects of the "
-                "cross-validation: each is predicted by the members that have not seen it, and "
-                "calibrated on the other folds"
+    if "members" in checkpoint:
+        by_some = np.isnan(member_logits(readable)).any(1)
+        n_by_some = readable.scan[by_some].nunique()
+        if n_by_some:
+            text = (
+                f"{n_by_some} of {readable.scan.nunique()} scans are of subjects that some members "
+                "have seen in training: the others predict them"
             )
+            if checkpoint["design"] == FOLDS:
+                text += "; the calibration was fitted on subjects of the cross-validation, too"
+            yield text
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
         yield (
@@ -463,7 +466,7 @@ def predict(args, path, checkpoint, out, device, amp):
     cut.close()
     batch_size = args.batch_size or checkpoint["flags"]["batch_size"]
     predictions = predict_slices(checkpoint, slices, device=device, amp=amp, batch_size=batch_size)
-    predictions = calibrate_predictions(predictions, checkpoint, args.coverage)
+    predictions = apply_calibration(predictions, checkpoint.get("calibration"), args.coverage)
     spread = None
     if "members" in checkpoint:
         spread = scan_spread(predictions, checkpoint)

@@ -14,7 +14,9 @@ import predict
 import train
 from adnc.errors import InputError
 from adnc.scoring import ensemble as together
-from adnc.scoring.assess import read_run
+from adnc.scoring.assess import read_run, score
+from adnc.scoring.calibration import apply_calibration
+from adnc.volumes.cut import look_of
 from dataset import decode_set
 from modules import Ensemble, make_model
 from tools import ensemble
@@ -131,8 +133,8 @@ def test_an_ensemble_of_one_member_predicts_what_the_member_does(ad_nc, seeds, t
     assert np.array_equal(table.logit, expected.logit / alone["calibration"]["temperature"])
     for name in ("exposure", "out_of_range", "dark_share", "logistic_regression"):
         assert table[name].equals(expected[name])
-    table = together.calibrate_predictions(table, one)
-    expected = together.calibrate_predictions(expected, alone)
+    table = apply_calibration(table, one["calibration"])
+    expected = apply_calibration(expected, alone["calibration"])
     assert (table.prediction == expected.prediction).all()
 
 
@@ -170,7 +172,6 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
     checkpoint = make_file(tmp_path / "e.pth", *folds)
     assert "3 folds, each subject by the member that has not seen it" in capsys.readouterr().out
     assert checkpoint["design"] == "folds" and checkpoint["calibration"]["groups"] == 18
-    assert [each["groups"] for each in checkpoint["fold_calibrations"]] == [12, 12, 12]
     sets = checkpoint["scores"]["prediction_sets"]
     assert sets["coverage"] == 0.9 and 0 < sets["covered"] <= 1
     assert checkpoint["scores"]["exposure"] == {"no": 18, "unknown": 0, "yes": 0}
@@ -179,7 +180,9 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
     both = [ad_nc / "train", ad_nc / "test"]
     words = ["--checkpoint", tmp_path / "e.pth"]
     table, members, scans = run_predict(both, tmp_path / "p", *words)
-    assert "18 of 18 scans are of subjects of the cross-validation" in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert "18 of 18 scans are of subjects that some members have seen in training" in warned
+    assert "the calibration was fitted on subjects of the cross-validation, too" in warned
     assert set(table.exposure) == {"no"} and set(scans.members) == {1}
     predicted = table.set_index("path").logit
     for k, run in enumerate(folds):
@@ -187,7 +190,7 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
         expected = test.set_index("path").logit / temperature(run)
         np.testing.assert_allclose(predicted[expected.index], expected, rtol=1e-5, atol=1e-5)
         own = members[members.path.isin(expected.index)]
-        at = checkpoint["fold_calibrations"][k]["temperature"]  # of the other folds
+        at = checkpoint["calibration"]["temperature"]
         p_ad = table.set_index("path").p_AD[expected.index]
         np.testing.assert_allclose(p_ad, expit(expected / at), atol=1e-5)
         assert own[f"logit_{k + 1}"].notna().all()
@@ -201,6 +204,7 @@ def test_a_fold_may_have_several_seeds(ad_nc, folds, tmp_path, capsys):
     title = "4 runs of 3 folds, each subject by those that have not seen it"
     assert title in capsys.readouterr().out
     assert [member["fold"] for member in checkpoint["members"]] == [0, 1, 2, 0]
+    assert any("have 2, 1, 1 members" in line for line in together.describe_ensemble(checkpoint))
 
     # The scores are of the mean logit in fold 0, and of single members in the others.
     tests = [read_run(run, "test")[0] for run in (*folds, other)]
@@ -212,13 +216,21 @@ def test_a_fold_may_have_several_seeds(ad_nc, folds, tmp_path, capsys):
 
     words = ["--checkpoint", tmp_path / "e.pth"]
     table, members, scans = run_predict([ad_nc / "train", ad_nc / "test"], tmp_path / "p", *words)
-    assert "18 of 18 scans are of subjects of the cross-validation" in capsys.readouterr().err
     in_fold_0 = scans.scan.isin(set(tests[0].scan.astype(str)))
     assert scans.members.tolist() == np.where(in_fold_0, 2, 1).tolist()
-    others = pooled[~pooled.scan.isin(tests[0].scan)]
-    at = together.calibrate(others)["temperature"]  # fold 0 is calibrated on the others
-    first = table[table.path.isin(tests[0].path)]
-    np.testing.assert_allclose(first.p_AD, expit(first.logit / at), atol=1e-5)
+
+
+def test_the_scores_of_folds_are_calibrated_on_the_other_folds(folds, tmp_path):
+    checkpoint = make_file(tmp_path / "e.pth", *folds)
+    tests = [read_run(run, "test")[0] for run in folds]
+    tests = [test.assign(logit=test.logit / temperature(run)) for test, run in zip(tests, folds)]
+    parts = []
+    for k in range(3):
+        others = pd.concat(tests[:k] + tests[k + 1 :])
+        parts.append(apply_calibration(tests[k], together.calibrate(others)))
+    expected = score(pd.concat(parts), "by hand")
+    for name in ("brier", "auroc", "calibration_error"):
+        assert checkpoint["scores"]["scan"][name] == pytest.approx(expected["scan"][name])
 
 
 def test_new_subjects_are_predicted_by_all_folds_with_the_common_calibration(
@@ -234,6 +246,14 @@ def test_new_subjects_are_predicted_by_all_folds_with_the_common_calibration(
     np.testing.assert_allclose(table.logit, np.mean(logits, axis=0), atol=1e-5)
     at = checkpoint["calibration"]["temperature"]
     np.testing.assert_allclose(table.p_AD, expit(table.logit / at), atol=1e-5)
+
+
+def test_volumes_are_cut_for_an_ensemble_as_for_its_members(seeds, tmp_path):
+    checkpoint = make_file(tmp_path / "e.pth", *seeds)
+    member = load_checkpoint(seeds[0] / "best_model.pth")
+    looks = [look_of(each, {"plane": "axial"})[0] for each in (checkpoint, member)]
+    assert looks[0] == looks[1]
+    assert together.merge_ranges([{"a": [1, 2]}, {"a": [0, 1.5]}]) == {"a": [0, 2]}
 
 
 def test_the_exposure_of_seeds_is_that_of_every_member(seeds):
@@ -256,7 +276,7 @@ def test_runs_that_nothing_calibrates_together_are_refused_or_give_no_verdicts(
 ):
     other = train_small(ad_nc, tmp_path / "other", "--epochs", "1", "--val-fraction", "0.4")
     runs = [str(seeds[0]), str(other)]
-    with pytest.raises(InputError, match="nothing calibrates them together.*--uncalibrated"):
+    with pytest.raises(InputError, match="not the same validation slices.*--split.*--uncalibrated"):
         ensemble.main([*runs, "--out", str(tmp_path / "e.pth")])
     assert not (tmp_path / "e.pth").exists()
 
@@ -284,8 +304,13 @@ def test_folds_that_share_a_subject_or_have_seen_theirs_are_no_cross_validation(
     assert together.find_folds(checkpoints, tables) == [0, 1, 2]
     test = tables["f1"]["test"]
     shared = test.assign(group=test.group.replace(test.group[0], tables["f0"]["test"].group[0]))
-    for changed in (shared, test.assign(exposure="yes"), tables["f0"]["test"].iloc[1:]):
-        with pytest.raises(InputError, match="no validation slices in common"):
+    refused = [
+        (shared, "f0 and f1 differ in their test, but share subjects of it"),
+        (tables["f0"]["test"].iloc[1:], "f0 and f1 differ in their test, but share subjects of it"),
+        (test.assign(exposure="yes"), "f1 was trained on subjects of its own test"),
+    ]
+    for changed, problem in refused:
+        with pytest.raises(InputError, match=f"cannot be calibrated together: {problem}"):
             together.find_folds(checkpoints, {**tables, "f1": {**tables["f1"], "test": changed}})
 
 
@@ -294,13 +319,13 @@ def test_equal_names_of_other_slices_are_no_common_validation(seeds, tmp_path):
     tables = read_tables(seeds)
     assert together.find_folds(checkpoints, tables) == [0, 0]
     checkpoints["s1"]["data_hash"] = "another"
-    with pytest.raises(InputError, match="no validation slices in common"):
+    with pytest.raises(InputError, match="they have not read the same slices"):
         together.find_folds(checkpoints, tables)
 
 
 def test_a_missing_fold_is_named(folds, tmp_path, capsys):
     make_file(tmp_path / "e.pth", *folds[:2])
-    assert "of 3 folds, 2 are missing" in capsys.readouterr().out
+    assert "2 of 3 folds are here: subjects of the others are not scored" in capsys.readouterr().out
 
 
 def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):

@@ -5,8 +5,8 @@
     python predict.py SLICES --checkpoint runs/fold?      # the same, without a file
 
 RUNs are seeds of one split, calibrated together on their common validation, or the folds of one
-cross-validation, calibrated out of fold: each subject by the member that has not seen it. Printed
-are the scores on test. python -m tools.evaluate RUN... compares seeds with their mean logit.
+cross-validation, calibrated out of fold: each subject by the members that have not seen it. Prints
+the test scores. python -m tools.evaluate RUN... compares seeds with their mean logit.
 """
 
 from adnc.cli import Parser, run_script

@@ -64,7 +64,7 @@ class Report:
     file, checkpoint, model_name: path of the checkpoint, the checkpoint, the name of its model.
     inputs, coverage: the arguments of the command.
     index, images: of a SliceSet.
-    predictions: the table of `calibrate_predictions`, in the order of the index.
+    predictions: the table of `apply_calibration`, in the order of the index.
     spread: of `scan_spread`, for an ensemble.
     out, scores: the folder that `write_results` filled, and the scores that it returned.
     warnings, notes: lines of text.

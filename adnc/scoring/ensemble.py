@@ -64,9 +64,7 @@ def make_ensemble(members, tables=None):
         )
     (rule,) = rules
     ensemble["calibration"] = calibrate_with_share(common_predictions(ensemble, tables), rule)
-    if ensemble["design"] == FOLDS:
-        ensemble["fold_calibrations"] = calibrate_folds(ensemble, tables, rule)
-    ensemble["scores"] = score_test(ensemble, tables)
+    ensemble["scores"] = score_test(ensemble, tables, rule)
     ensemble["conclusion"] = ensemble["scores"]["conclusion"]
     return ensemble
 
@@ -132,6 +130,7 @@ def merge_members(members):
         "weights": weights,
         "members": kept,
         "image_size": max(checkpoint["image_size"] for checkpoint in checkpoints),
+        "slice_stats": merge_ranges([checkpoint["slice_stats"] for checkpoint in checkpoints]),
         "mean_slice": (sum(means) / len(means)).round().byte(),
         "map_scale": None,
         "exposure": exposure,
@@ -139,12 +138,21 @@ def merge_members(members):
         "split_by": split_by,
         "test_read_after": sorted(test_read_after),
         "flags": {
-            "data": ", ".join(sorted({str(each["data"]) for each in flags})),
+            "data": ", ".join(sorted({each["data"] or "AD_NC" for each in flags})),
             "demo": any(each["demo"] for each in flags),
             "subject_pattern": flags[0].get("subject_pattern"),
             "batch_size": min(each["batch_size"] for each in flags),
         },
     }
+
+
+def merge_ranges(ranges):
+    """The smallest ranges {name: [lowest, highest]} that contain those of all members."""
+    merged = {}
+    for name in ranges[0]:
+        lows, highs = zip(*(each[name] for each in ranges))
+        merged[name] = [min(lows), max(highs)]
+    return merged
 
 
 def describe_ensemble(checkpoint):
@@ -157,13 +165,19 @@ def describe_ensemble(checkpoint):
         values = [str(each.get(name)) for each in flags]
         if name not in ("out", "resume", "device") and len(set(values)) > 1:
             yield f"--{name.replace('_', '-')}: {', '.join(values)}"
-    by_fold = [each for each in flags if each["folds"]]  # the others have their split by --split
-    if checkpoint["design"] == FOLDS and by_fold:
-        n_folds = by_fold[0]["folds"]
-        missing = set(range(n_folds)) - {each["fold"] for each in by_fold}
-        if missing:
-            numbers = ", ".join(map(str, sorted(missing)))
-            yield f"of {n_folds} folds, {numbers} are missing"
+    if checkpoint["design"] != FOLDS:
+        return
+    here = [member["fold"] for member in members]
+    n_here = len(set(here))
+    n_folds = flags[0]["folds"]  # None of a split by --split
+    if n_folds and n_here < n_folds:
+        yield f"{n_here} of {n_folds} folds are here: subjects of the others are not scored"
+    sizes = [here.count(k) for k in range(n_here)]
+    if len(set(sizes)) > 1:
+        yield (
+            f"the folds have {', '.join(map(str, sizes))} members: a new subject is predicted by "
+            "the mean of all, in which a fold with more of them weighs more"
+        )
 
 
 # ---------------------------------------------------------------- calibration
@@ -174,32 +188,36 @@ def find_folds(members, tables):
     share a fold: they are its seeds.
 
     Of a single fold all members have the same validation. Of several, which are a cross-validation,
-    no two have a test subject in common, and no member has seen its own. InputError if neither
-    holds, or if the runs have not read the same data.
+    no two have a test subject in common, and no member has seen its own. InputError if that does
+    not hold, or if the runs have not read the same data.
     """
-    tests = []  # of each fold, its slices
-    folds = []
+    tests, validations, folds = [], [], []  # slices of each fold's test, of each validation
     for each in tables.values():
-        slices = slices_of(each["test"])
-        if slices not in tests:
-            tests.append(slices)
-        folds.append(tests.index(slices))
+        test, validation = slices_of(each["test"]), slices_of(each["val"])
+        if test not in tests:
+            tests.append(test)
+        if validation not in validations:
+            validations.append(validation)
+        folds.append(tests.index(test))
 
-    same_data = len({checkpoint["data_hash"] for checkpoint in members.values()}) == 1
-    if len(tests) == 1:
-        validations = [slices_of(each["val"]) for each in tables.values()]
-        fits = all(slices == validations[0] for slices in validations)
-    else:
-        fits = tests_are_apart(folds, tables)
-    if same_data and fits:
-        return folds
-    first = next(iter(members))
-    raise InputError(
-        f"{', '.join(members)} have no validation slices in common, and are no folds of one "
-        "cross-validation, so that nothing calibrates them together; train the others with --split "
-        f"{Path(first).parent / 'split.csv'}, or make an ensemble without verdicts by "
-        "tools.ensemble --uncalibrated"
-    )
+    problem = None
+    if len({checkpoint["data_hash"] for checkpoint in members.values()}) > 1:
+        problem = "they have not read the same slices"
+    elif len(tests) == 1 and len(validations) > 1:
+        first = next(iter(members))
+        problem = (
+            "they have the same test slices, and not the same validation slices; train the others "
+            f"with --split {Path(first).parent / 'split.csv'}"
+        )
+    elif len(tests) > 1:
+        problem = find_overlap(folds, tables)
+    if problem:
+        raise InputError(
+            f"{', '.join(members)} cannot be calibrated together: {problem}. Expected seeds of one "
+            "split or folds of one cross-validation; tools.ensemble --uncalibrated makes a model "
+            "without verdicts of any runs"
+        )
+    return folds
 
 
 def slices_of(predictions):
@@ -207,17 +225,23 @@ def slices_of(predictions):
     return set(zip(predictions.scan, predictions.slice))
 
 
-def tests_are_apart(folds, tables):
-    """Whether each test subject is in one fold alone, and not seen by the members of that fold."""
+def find_overlap(folds, tables):
+    """What keeps runs from being a cross-validation, as a clause; None if each test subject is in
+    one fold alone and was not seen by the members of that fold."""
     owner = {}
-    for fold, each in zip(folds, tables.values()):
+    for fold, (name, each) in zip(folds, tables.items()):
         test = each["test"]
-        if (test.exposure == "yes").any():
-            return False
+        seen = test[test.exposure == "yes"]
+        if len(seen):
+            return (
+                f"{name} was trained on subjects of its own test, the first with scan "
+                f"{seen.scan.iloc[0]}"
+            )
         for group in test.group.unique():
-            if owner.setdefault(group, fold) != fold:
-                return False
-    return True
+            other_fold, other_name = owner.setdefault(group, (fold, name))
+            if other_fold != fold:
+                return f"{other_name} and {name} differ in their test, but share subjects of it"
+    return None
 
 
 def calibrate_with_share(table, rule):
@@ -246,15 +270,20 @@ def members_of_fold(ensemble, k):
     return [member for member in ensemble["members"] if member["fold"] == k]
 
 
-def calibrate_folds(ensemble, tables, rule):
-    """For each fold the calibration on the other folds: that of its own subjects, which its members
-    alone predict."""
-    folds = test_of_folds(ensemble, tables)
-    calibrations = []
-    for k in range(len(folds)):
+def calibrate_across(folds, rule, coverage):
+    """The predictions of all folds in one table, each fold calibrated on the others, so that the
+    scores are of subjects on which nothing was fitted."""
+    calibrated = []
+    for k, fold in enumerate(folds):
         others = pd.concat([*folds[:k], *folds[k + 1 :]], ignore_index=True)
-        calibrations.append(calibrate_with_share(others, rule))
-    return calibrations
+        if others.label.nunique() < 2:
+            raise InputError(
+                f"the test subjects of all folds but one are all {others.label.iloc[0]}; expected "
+                "both classes, for a calibration"
+            )
+        calibration = calibrate_with_share(others, rule)
+        calibrated.append(apply_calibration(fold, calibration, coverage))
+    return pd.concat(calibrated, ignore_index=True)
 
 
 def mean_predictions(members, tables, part):
@@ -285,7 +314,7 @@ def mean_predictions(members, tables, part):
     return combined
 
 
-def score_test(ensemble, tables):
+def score_test(ensemble, tables, rule):
     """The scores, as in metrics.json, of the test of the runs, with prediction sets.
 
     SEEDS: the mean over members. FOLDS: each subject by the members of its fold, calibrated on the
@@ -301,9 +330,7 @@ def score_test(ensemble, tables):
         title = f"{len(folds)} folds, each subject by the member that has not seen it"
         if n > len(folds):
             title = f"{n} runs of {len(folds)} folds, each subject by those that have not seen it"
-        calibrated = zip(folds, ensemble["fold_calibrations"])
-        parts = [apply_calibration(fold, calibration, COVERAGE) for fold, calibration in calibrated]
-        table = pd.concat(parts, ignore_index=True)
+        table = calibrate_across(folds, rule, COVERAGE)
     return score(table, title, **statements(ensemble), coverage=COVERAGE)
 
 
@@ -350,35 +377,6 @@ def member_logits(predictions):
     where a member does not predict. (N, 0) of a single model."""
     names = [name for name in predictions if name.startswith("logit_")]
     return predictions[names].to_numpy(float)
-
-
-def own_folds(predictions, checkpoint):
-    """The fold of each row, int (N,): that whose members, and no others, predict it. -1 for a row
-    that is no subject of the cross-validation."""
-    predicts = np.isfinite(member_logits(predictions))  # (N, members)
-    fold = np.array([member["fold"] for member in checkpoint["members"]])
-    own = np.full(len(predictions), -1)
-    for k in np.unique(fold):
-        own[(predicts == (fold == k)).all(1)] = k
-    return own
-
-
-def calibrate_predictions(predictions, checkpoint, coverage=None):
-    """`apply_calibration` with the calibration of a checkpoint.
-
-    A subject of the cross-validation of an ensemble of folds is predicted by the members of one
-    fold alone, and is one of those that the ensemble was calibrated on: it gets the calibration on
-    the other folds.
-    """
-    common = checkpoint.get("calibration")
-    if "fold_calibrations" not in checkpoint:
-        return apply_calibration(predictions, common, coverage)
-    own = own_folds(predictions, checkpoint)
-    parts = [apply_calibration(predictions[own == -1], common, coverage)]
-    for k, calibration in enumerate(checkpoint["fold_calibrations"]):
-        if (own == k).any():
-            parts.append(apply_calibration(predictions[own == k], calibration, coverage))
-    return pd.concat(parts).sort_index()
 
 
 def scan_spread(predictions, checkpoint):
