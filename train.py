@@ -755,6 +755,7 @@ def fit(state, slices, args, out, card, log):
             state, val, image_size=args.image_size, batch_size=args.batch_size
         )
         scores["val_seconds"] = time.perf_counter() - start
+        scores |= peak_memory(state.device)
         state.history.append({"epoch": state.epoch + 1, **row, **scores})
 
         is_best = kept_row(state.history, args.keep) is state.history[-1]
@@ -913,8 +914,9 @@ def package_versions():
 
 def describe_machine(state):
     """What the bits of a run depend on, beside the versions of the packages."""
-    threads = torch.get_num_threads()
-    return f"{device_name(state.device)}, {threads} threads, {state.world.size} processes"
+    threads = count(torch.get_num_threads(), "thread")
+    processes = f"{state.world.size} process{'es' if state.world.size > 1 else ''}"
+    return f"{device_name(state.device)}, {threads}, {processes}"
 
 
 def write_start(out, args, slices, card):
@@ -1104,16 +1106,9 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     return [line for line in (warning, first, second, third) if line]
 
 
-def write_resources(out, state, n_train, memory, n_measured):
-    """Write resources.json, what the run has cost; returns a line about it.
-
-    memory: the peak of this process when its training ended, after `n_measured` epochs. A process
-    that has trained none keeps what is known of the earlier ones.
-    """
-    file, checkpoint = out / "resources.json", load_checkpoint(out / "best_model.pth")
-    if n_measured == 0 and file.exists():
-        earlier = read_json(file)
-        memory, n_measured = earlier["memory"], earlier["memory_epochs"]
+def write_resources(out, state, n_train):
+    """Write resources.json, what the run has cost; returns a line about it."""
+    checkpoint = load_checkpoint(out / "best_model.pth")
     used = measure_resources(
         build_model(checkpoint).to(state.device, memory_format=torch.channels_last),
         state.history,
@@ -1122,9 +1117,10 @@ def write_resources(out, state, n_train, memory, n_measured):
         device=state.device,
         amp=state.amp,
     )
-    used |= {"memory": memory, "memory_epochs": n_measured, "machine": describe_machine(state)}
-    used |= {"precision": precision_name(state.amp), "versions": package_versions()}
-    write_json(file, used)
+    used["machine"] = describe_machine(state)
+    used["precision"] = precision_name(state.amp)
+    used["versions"] = package_versions()
+    write_json(out / "resources.json", used)
     return describe_resources(used)
 
 
@@ -1253,9 +1249,7 @@ def train(args, world, device, amp):
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
     resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
-        first_epoch = state.epoch
         scalars = fit(state, slices, args, out, card, log)
-        memory = peak_memory(state.device)  # now: the evaluation of the maps takes more
         world.leave()
         if world.is_main:
             card["test_read"] = True
@@ -1264,7 +1258,7 @@ def train(args, world, device, amp):
                 slices, args, out, card["test_read_after"], device=device, amp=amp, log=log
             )
             log("measuring the latency of a prediction")
-            log(write_resources(out, state, n_train, memory, state.epoch - first_epoch))
+            log(write_resources(out, state, n_train))
             if scalars:
                 epoch = kept_row(state.history, args.keep)["epoch"]
                 for part in ("val", "test"):

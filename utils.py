@@ -10,7 +10,9 @@ import contextlib
 import math
 import platform
 import random
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,7 +103,14 @@ def autocast(device, amp):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """The name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")  # of Linux
+    match = None
+    if info.exists():
+        match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+    return f"cpu ({match[1] if match else platform.machine()})"
 
 
 @contextlib.contextmanager

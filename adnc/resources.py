@@ -11,27 +11,39 @@ from adnc.cpu_engine import make_engine
 
 BATCHES = (1, 64)  # slices in a prediction whose latency is measured
 WARMUP, REPEATS = 5, 20
-LONGEST = 60  # seconds for each size of a batch, after which fewer repeats must do
+MEMORY = ("process", "gpu_allocated", "gpu_reserved")
+LONGEST = 60  # seconds for each batch size; then it stops early
 
 
 def measure_resources(model, history, *, image_size, n_train, device, amp):
     """What a trained model and its training cost, as plain values for resources.json.
 
     history: the rows of training_history.csv, of which the median epoch is taken, since the first
-    one of a process is slower. n_train: training slices. Times are in seconds.
+    one of a process is slower, and the largest memory. n_train: training slices. Times are in
+    seconds, memory in bytes.
     """
     slices_per_s = statistics.median(row["images_per_s"] for row in history)
-    val_seconds = [row["val_seconds"] for row in history if "val_seconds" in row]
+    latency, repeats = measure_latency(model, image_size, device, amp)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "multiply_adds": count_multiply_adds(model, image_size),
         "image_size": image_size,
         "epochs": len(history),
         "train_seconds": n_train / slices_per_s,
-        "val_seconds": statistics.median(val_seconds) if val_seconds else None,
+        "val_seconds": statistics.median(known(history, "val_seconds")),
         "train_slices_per_s": slices_per_s,
-        "latency": measure_latency(model, image_size, device, amp),
+        "memory": {
+            name: max(known(history, f"memory_{name}"), default=None) for name in MEMORY
+        },
+        "latency": latency,
+        "latency_repeats": repeats,
     }
+
+
+def known(history, name):
+    """The values of a column of training_history.csv, without missing ones: rows of an epoch that
+    an earlier version trained may lack it."""
+    return [row[name] for row in history if row.get(name) is not None]
 
 
 def count_multiply_adds(model, image_size, in_chans=1):
@@ -45,31 +57,38 @@ def count_multiply_adds(model, image_size, in_chans=1):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(x)
     model.train(was_training)
-    return counter.get_total_flops() // 2  # it counts a multiplication and an addition apart
+    return counter.get_total_flops() // 2  # it counts two operations for each multiply-add
 
 
 def peak_memory(device):
-    """The peak memory of this process so far, in bytes: {"process": maximum resident,
-    "gpu_allocated", "gpu_reserved"}; None where unknown."""
-    memory = {"process": None, "gpu_allocated": None, "gpu_reserved": None}
+    """The peak memory of this process so far, in bytes, as columns of training_history.csv.
+
+    memory_process is the maximum resident size, with the pages of the memory-mapped cache that were
+    read; memory_gpu_allocated and memory_gpu_reserved are PyTorch's. None where unknown.
+    """
+    memory = dict.fromkeys(f"memory_{name}" for name in MEMORY)
     try:
         import resource  # not on Windows
     except ImportError:
         pass
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory["process"] = peak if sys.platform == "darwin" else peak * 1024
+        memory["memory_process"] = peak if sys.platform == "darwin" else peak * 1024
     if device.type == "cuda":
-        memory["gpu_allocated"] = torch.cuda.max_memory_allocated(device)
-        memory["gpu_reserved"] = torch.cuda.max_memory_reserved(device)
+        memory["memory_gpu_allocated"] = torch.cuda.max_memory_allocated(device)
+        memory["memory_gpu_reserved"] = torch.cuda.max_memory_reserved(device)
     return memory
 
 
 def measure_latency(model, image_size, device, amp):
-    """{batch size: median seconds} from normalised slices to logits, as predict.py computes them:
-    of REPEATS after WARMUP, each waiting for the device; of fewer if they take over LONGEST."""
+    """The latency of a prediction from normalised slices to logits, as predict.py computes them:
+    ({batch size: median seconds}, {batch size: repeats}), as text keys.
+
+    The median is that of REPEATS after WARMUP, synchronised. If they take over LONGEST, it stops
+    early, and the last turn counts at least.
+    """
     engine = make_engine(model.eval(), device=device, amp=amp)
-    latency = {}
+    latency, repeats = {}, {}
     for size in BATCHES:
         x = torch.zeros(size, 1, image_size, image_size, device=device)
         seconds = []
@@ -79,8 +98,12 @@ def measure_latency(model, image_size, device, amp):
             engine(x)
             wait_for(device)
             seconds.append(time.perf_counter() - start)
-        latency[str(size)] = statistics.median(seconds[min(WARMUP, len(seconds) - 1) :])
-    return latency
+        warm = seconds[WARMUP:]
+        if not warm:
+            warm = seconds[-1:]
+        latency[str(size)] = statistics.median(warm)
+        repeats[str(size)] = len(warm)
+    return latency, repeats
 
 
 def wait_for(device):

@@ -1,4 +1,4 @@
-"""The scalars of a run for TensorBoard: training_history.csv and the scores, once more."""
+"""Writes training_history.csv and the final scores as scalars for TensorBoard."""
 
 from pathlib import Path
 

@@ -16,8 +16,6 @@ import copy
 import functools
 import json
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -427,12 +425,7 @@ def machine_name(device):
     """The name of the GPU, or of the processor with the number of threads."""
     if device.type == "cuda":
         return device_name(device)
-    name, info = platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
-        if match:
-            name = match[1]
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{device_name(device)}, {torch.get_num_threads()} threads"
 
 
 def format_rows(rows, batch_size, device):
