@@ -476,7 +476,7 @@ def predict(args, path, checkpoint, out, device, amp):
     scores = write_results(
         predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
         calibration=checkpoint.get("calibration"), withheld=why_no_verdicts(checkpoint),
-        spread=spread,
+        spread=spread, members=checkpoint.get("members", ()),
     )  # fmt: skip
     turned = []
     if not drawn:  # drawings are of all planes, mirrored and turned

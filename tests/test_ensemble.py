@@ -1,5 +1,6 @@
 """Ensembles: several runs as one checkpoint, and what they predict together."""
 
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import train_small, write_set
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 
 import predict
 import train
@@ -19,7 +21,7 @@ from adnc.scoring.calibration import apply_calibration
 from adnc.volumes.cut import look_of
 from dataset import decode_set
 from modules import Ensemble, make_model
-from tools import ensemble
+from tools import ensemble, evaluate
 from utils import build_model, load_checkpoint
 
 
@@ -153,6 +155,37 @@ def test_seeds_predict_by_their_mean_logit_from_a_file_or_on_the_fly(ad_nc, seed
     for name in ("predictions", "members", "scans"):
         files = [tmp_path / folder / f"{name}.csv" for folder in ("file", "fly")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_prediction_of_an_ensemble_is_compared_with_the_mean_of_its_members(
+    ad_nc, seeds, tmp_path, capsys
+):
+    noisy = tmp_path / "p"
+    run_predict([ad_nc / "test"], noisy, "--checkpoint", *seeds)
+    rng = np.random.default_rng(0)
+    members = pd.read_csv(noisy / "members.csv", dtype={"scan": str})
+    for name in ("logit_1", "logit_2"):
+        members[name] = rng.normal(0, 1, len(members))
+    members.to_csv(noisy / "members.csv", index=False)
+    runs = pd.read_csv(noisy / "member_runs.csv")
+    assert runs.run.tolist() == [str(run / "best_model.pth") for run in seeds]
+    assert runs.temperature.tolist() == pytest.approx([temperature(run) for run in seeds])
+    capsys.readouterr()
+    evaluate.main([str(noisy)])
+    text = capsys.readouterr().out
+
+    is_ad = members.path.str.contains("AD/").groupby(members.scan).first()
+    single = []
+    for name, at in zip(("logit_1", "logit_2"), runs.temperature):
+        single.append(roc_auc_score(is_ad, expit(members[name] / at).groupby(members.scan).mean()))
+    own = json.loads((noisy / "metrics.json").read_text())["subject"]["auroc"]
+    assert re.search(rf"\| mean over members +\| {np.mean(single):.3f} ", text)
+    assert re.search(rf"\| all members together, mean logit +\| {own:.3f} ", text)
+
+    members.loc[members.scan == members.scan[0], "logit_1"] = np.nan  # seen by this member
+    members.to_csv(noisy / "members.csv", index=False)
+    evaluate.main([str(noisy)])
+    assert "on the 5 of 6 scans that all members predict:" in capsys.readouterr().out
 
 
 def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):

@@ -228,6 +228,19 @@ def test_leaks_and_flags_of_averaged_seeds_are_named(seeds, tmp_path, capsys):
     assert f"mean over 2 and 1 seeds; first: {stated}\n" in text
 
 
+def test_seeds_are_scored_again_on_subjects_that_training_has_not_seen(tmp_path, capsys):
+    table = few_slices()
+    exposure = np.where(table.subject.isin(["p0", "p1", "p2"]), "yes", "no")
+    tables = [each.assign(exposure=exposure) for each in (table, worse(table))]
+    runs = [write_run(tmp_path / str(k), each, seed=k) for k, each in enumerate(tables)]
+    text = run_evaluate(capsys, *runs)
+    everyone, unseen = text.split("mean over 2 seeds, only subjects not seen in training")
+    assert "subjects (n = 30)" in everyone and "subjects (n = 27)" in unseen
+    aurocs = [read_scores(run / "test")["unseen_subjects"]["subject"]["auroc"] for run in runs]
+    assert f"has a subject-level AUROC of {np.mean(aurocs):.3f} [" in unseen
+    assert "has a subject-level AUROC" not in everyone
+
+
 # ---------------------------------------------------------------- comparisons
 
 

@@ -6,8 +6,9 @@
     python -m tools.evaluate runs/* --resources                     # time and memory of each run
 
 RUN is a run folder of train.py (its test/ is read, or its val/ with --part val) or a folder of
-predict.py on labelled slices. Several runs must not share a scan, unless their seeds differ: then
-the scores are means over seeds, beside those of all seeds together, by their mean logit. Prints
+predict.py on labelled slices; of an ensemble, its AUROC is given beside the mean of its members.
+Several runs must not share a scan, unless their seeds differ: then the scores are means over seeds,
+and the AUROC of their mean logit stands beside them (tools.ensemble has its other scores). Prints
 slice-, scan- and subject-level metrics, the baselines beside them, and the scores of the prediction
 sets. --out writes the same files as the test/ of a run, and with --against comparison.json.
 """
@@ -21,7 +22,7 @@ from scipy.special import expit
 
 from adnc.cli import Parser, run_script
 from adnc.errors import InputError
-from adnc.files import new_folder, read_json, require_new, write_json
+from adnc.files import new_folder, read_csv, read_json, require_new, write_json
 from adnc.resources import resource_rows
 from adnc.scoring import assess, metrics
 from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
@@ -30,7 +31,7 @@ from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 
 # Flags that may differ between runs that are pooled: they do not change how a model learns.
-FREE_FLAGS = {"fold", "out", "data", "resume", "device"}
+FREE_FLAGS = {"fold", "out", "data", "resume", "device", "tensorboard", "no_cache"}
 
 # Flags that --split replaces: of two runs one may have them, and the other its split.csv.
 SPLIT_FLAGS = {
@@ -290,7 +291,11 @@ def evaluate_pool(one, part, out=None):
     lines = check_flags([one])
     if "each_run" in scores:
         lines += [*format_each_run(scores["each_run"]), ""]
-    return [*lines, *assess.format_assessment(scores)]
+    lines += assess.format_assessment(scores)
+    folder = Path(one.folders[0])
+    if len(one.folders) == 1 and (folder / "members.csv").exists():
+        lines += evaluate_members(folder, one.table)
+    return lines
 
 
 def format_each_run(summary):
@@ -315,14 +320,14 @@ def combine(tables):
     return tables[0].assign(logit=logit, p_AD=expit(logit))
 
 
-def format_together(together, model, unit):
-    """Lines of a table with the AUROC of all seeds together beside the mean over seeds, from
-    results of `bootstrap_scores`."""
-    gain = metrics.compare(together, model)[unit]["auroc"]
+def format_together(together, single, unit, what):
+    """Lines of a table with the AUROC of models together beside the mean of single ones, from
+    results of `bootstrap_scores`. `what` they are called."""
+    gain = metrics.compare(together, single)[unit]["auroc"]
     rows = [
         ["", f"AUROC of {unit}s"],
-        ["mean over seeds", cell(metrics.summarise(model)[unit], "auroc")],
-        ["all seeds together, mean logit", cell(metrics.summarise(together)[unit], "auroc")],
+        [f"mean over {what}", cell(metrics.summarise(single)[unit], "auroc")],
+        [f"all {what} together, mean logit", cell(metrics.summarise(together)[unit], "auroc")],
         ["difference, paired", format_difference(gain)],
     ]
     return format_table(rows)
@@ -330,9 +335,23 @@ def format_together(together, model, unit):
 
 def evaluate_seeds(pools):
     """Lines with scores and baselines averaged over Pools of the same slices, one per seed, and
-    with the scores of all seeds together."""
+    with the scores of all seeds together. If training saw some of the subjects, those of the others
+    follow, and the conclusion is theirs."""
     tables = align([one.table for one in pools])
     title = "; ".join([f"mean over {len(pools)} seeds", *describe_pools(pools)])
+    lines, conclusion = score_seeds(tables, title)
+    lines = [*check_flags(pools), *lines]
+    unseen = pd.concat([table.exposure == "no" for table in tables], axis=1).all(axis=1)
+    if unseen.any() and not unseen.all():
+        parts = [table[unseen] for table in tables]
+        title = f"mean over {len(pools)} seeds, only subjects not seen in training"
+        lines_of_unseen, conclusion = score_seeds(parts, title)
+        lines += ["", *lines_of_unseen]
+    return [*lines, "", conclusion]
+
+
+def score_seeds(tables, title):
+    """(lines, conclusion) of aligned tables, one for each seed."""
     model = mean_scores(tables)
     scores = metrics.summarise(model)
     unit = assess.main_unit(scores)
@@ -349,8 +368,8 @@ def evaluate_seeds(pools):
     rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
     for label, part in parts.items():
         rows.append([label, *(cell(part, name) for name in COMPARED)])
-    lines = [*check_flags(pools), *assess.format_scores(scores, title), "", *format_table(rows)]
-    lines += ["", *format_together(together, model, unit)]
+    lines = [*assess.format_scores(scores, title), "", *format_table(rows)]
+    lines += ["", *format_together(together, model, unit, "seeds")]
     if {"dark_share", "with_dark_share"} <= set(means):
         scores["beyond_dark_share"] = assess.compare_with_dark_share(
             model, means["with_dark_share"], means["dark_share"]
@@ -360,7 +379,31 @@ def evaluate_seeds(pools):
     if scores[unit]["groups"] < metrics.MIN_GROUPS:
         beaten = assess.describe_too_few(scores[unit]["groups"])
     auroc = cell(scores[unit], "auroc")
-    return [*lines, "", f"The mean over seeds has a {unit}-level AUROC of {auroc}. {beaten}"]
+    return lines, f"The mean over seeds has a {unit}-level AUROC of {auroc}. {beaten}"
+
+
+def evaluate_members(folder, table):
+    """Lines with the AUROC of an ensemble beside the mean of its members, from a folder of
+    predict.py; on the scans that all members predict, which none of them or all have seen."""
+    logits = read_csv(folder / "members.csv").set_index("path")
+    runs = read_csv(folder / "member_runs.csv")
+    singles = []
+    for member, temperature in runs[["member", "temperature"]].itertuples(index=False):
+        logit = table.path.map(logits[member]).astype(float) / float(temperature)
+        singles.append(table.assign(logit=logit, p_AD=expit(logit)))
+    if len(singles) < 2:
+        return []
+
+    by_all = pd.concat([single.logit.notna() for single in singles], axis=1).all(axis=1)
+    n_scans, n_by_all = table.scan.nunique(), table.scan[by_all].nunique()
+    if n_by_all == 0:
+        return ["", "No scan is predicted by all members: there is no mean of them to compare."]
+    single = mean_scores([each[by_all] for each in singles])
+    together = metrics.bootstrap_scores(table[by_all])
+    lines = format_together(together, single, assess.main_unit(single), "members")
+    if n_by_all < n_scans:
+        lines = [f"on the {n_by_all} of {n_scans} scans that all members predict:", "", *lines]
+    return ["", *lines]
 
 
 # ---------------------------------------------------------------- command

@@ -7,6 +7,7 @@ report read such folders. The scores are those of metrics.py and calibration.py.
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from adnc import CLASSES
 from adnc.errors import InputError
@@ -545,10 +546,11 @@ def write_results(
     withheld=None,
     runs=(),
     spread=None,
+    members=(),
 ):
     """Write predictions into the folder `out`: tables, and if every label is known, scores and
-    pictures. `spread` is the `scan_spread` of an ensemble: members.csv then has the logit of each
-    member.
+    pictures. Of an ensemble, `spread` is its `scan_spread` and `members` are those of its
+    checkpoint: members.csv then has the logit of each, and member_runs.csv says which run it is.
 
     `calibration` is that of the checkpoint; metrics.json records it. `withheld` is the reason of
     `why_no_verdicts`: then no table has a prediction or a threshold, and the scores are those of an
@@ -566,6 +568,12 @@ def write_results(
     if spread is not None:
         logits = [name for name in predictions if name.startswith("logit_")]
         write_csv(out / "members.csv", predictions[["path", "scan", "slice", *logits]])
+        runs_of = pd.DataFrame({
+            "member": logits,
+            "run": [member["name"] for member in members],
+            "temperature": [member["temperature"] for member in members],
+        })  # fmt: skip
+        write_csv(out / "member_runs.csv", runs_of)
     predictions = predictions[predictions.p_AD.notna()]
     tables = {unit: aggregate(predictions, unit) for unit in UNITS}
     for unit, columns in (("scan", AGGREGATED), ("subject", AGGREGATED[1:])):
