@@ -197,8 +197,8 @@ def test_a_scan_has_a_score_by_each_rule_and_folds_are_pooled(tmp_path, capsys):
         write_json(run / "test" / "metrics.json", {**scores, "calibration": {"temperature": 2.0}})
     aggregate.main([str(tmp_path / "f0"), str(tmp_path / "f1")])
     printed = capsys.readouterr().out
-    assert "24 subjects, 1 seeds" in printed
-    for name in aggregate.RULES:
+    assert "24 subjects, 1 seed\n" in printed
+    for name in (*aggregate.RULES, aggregate.DARK_SHARE):
         assert f"| {name} " in printed
     with pytest.raises(InputError, match="the runs of seed 0 share subjects"):
         aggregate.main([str(tmp_path / "f0"), str(tmp_path / "f0")])
@@ -227,8 +227,8 @@ def test_slices_with_and_without_neighbours_are_compared(ad_nc, monkeypatch, cap
     monkeypatch.setitem(context.train.SMALL, "epochs", 1)
     context.main([str(ad_nc), "--image-size", "32", "--seeds", "1", "--folds", "2"])
     printed = capsys.readouterr().out
-    assert "18 test subjects, 1 seeds" in printed
-    for name in (*context.WAYS, "dark share"):
+    assert "18 test subjects, 1 seed, 32 px\n" in printed
+    for name in (*context.WAYS, context.DARK_SHARE):
         assert f"| {name} " in printed
 
 

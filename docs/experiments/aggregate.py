@@ -4,7 +4,8 @@
 
 Runs are finished runs of train.py: seeds, folds, or both (the folds of a seed are pooled). RULES
 were fixed before the first run, and none of them is chosen by test. Printed: subject-level AUROC of
-each, mean over seeds, and the paired difference from the mean of p_AD, which predict.py takes.
+each, mean over seeds, and the paired difference from the mean of p_AD, which predict.py takes; and
+of the dark share, fitted on training.
 """
 
 import numpy as np
@@ -13,13 +14,14 @@ from scipy.special import expit
 from scipy.stats import rankdata, trim_mean
 
 from adnc.cli import Parser, run_script
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.scoring.assess import format_table, read_run
 from docs.experiments.transfer import auroc, bootstrap
 from tools.evaluate import read_flags
 
 PLACES = 8  # along a scan, from its first slice to its last
 TRIM = 0.25  # of the slices, at each end
+DARK_SHARE = "dark share of the head"
 
 # ---------------------------------------------------------------- rules
 
@@ -57,7 +59,9 @@ def trimmed_logit(scan, places):
 
 def better_half(scan, places):
     chosen = scan[scan.place.isin(places)]
-    return expit(chosen.logit).mean() if len(chosen) else expit(scan.logit).mean()
+    if chosen.empty:  # a scan of fewer slices than places
+        return expit(scan.logit).mean()
+    return expit(chosen.logit).mean()
 
 
 RULES = {
@@ -90,6 +94,7 @@ def score_run(folder):
     rows = []
     for (subject, _), scan in with_places(table, temperature).groupby(["subject", "scan"]):
         row = {name: rule(scan, places) for name, rule in RULES.items()}
+        row[DARK_SHARE] = scan.dark_share.mean()
         rows.append({"subject": subject, "is_ad": scan.label.iloc[0] == "AD", **row})
     return pd.DataFrame(rows).groupby("subject").mean()
 
@@ -116,7 +121,8 @@ def read_seeds(folders):
 def compare_rules(tables):
     """Rows of the table, with a paired bootstrap over subjects."""
     is_ad = tables[0].is_ad.to_numpy() > 0.5
-    scores = np.stack([table[list(RULES)].to_numpy() for table in tables], axis=1)  # (S, seeds, R)
+    names = [*RULES, DARK_SHARE]
+    scores = np.stack([table[names].to_numpy() for table in tables], axis=1)  # (S, seeds, R + 1)
     n_subjects, n_seeds, n_rules = scores.shape
     flat = scores.reshape(n_subjects, -1)
     points = auroc(is_ad, flat).reshape(n_seeds, n_rules).mean(0)
@@ -124,7 +130,7 @@ def compare_rules(tables):
     low, high = np.percentile(resamples, (2.5, 97.5), axis=0)
     gain_low, gain_high = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
     rows = []
-    for i, name in enumerate(RULES):
+    for i, name in enumerate(names):
         gain = ""
         if i > 0:
             gain = f"{points[i] - points[0]:+.3f} [{gain_low[i]:+.3f}, {gain_high[i]:+.3f}]"
@@ -137,7 +143,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs of train.py")
     args = parser.parse_args(argv)
     tables = read_seeds(args.runs)
-    print(f"{len(tables[0])} subjects, {len(tables)} seeds\n")
+    print(f"{count(len(tables[0]), 'subject')}, {count(len(tables), 'seed')}\n")
     head = ["score of a scan", "subject-level AUROC", "minus the mean of p_AD"]
     for line in format_table([head, *compare_rules(tables)]):
         print(line)

@@ -1,25 +1,29 @@
-"""Does a slice say more beside its two neighbours? The same slices as one channel and as three.
+"""Do the two neighbouring slices help as extra channels? The same slices, as one and as three.
 
     python -m docs.experiments.context OASIS/AD_NC --folds 5
     python -m docs.experiments.context PHANTOM/AD_NC --subjects 100
 
 2.5-D: the slice before and the slice after it in the same scan are two more channels; where there
 is none, the slice itself is taken. The number of a slice is no input. Both ways have the small
-recipe, the same seeds and the same order of slices. With --folds all subjects are predicted out of
-fold; else networks trained on --subjects of train/ predict test/. Printed: subject-level AUROC,
-mean over seeds, and the paired difference.
+recipe, the same folds for all seeds, and the same order and augmentation of slices; the initial
+weights differ, since a stem of three channels draws more of them. With --folds all subjects are
+predicted out of fold; otherwise networks trained on --subjects of train/ predict test/. Each
+network has a temperature fitted on validation, and a subject the mean of p_AD. Prints the
+subject-level AUROC, mean over seeds, and the paired difference.
 """
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit
 
 import train
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.data.augment import eval_transform
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
+from adnc.scoring.calibration import fit_temperature
 from dataset import Batches, load_set
 from docs.experiments.transfer import auroc, bootstrap, subject_scores
 from modules import make_model
@@ -68,6 +72,7 @@ class ContextBatches(Batches):
         return images[:, 0], labels  # (B, 1, 3, H, W) -> (B, 3, H, W)
 
 
+DARK_SHARE = "dark share, not fitted"
 WAYS = {"one slice": (Batches, 1), "with its neighbours (2.5-D)": (ContextBatches, 3)}
 
 # ---------------------------------------------------------------- training and scores
@@ -105,20 +110,28 @@ def predict(model, slices, batches_of, image_size):
     return torch.cat(logits).diff(dim=1)[:, 0].numpy()
 
 
-def score_seed(root, image_size, seed, folds, n_subjects):
+def load_splits(root, folds, n_subjects):
+    """A SliceSet for each fold, or one if there are none; alike for all seeds."""
+    options = dict(val_fraction=0.1, seed=0, n_subjects=n_subjects, progress=None)
+    if folds is None:
+        return [load_set(root, **options)]
+    return [
+        load_set(root, fold=fold, folds=folds, pool_test=True, **options) for fold in range(folds)
+    ]
+
+
+def score_seed(splits, image_size, seed):
     """Scores of the test subjects by each of WAYS and by the dark share, a DataFrame with is_ad."""
     parts = []
-    for fold in range(folds or 1):
-        slices = load_set(
-            root, val_fraction=0.1, seed=seed, n_subjects=n_subjects,
-            fold=fold if folds else None, folds=folds, pool_test=folds is not None, progress=None,
-        )  # fmt: skip
-        test = slices.part("test")
+    for slices in splits:
+        val, test = slices.part("val"), slices.part("test")
         columns = {"is_ad": test.is_ad}
         for name, (batches_of, in_chans) in WAYS.items():
             model = train_network(slices, batches_of, in_chans, image_size, seed)
-            columns[name] = predict(model, test, batches_of, image_size)
-        columns["dark share"] = all_dark_shares(test.images, test.rows)[:, DARK.index(0.5)]
+            z = predict(model, val, batches_of, image_size)
+            temperature = fit_temperature(z, val.is_ad, val.index.group)
+            columns[name] = expit(predict(model, test, batches_of, image_size) / temperature)
+        columns[DARK_SHARE] = all_dark_shares(test.images, test.rows)[:, DARK.index(0.5)]
         parts.append(pd.DataFrame({key: subject_scores(test, c) for key, c in columns.items()}))
     return pd.concat(parts).sort_index()
 
@@ -126,7 +139,7 @@ def score_seed(root, image_size, seed, folds, n_subjects):
 def compare_ways(tables):
     """Rows of the table for the tables of `score_seed` of several seeds."""
     is_ad = tables[0].is_ad.to_numpy() > 0.5
-    names = [*WAYS, "dark share"]
+    names = [*WAYS, DARK_SHARE]
     scores = np.stack([table[names].to_numpy() for table in tables], axis=1)  # (S, seeds, ways)
     n_subjects, n_seeds, n_ways = scores.shape
     flat = scores.reshape(n_subjects, -1)
@@ -154,11 +167,10 @@ def main(argv=None):
     add("--image-size", type=COUNT, default=112, metavar="PX", help="side of the input (112)")
     add("--seeds", type=COUNT, default=5, help="repetitions (5)")
     args = parser.parse_args(argv)
-    tables = [
-        score_seed(args.set, args.image_size, seed, args.folds, args.subjects)
-        for seed in range(args.seeds)
-    ]
-    print(f"{args.set}: {len(tables[0])} test subjects, {args.seeds} seeds\n")
+    splits = load_splits(args.set, args.folds, args.subjects)
+    tables = [score_seed(splits, args.image_size, seed) for seed in range(args.seeds)]
+    seeds = count(args.seeds, "seed")
+    print(f"{args.set}: {len(tables[0])} test subjects, {seeds}, {args.image_size} px\n")
     head = ["", "subject-level AUROC", "SD of seeds", "minus one slice"]
     for line in format_table([head, *compare_ways(tables)]):
         print(line)

@@ -2,7 +2,7 @@
 # Do ensembles, other summaries of a scan, neighbouring slices, longer training and mixing help? The runs and tables of
 # docs/what-helps.md. From the folder of this repository, with the environment active:
 #
-#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; nine hours on two cores
+#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; eleven hours on two cores
 #     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC    # the runs of these names
 #     HELPED='mix5' bash docs/experiments/what_helps.sh OASIS/AD_NC           # also on OASIS-1, since it helped on the local cue
 #
@@ -32,6 +32,15 @@ flags_of() {  # MODEL SET
         mix5) echo "--recipe small --epochs 50 --mixup 0.2 --cutmix 1.0";;
         long20) echo "--recipe small --epochs 200";;
         mix20) echo "--recipe small --epochs 200 --mixup 0.2 --cutmix 1.0";;
+        deep*)  # the depth of atto is like that of tiny; the other flags are the best for it in docs/recipes.md
+            local deep="--model atto --model-args head_norm=batch --image-size 112 --batch-size 32 --lr 1e-3 --keep last"
+            case $1 in
+                deep) echo "$deep --epochs 10";;
+                deeplong5) echo "$deep --epochs 50";;
+                deepmix5) echo "$deep --epochs 50 --mixup 0.2 --cutmix 1.0";;
+                deeplong20) echo "$deep --epochs 200";;
+                deepmix20) echo "$deep --epochs 200 --mixup 0.2 --cutmix 1.0";;
+            esac;;
     esac
 }
 # All runs of a set learn from the subjects of the first, small with seed 0: else five seeds together would know more people.
@@ -58,16 +67,23 @@ list() {  # the flags of all runs, the most telling first
     for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn cnn $n $seed; done; done
     for seed in 0 1 2 3 4; do drawn paper 100 $seed; done
     for seed in 0 1 2; do for model in long20 mix20; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2; do for model in deep deeplong5 deepmix5; do drawn $model 100 $seed; done; done
+    for model in deeplong20 deepmix20; do drawn $model 100 0; done
     for seed in 0 1 2; do for model in cnn paper ${HELPED:-}; do oasis $model $seed; done; done
 }
 start_or_resume() {  # FLAGS
-    local out=${1#--out }; out=${out%% *}
+    local out=${1#--out }; out=${out%% *}  # the word behind --out
     if [ -f "$out/test/metrics.json" ]; then return; fi
     if [ -f "$out/last.pth" ]; then set -- "--out $out --resume"; fi
     echo "python train.py $1"
+    local begin=$SECONDS
     python train.py $1 > "$out.log" 2>&1 || { tail -5 "$out.log"; return 1; }
+    echo "$out took $((SECONDS - begin)) s"
 }
 export -f start_or_resume
+if ! list | grep -qE -- "--out $runs/(${ONLY:-[^ ]*}) "; then
+    echo "no run has a name that fits ONLY='$ONLY'"
+fi
 list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
     echo "some runs failed; their tables are missing"
 
@@ -111,6 +127,12 @@ against() {  # SET TITLE MODEL OTHER: the paired difference of two models on as 
 }
 for model in long5 mix5 long20 mix20; do against local "$model minus 10 epochs, local cue" $model-n100 small-n100; done
 for times in 5 20; do against local "mixing, $times times the steps, local cue" mix$times-n100 long$times-n100; done
+for model in deeplong5 deepmix5 deeplong20 deepmix20; do
+    against local "$model minus 10 epochs, local cue" $model-n100 deep-n100
+done
+for times in 5 20; do
+    against local "mixing, $times times the steps, deep, local cue" deepmix$times-n100 deeplong$times-n100
+done
 for model in ${HELPED:-}; do against oasis "$model minus 10 epochs, OASIS-1" $model small; done
 if [ -z "${ONLY:-}" ]; then
     neighbours="$runs/neighbours.txt"
