@@ -2,9 +2,10 @@
 
 The engine computes the function of the model, up to rounding, in fewer and larger kernels:
 LayerScale is folded into the linear layer before it, BatchNorm into the convolution before it, and
-linear layers hold their weights in oneDNN's blocked layout, with GELU in the same kernel. Each
-thread has a few images, and computes wide layers in chunks of rows, so that activations stay in its
-core's cache. On a GPU, and for any other model, the engine is the model under autocast.
+linear layers hold their weights in oneDNN's blocked layout, with GELU in the same kernel where that
+is faster. Each thread has a few images, and computes wide layers in chunks of rows, so that
+activations stay in its core's cache. On a GPU, and for any other model, the engine is the model
+under autocast.
 """
 
 import copy
@@ -155,8 +156,12 @@ class FoldedConvNeXt:
 def make_linear(weight, bias, dtype, gelu=False):
     """A function (..., in) -> (..., out): a linear layer, with GELU if asked for.
 
-    It is packed into oneDNN's blocked layout if this PyTorch has that.
+    It is packed into oneDNN's blocked layout if this PyTorch has that. With AVX2 alone, oneDNN's
+    GELU takes longer than PyTorch's, which is then called after it.
     """
+    if gelu and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        linear = make_linear(weight, bias, dtype)
+        return lambda x: F.gelu(linear(x))
     weight, bias = weight.to(dtype, copy=True), bias.to(dtype, copy=True)
     ops = getattr(torch.ops, "mkldnn", None)  # the operators that torch.compile uses on a CPU
     if torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise"):

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,15 +52,20 @@ TINY_LR = 1e-6  # the weights of all candidates stay about the same
 def take_turns(candidates, repeats, wait=lambda: None):
     """Time each candidate (a dict of functions) in `repeats` turns, after one that does not count.
 
-    `wait` waits for the device. Returns {name: {"seconds": median, "ratio": median over the turns
-    of reference / candidate}}; the first candidate is the reference.
+    Every second turn goes backwards, so that no candidate always follows the same one, whose
+    threads may still be waiting for work. `wait` waits for the device. Returns {name: {"seconds":
+    median, "ratio": median over the turns of reference / candidate}}; the first candidate is the
+    reference.
     """
     seconds = {name: [] for name in candidates}
     for turn in range(repeats + 1):
-        for name, work in candidates.items():
+        names = list(candidates)
+        if turn % 2:
+            names.reverse()
+        for name in names:
             wait()
             start = time.perf_counter()
-            work()
+            candidates[name]()
             wait()
             if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
@@ -157,29 +163,31 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
     theirs.eval()
     x = eval_transform(draw_slices(batch_size).to(device), image_size)
 
-    candidates = {}
+    expected = p_ad(plain_prediction(theirs, device, None)(x))
+    candidates, differences = {}, {}
     for amp in precisions(device):
         name = precision_name(amp)
-        candidates[f"torchvision, {name}"] = plain_prediction(theirs, device, amp)
-        candidates[f"ours, {name}"] = make_engine(ours, device=device, amp=amp)
+        found = {
+            f"torchvision, {name}": plain_prediction(theirs, device, amp),
+            f"ours, {name}": make_engine(ours, device=device, amp=amp),
+        }
         if with_compile:
             frozen = {"freezing": True} if device.type == "cpu" else None
             compiled = torch.compile(copy.deepcopy(theirs), options=frozen)
-            candidates[f"torchvision, {name}, compiled"] = plain_prediction(compiled, device, amp)
+            found[f"torchvision, {name}, compiled"] = plain_prediction(compiled, device, amp)
         if with_compile and device.type == "cuda":  # on a CPU the engine is not compiled
             compiled = copy.deepcopy(ours)
             compiled.compile()
             engine = make_engine(compiled, device=device, amp=amp)
-            candidates[f"ours, {name}, compiled"] = engine
-    if device.type == "cpu":
-        candidates.update(other_runtimes(theirs, x))
+            found[f"ours, {name}, compiled"] = engine
+        if device.type == "cpu":
+            found |= other_runtimes(theirs, x, amp)
 
-    expected = p_ad(plain_prediction(theirs, device, None)(x))
-    differences = {}
-    for name, predict in candidates.items():
-        limit = 1e-4 if "float32" in name else 0.01
-        difference = (p_ad(predict(x)) - expected).abs().max()
-        differences[name] = require_close(f"p_AD of {name}", difference, limit)
+        limit = 1e-4 if amp is None else 0.01
+        for name, predict in found.items():
+            difference = (p_ad(predict(x)) - expected).abs().max()
+            differences[name] = require_close(f"p_AD of {name}", difference, limit)
+        candidates |= found
 
     work = {name: functools.partial(predict, x) for name, predict in candidates.items()}
     rows = take_turns(work, repeats, functools.partial(wait_for, device))
@@ -203,33 +211,44 @@ def plain_prediction(model, device, amp):
     return predict
 
 
-def other_runtimes(model, x):
-    """{name: function from images to logits} of ONNX Runtime and OpenVINO, each if it is installed,
-    with the threads of PyTorch."""
-    found = {name: find_spec(name) for name in ("onnxruntime", "openvino")}
-    if not any(found.values()):
-        return {}
-    if not (find_spec("onnx") and find_spec("onnxscript")):
-        print("left out: ONNX Runtime and OpenVINO, which need onnx and onnxscript")
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+EXPORT = ("onnx", "onnxscript")  # what they need, to read a model of PyTorch
+
+
+def installed_runtimes():
+    """The packages of RUNTIMES that can be timed here."""
+    if not all(find_spec(name) for name in EXPORT):
+        return []
+    return [name for name in RUNTIMES if find_spec(name)]
+
+
+def other_runtimes(model, x, amp):
+    """{name: function from images to logits} of ONNX Runtime, in float32, and of OpenVINO, each if
+    it is installed. They have the threads of PyTorch, and know the size of the batch x before, as
+    is faster."""
+    installed = installed_runtimes()
+    if not installed:
         return {}
     candidates, batch = {}, torch.export.Dim("batch")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         torch.onnx.export(
-            model, (x[:2],), path, input_names=["x"], dynamo=True, dynamic_shapes=({0: batch},)
-        )
-        if found["onnxruntime"]:
-            candidates.update(onnx_runtime(path))
-        if found["openvino"]:
-            candidates.update(open_vino(path))
+            model, (x[:2],), path, input_names=["x"], dynamo=True, dynamic_shapes=({0: batch},),
+            verbose=False,
+        )  # fmt: skip
+        if "onnxruntime" in installed and amp is None:
+            candidates |= onnx_runtime(path, len(x))
+        if "openvino" in installed:
+            candidates |= open_vino(path, x.shape, amp)
     return candidates
 
 
-def onnx_runtime(path):
+def onnx_runtime(path, batch_size):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_free_dimension_override_by_name("batch", batch_size)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def predict(x):
@@ -238,22 +257,25 @@ def onnx_runtime(path):
     return {"ONNX Runtime, float32": predict}
 
 
-def open_vino(path):
-    """OpenVINO in each precision, with its two hints: one request for the whole batch (latency), or
-    as many at once as it proposes, each with a part of the batch (throughput)."""
+def open_vino(path, shape, amp):
+    """OpenVINO in a precision, with its two hints: one request for the whole batch (latency), or as
+    many at once as it proposes, each with a part of the batch (throughput)."""
     import openvino
 
     core, candidates = openvino.Core(), {}
-    for amp in precisions(torch.device("cpu")):
-        name = precision_name(amp)
-        for hint in ("LATENCY", "THROUGHPUT"):
-            properties = {
-                "INFERENCE_PRECISION_HINT": "f32" if amp is None else "bf16",
-                "PERFORMANCE_HINT": hint,
-                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            }
-            queue = openvino.AsyncInferQueue(core.compile_model(path, "CPU", properties))
-            candidates[f"OpenVINO, {name}, {hint.lower()}"] = predict_in_parts(queue)
+    for hint in ("LATENCY", "THROUGHPUT"):
+        properties = {
+            "INFERENCE_PRECISION_HINT": "f32" if amp is None else "bf16",
+            "PERFORMANCE_HINT": hint,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        model = core.read_model(path)
+        queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", properties))
+        n_slices, n_parts = shape[0], len(queue)
+        if n_slices % n_parts == 0:
+            model.reshape([n_slices // n_parts, *shape[1:]])
+            queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", properties), n_parts)
+        candidates[f"OpenVINO, {precision_name(amp)}, {hint.lower()}"] = predict_in_parts(queue)
     return candidates
 
 
@@ -475,6 +497,13 @@ def main(argv=None):
     }
     print(json.dumps(results), flush=True)
     results["flags"] = vars(args)
+    if device.type == "cpu":
+        for name, title in RUNTIMES.items():
+            if name in installed_runtimes():
+                results[name] = version(name)
+                print(f"{title} {results[name]}")
+            else:
+                print(f"left out: {title}, which is not installed with onnx and onnxscript")
 
     results["parity"] = parity = measure_parity(args.model)
     print(
