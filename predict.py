@@ -3,6 +3,7 @@
     python predict.py ADNI/AD_NC/test --checkpoint runs/tiny/best_model.pth --out results
     python predict.py 218391_78.jpeg --checkpoint runs/tiny    # one slice
     python predict.py SLICES --checkpoint RUN --coverage 0.9   # AD, NC, or AD|NC if it is not sure
+    python predict.py SLICES --checkpoint runs/fold?   # several runs together: an ensemble
     python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
     python predict.py SLICES --explain auto            # attribution maps of each slice
     python predict.py SLICES --report report.html      # an HTML page with every scan
@@ -12,9 +13,9 @@ DICOM folder, or a folder of volumes. The checkpoint decides the architecture, t
 if it knows, how volumes are cut. Without --checkpoint, weights/phantom.pth is used, which was
 trained on drawings alone: it gives scores and ranks, and no verdicts. Written to --out:
 predictions.csv (one row per slice), scans.csv and subjects.csv (mean p_AD: how much the slices
-resemble those labelled AD, calibrated on validation), and if the labels are known metrics.json and
-pictures. A file that cannot be read gets a row with the reason; a slice out of the training range
-gets a warning.
+resemble those labelled AD, calibrated on validation), of several runs members.csv and
+member_runs.csv, and if the labels are known metrics.json and pictures. A file that cannot be read
+gets a row with the reason; a slice out of the training range gets a warning.
 """
 
 import os
@@ -353,7 +354,7 @@ def parse_args(argv=None):
     if not args.inputs:
         parser.error(
             "there is no INPUT; name slices, volumes or folders, before --checkpoint, which takes "
-            "all names behind it"
+            "all names after it"
         )
     return args
 
@@ -438,7 +439,7 @@ def main(argv=None):
     if args.explain:
         from adnc.explain.attribution import import_captum
 
-        import_captum()  # missing: better told before the prediction
+        import_captum()  # if it is missing, this fails now, and not after the prediction
     with explain_out_of_memory("lower --batch-size, or give fewer files at once"):
         predict(args, path, checkpoint, Path(out), device, amp)
 

@@ -7,10 +7,11 @@
     torchrun --nproc-per-node 4 train.py --data ADNI/AD_NC --out runs/tiny4     # four GPUs
 
 A run folder holds best_model.pth, last.pth, config.json (every flag), split.csv, training_log.txt,
-training_history.csv, lr_schedule.png, training_curves.png, val/ and test/. best_model.pth is the
-best epoch on val, or with --keep last the last one; test is read once, at the end. last.pth is
-written after each epoch: `--resume` repeats the epoch that was lost, and ends with the bits that a
-run without the stop would have had.
+training_history.csv, lr_schedule.png, training_curves.png, resources.json (time and memory), val/
+and test/, and with --tensorboard event files (tensorboard --logdir RUN). best_model.pth is the best
+epoch on val, or with --keep last the last one; test is read once, at the end. last.pth is written
+after each epoch: `--resume` repeats the epoch that was lost, and ends with the bits that a run
+without the stop would have had.
 """
 
 import math

@@ -400,7 +400,7 @@ def test_scores_of_another_checkpoint_do_not_calibrate(seeds, tmp_path):
 def test_the_input_stands_before_the_runs(seeds, capsys):
     with pytest.raises(SystemExit):
         predict.parse_args(["--checkpoint", str(seeds[0]), "slices"])
-    assert "before --checkpoint, which takes all names behind it" in capsys.readouterr().err
+    assert "before --checkpoint, which takes all names after it" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- report and maps

@@ -39,6 +39,7 @@ from adnc.errors import InputError
 from adnc.files import require_new, write_json
 from adnc.phantom.anatomy import SLICES, Scan, render
 from adnc.phantom.draw import draw
+from adnc.resources import wait_for
 from dataset import Batches, decode_set
 from modules import VARIANTS, convnext, load_weights
 from train import TrainState, make_loss, train_one_epoch, train_step
@@ -85,11 +86,6 @@ def require_close(what, difference, limit):
             f"{what}: the largest difference is {difference:.2g}; expected at most {limit:.2g}"
         )
     return float(difference)
-
-
-def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def precisions(device):

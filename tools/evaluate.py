@@ -82,10 +82,13 @@ def pool(members):
                 )
             owner[scan] = folder
 
-    temperatures = [(run.get("calibration") or {}).get("temperature", 1.0) for run in runs]
-    scaled = [each.logit / temperature for each, temperature in zip(tables, temperatures)]
-    tables = [each.assign(scaled_logit=values) for each, values in zip(tables, scaled)]
-    table = pd.concat(tables, ignore_index=True)
+    scaled = []
+    for each, run in zip(tables, runs):
+        temperature = 1.0  # of a model that is not calibrated
+        if run.get("calibration"):
+            temperature = run["calibration"]["temperature"]
+        scaled.append(each.assign(scaled_logit=each.logit / temperature))
+    table = pd.concat(scaled, ignore_index=True)
     coverages = {run.get("prediction_sets", {}).get("coverage") for run in runs}
     if len(coverages) != 1 or None in coverages:  # sets of different coverages cannot be pooled
         table["prediction_set"] = pd.Series(None, table.index, dtype="string")

@@ -239,13 +239,14 @@ def decisive_part(scores):
 
 # Why a model gives no verdicts, whatever its test says: the beginning of a sentence.
 DREW, NO_CALIBRATION = "The model saw drawings alone", "The members have no common calibration"
+UNCALIBRATED = "uncalibrated"  # the design of such an ensemble
 
 
 def why_no_verdicts(checkpoint):
     """DREW, NO_CALIBRATION, or None if the scores of a checkpoint have a threshold."""
     if is_drawn(checkpoint):
         return DREW
-    if checkpoint.get("design") == "uncalibrated":
+    if checkpoint.get("design") == UNCALIBRATED:
         return NO_CALIBRATION
     return None
 

@@ -17,11 +17,11 @@ from scipy.special import expit
 
 from adnc.data.subjects import merge_exposure
 from adnc.errors import InputError
-from adnc.scoring.assess import COVERAGE, score, statements
+from adnc.scoring.assess import COVERAGE, UNCALIBRATED, score, statements
 from adnc.scoring.calibration import apply_calibration, calibrate, fit_with_dark_share
 from adnc.scoring.metrics import BASELINES
 
-SEEDS, FOLDS, UNCALIBRATED = "seeds", "folds", "uncalibrated"
+SEEDS, FOLDS = "seeds", "folds"
 
 # What a member keeps of its checkpoint, beside its weights.
 OWN = (
@@ -88,7 +88,10 @@ def require_fit(members):
                 )
         patterns = [each["flags"].get("subject_pattern") for each in (first, checkpoint)]
         if patterns[0] != patterns[1]:
-            raise InputError(f"{first_name} and {name} differ in their --subject-pattern")
+            raise InputError(
+                f"{first_name} and {name} differ in their --subject-pattern, {patterns[0]} and "
+                f"{patterns[1]}; expected one for all, which tells the same people apart"
+            )
         drawn = [each["exposure"].get("drawn", False) for each in (first, checkpoint)]
         if drawn[0] != drawn[1]:
             raise InputError(
@@ -100,7 +103,8 @@ def require_fit(members):
 def merge_members(members):
     """The checkpoint of an ensemble without a calibration."""
     checkpoints = list(members.values())
-    first, weights, kept = checkpoints[0], {}, []
+    first = checkpoints[0]
+    weights, kept = {}, []
     for i, (name, checkpoint) in enumerate(members.items()):
         own = {key: checkpoint[key] for key in OWN}
         own["name"] = name
@@ -116,8 +120,10 @@ def merge_members(members):
     exposure = first["exposure"]
     for checkpoint in checkpoints[1:]:
         exposure = merge_exposure(exposure, checkpoint["exposure"])
-    # The initial weights whose training subjects are not recorded, if there are any.
-    unknown = [c["init"] for c in checkpoints if c["init"] and not c["init"]["exposure"]]
+    init = first["init"]
+    for checkpoint in checkpoints:
+        if checkpoint["init"] and not checkpoint["init"]["exposure"]:
+            init = checkpoint["init"]  # whose training subjects are not recorded
     split_by = "subject"
     if any(checkpoint["split_by"] == "slice" for checkpoint in checkpoints):
         split_by = "slice"
@@ -134,7 +140,7 @@ def merge_members(members):
         "mean_slice": (sum(means) / len(means)).round().byte(),
         "map_scale": None,
         "exposure": exposure,
-        "init": unknown[0] if unknown else first["init"],
+        "init": init,
         "split_by": split_by,
         "test_read_after": sorted(test_read_after),
         "flags": {
