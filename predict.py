@@ -367,6 +367,11 @@ def load_run(path):
     path = Path(path)
     if path.is_dir():
         path = path / "best_model.pth"
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist; expected the folder of a run of train.py, its best_model.pth, "
+            "or a file of tools.ensemble"
+        )
     checkpoint = load_checkpoint(path)
     if "optimizer" in checkpoint:
         raise InputError(f"{path} is a training to resume; predict with best_model.pth beside it")

@@ -17,7 +17,7 @@ import train
 from adnc.errors import InputError
 from adnc.scoring import ensemble as together
 from adnc.scoring.assess import read_run, score
-from adnc.scoring.calibration import apply_calibration
+from adnc.scoring.calibration import apply_calibration, calibrate
 from adnc.volumes.cut import look_of
 from dataset import decode_set
 from modules import Ensemble, make_model
@@ -67,6 +67,12 @@ def run_predict(inputs, out, *words):
 
 def temperature(run):
     return load_checkpoint(run / "best_model.pth")["calibration"]["temperature"]
+
+
+def fit_together(table, *runs):
+    """The temperature of predictions of runs at their temperatures."""
+    before = np.exp(np.mean([np.log(temperature(run)) for run in runs]))
+    return calibrate(table, divided_by=before)["temperature"]
 
 
 # ---------------------------------------------------------------- numbers
@@ -137,6 +143,7 @@ def test_an_ensemble_of_one_member_predicts_what_the_member_does(ad_nc, seeds, t
         assert table[name].equals(expected[name])
     table = apply_calibration(table, one["calibration"])
     expected = apply_calibration(expected, alone["calibration"])
+    np.testing.assert_allclose(table.p_AD, expected.p_AD, atol=1e-5)
     assert (table.prediction == expected.prediction).all()
 
 
@@ -194,9 +201,9 @@ def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):
     mean = [table.logit / temperature(run) for table, run in zip(tables, seeds)]
     mean = tables[0].assign(logit=np.mean(mean, axis=0))
     assert checkpoint["design"] == "seeds"
-    assert checkpoint["calibration"]["temperature"] == pytest.approx(
-        together.calibrate(mean)["temperature"]
-    )
+    own = fit_together(mean, *seeds)
+    assert checkpoint["calibration"]["temperature"] == pytest.approx(own)
+    assert own != calibrate(mean)["temperature"]  # the prior is that of both temperatures
 
 
 def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_member(
@@ -244,7 +251,7 @@ def test_a_fold_may_have_several_seeds(ad_nc, folds, tmp_path, capsys):
     scaled = [test.logit / temperature(run) for test, run in zip(tests, (*folds, other))]
     scaled = [(scaled[0] + scaled[3]) / 2, *scaled[1:3]]
     pooled = pd.concat([test.assign(logit=logit) for test, logit in zip(tests, scaled)])
-    own = together.calibrate(pooled)["temperature"]
+    own = fit_together(pooled, *folds, other)
     assert checkpoint["calibration"]["temperature"] == pytest.approx(own, rel=1e-6)
 
     words = ["--checkpoint", tmp_path / "e.pth"]
@@ -260,7 +267,8 @@ def test_the_scores_of_folds_are_calibrated_on_the_other_folds(folds, tmp_path):
     parts = []
     for k in range(3):
         others = pd.concat(tests[:k] + tests[k + 1 :])
-        parts.append(apply_calibration(tests[k], together.calibrate(others)))
+        before = np.exp(np.mean([np.log(temperature(run)) for run in folds]))
+        parts.append(apply_calibration(tests[k], calibrate(others, divided_by=before)))
     expected = score(pd.concat(parts), "by hand")
     for name in ("brier", "auroc", "calibration_error"):
         assert checkpoint["scores"]["scan"][name] == pytest.approx(expected["scan"][name])
@@ -378,6 +386,11 @@ def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):
         ensemble.main([str(seeds[0]), str(predict.PHANTOM), "--out", str(file)])
     with pytest.raises(InputError, match="is named twice"):
         ensemble.main([str(seeds[0]), str(seeds[0]), "--out", str(file)])
+    shutil.copytree(seeds[0], tmp_path / "backup")
+    with pytest.raises(InputError, match="hold the same weights, so that one run would count"):
+        ensemble.main([str(seeds[0]), str(tmp_path / "backup"), "--out", str(file)])
+    with pytest.raises(InputError, match="nothing does not exist; expected the folder of a run"):
+        ensemble.main([str(tmp_path / "nothing"), "--out", str(file)])
     with pytest.raises(InputError, match="is a training to resume"):
         ensemble.main([str(seeds[0] / "last.pth"), "--out", str(file)])
     make_file(file, *seeds)
@@ -394,7 +407,7 @@ def test_scores_of_another_checkpoint_do_not_calibrate(seeds, tmp_path):
     shutil.copytree(seeds[0], run)
     shutil.copy(seeds[1] / "best_model.pth", run / "best_model.pth")
     with pytest.raises(InputError, match="val was not written for .*run/best_model.pth"):
-        ensemble.main([str(run), str(seeds[1]), "--out", str(tmp_path / "e.pth")])
+        ensemble.main([str(run), "--out", str(tmp_path / "e.pth")])
 
 
 def test_the_input_stands_before_the_runs(seeds, capsys):

@@ -9,6 +9,8 @@ cross-validation, calibrated out of fold: each subject by the members that have 
 the test scores. python -m tools.evaluate RUN... compares seeds with their mean logit.
 """
 
+from pathlib import Path
+
 from adnc.cli import Parser, run_script
 from adnc.files import require_new
 from adnc.scoring.assess import format_assessment
@@ -27,6 +29,7 @@ def main(argv=None):
     )  # fmt: skip
     args = parser.parse_args(argv)
     require_new(args.out, "--out")
+    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
 
     members = load_members(args.runs)
     tables = None if args.uncalibrated else read_members(members)

@@ -10,7 +10,8 @@ predict.py on labelled slices; of an ensemble, its AUROC is given beside the mea
 Several runs must not share a scan, unless their seeds differ: then the scores are means over seeds,
 and the AUROC of their mean logit stands beside them (tools.ensemble has its other scores). Prints
 slice-, scan- and subject-level metrics, the baselines beside them, and the scores of the prediction
-sets. --out writes the same files as the test/ of a run, and with --against comparison.json.
+sets. --out writes the same files as the test/ of a run (not of several seeds), and with --against
+comparison.json.
 """
 
 from dataclasses import dataclass

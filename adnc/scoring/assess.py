@@ -490,10 +490,14 @@ def format_sets(scores):
     others = ""
     if sets["n_out_of_range"]:
         others = f"; {sets['n_out_of_range']:,} scans out of the training range, AD|NC, left out"
+    certain = "no scan has another"
+    if sets["n_certain"]:
+        accuracy = cell(sets, "accuracy_if_certain")
+        certain = f"the other {sets['n_certain']:,} have an accuracy of {accuracy}"
     return (
         f"prediction sets for a coverage of {sets['coverage']:g}, scan-level (n = {sets['n']:,}): "
-        f"{cell(sets, 'covered')} contain the label, {cell(sets, 'uncertain')} are AD|NC; accuracy "
-        f"of the other {sets['n_certain']:,} {cell(sets, 'accuracy_if_certain')}{others}"
+        f"{cell(sets, 'covered')} contain the label, {cell(sets, 'uncertain')} are AD|NC; "
+        f"{certain}{others}"
     )
 
 

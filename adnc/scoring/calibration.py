@@ -24,15 +24,16 @@ from adnc.scoring.metrics import (
 # ---------------------------------------------------------------- fitting
 
 
-def calibrate(val, threshold="0.5"):
+def calibrate(val, threshold="0.5", divided_by=1.0):
     """Fit the calibration of a model; returns plain values for its checkpoint.
 
     `val` is a table of labelled slices with the columns metrics.PREDICTIONS. `threshold` is "0.5"
-    or "youden". The temperature fits slices. For prediction sets, `scores` holds 1 - p(label) of
-    each validation scan, and `weights` gives every group the same weight.
+    or "youden". `divided_by` is a temperature by which the logits have been divided before. The
+    temperature fits slices. For prediction sets, `scores` holds 1 - p(label) of each validation
+    scan, and `weights` gives every group the same weight.
     """
     is_ad = (val.label == "AD").to_numpy(bool)
-    temperature = fit_temperature(val.logit.to_numpy(), is_ad, val.group)
+    temperature = fit_temperature(val.logit.to_numpy(), is_ad, val.group, divided_by)
 
     scans = aggregate(val.assign(p_AD=expit(val.logit / temperature)), "scan")
     y, p, group = (scans.label == "AD").to_numpy(bool), scans.p_AD.to_numpy(), scans.group
@@ -49,20 +50,22 @@ def calibrate(val, threshold="0.5"):
     }
 
 
-def fit_temperature(z, y, group):
+def fit_temperature(z, y, group, divided_by=1.0):
     """The temperature T for which expit(z / T) fits y best (Guo et al. 2017, arXiv 1706.04599).
 
     z: logits (N,); y: booleans (N,); group: the group of each row. The mean cross-entropy is
     multiplied by the number of groups, and log T has a normal prior with mean 0 and an SD of log 2.
     With many subjects this is Guo's optimum; with a handful, all predicted correctly, the prior
-    keeps the model from becoming infinitely certain.
+    keeps the model from becoming infinitely certain. Of logits that a temperature has divided
+    before, the prior is that of the product of both.
     """
     n_groups = len(np.unique(group))
 
     def loss(log_t):
         x = z / math.exp(log_t)
         cross_entropy = np.mean(np.logaddexp(0, x) - y * x)
-        return n_groups * cross_entropy + (log_t / math.log(2)) ** 2 / 2
+        of_both = log_t + math.log(divided_by)
+        return n_groups * cross_entropy + (of_both / math.log(2)) ** 2 / 2
 
     bounds = (math.log(0.05), math.log(20))
     fit = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})

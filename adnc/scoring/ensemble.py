@@ -9,10 +9,12 @@ calibrated on their common validation, folds of a cross-validation out of fold. 
 several members, its seeds.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import expit
 
 from adnc.data.subjects import merge_exposure
@@ -37,6 +39,9 @@ COMMON = {
     "mean": "mean of normalised slices",
     "std": "standard deviation of normalised slices",
 }
+
+# Flags that say nothing about how the models differ.
+SILENT_FLAGS = ("out", "resume", "device", "split", "tensorboard", "no_cache")
 
 # ---------------------------------------------------------------- members -> one checkpoint
 
@@ -63,7 +68,8 @@ def make_ensemble(members, tables=None):
             f"the members differ in --threshold, {' and '.join(rules)}; expected one for all"
         )
     (rule,) = rules
-    ensemble["calibration"] = calibrate_with_share(common_predictions(ensemble, tables), rule)
+    common = common_predictions(ensemble, tables)
+    ensemble["calibration"] = calibrate_members(common, rule, ensemble["members"])
     ensemble["scores"] = score_test(ensemble, tables, rule)
     ensemble["conclusion"] = ensemble["scores"]["conclusion"]
     return ensemble
@@ -98,6 +104,17 @@ def require_fit(members):
                 f"one of {first_name} and {name} has seen drawings alone; expected all or none of "
                 "the members"
             )
+    for (name, one), (other_name, other) in itertools.combinations(members.items(), 2):
+        if same_weights(one["weights"], other["weights"]):
+            raise InputError(
+                f"{name} and {other_name} hold the same weights, so that one run would count "
+                "twice; leave out one of them"
+            )
+
+
+def same_weights(one, other):
+    """Whether two state dicts are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def merge_members(members):
@@ -169,7 +186,7 @@ def describe_ensemble(checkpoint):
     flags = [member["flags"] for member in members]
     for name in flags[0]:
         values = [str(each.get(name)) for each in flags]
-        if name not in ("out", "resume", "device") and len(set(values)) > 1:
+        if name not in SILENT_FLAGS and len(set(values)) > 1:
             yield f"--{name.replace('_', '-')}: {', '.join(values)}"
     if checkpoint["design"] != FOLDS:
         return
@@ -250,9 +267,11 @@ def find_overlap(folds, tables):
     return None
 
 
-def calibrate_with_share(table, rule):
-    """`calibrate`, with the weights of network and dark share if that is known."""
-    calibration = calibrate(table, rule)
+def calibrate_members(table, rule, members):
+    """`calibrate` for predictions of members at their temperatures, with the weights of network and
+    dark share if that is known."""
+    log_temperatures = [np.log(member["temperature"]) for member in members]
+    calibration = calibrate(table, rule, divided_by=np.exp(np.mean(log_temperatures)))
     if table.dark_share.notna().all():
         calibration["with_dark_share"] = fit_with_dark_share(table)
     return calibration
@@ -276,7 +295,7 @@ def members_of_fold(ensemble, k):
     return [member for member in ensemble["members"] if member["fold"] == k]
 
 
-def calibrate_across(folds, rule, coverage):
+def calibrate_across(folds, rule, members, coverage):
     """The predictions of all folds in one table, each fold calibrated on the others, so that the
     scores are of subjects on which nothing was fitted."""
     calibrated = []
@@ -287,7 +306,7 @@ def calibrate_across(folds, rule, coverage):
                 f"the test subjects of all folds but one are all {others.label.iloc[0]}; expected "
                 "both classes, for a calibration"
             )
-        calibration = calibrate_with_share(others, rule)
+        calibration = calibrate_members(others, rule, members)
         calibrated.append(apply_calibration(fold, calibration, coverage))
     return pd.concat(calibrated, ignore_index=True)
 
@@ -336,7 +355,7 @@ def score_test(ensemble, tables, rule):
         title = f"{len(folds)} folds, each subject by the member that has not seen it"
         if n > len(folds):
             title = f"{n} runs of {len(folds)} folds, each subject by those that have not seen it"
-        table = calibrate_across(folds, rule, COVERAGE)
+        table = calibrate_across(folds, rule, ensemble["members"], COVERAGE)
     return score(table, title, **statements(ensemble), coverage=COVERAGE)
 
 
