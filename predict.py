@@ -262,23 +262,29 @@ def warnings_about(predictions, checkpoint, coverage):
         "and the training slices did not, use --strip)",
         begin="is out of the training range: ",
     )
-    if "members" in checkpoint:
-        by_some = np.isnan(member_logits(readable)).any(1)
-        n_by_some = readable.scan[by_some].nunique()
-        if n_by_some:
-            text = (
-                f"{n_by_some} of {readable.scan.nunique()} scans are of subjects that some members "
-                "have seen in training: the others predict them"
-            )
-            if checkpoint["design"] == FOLDS:
-                text += "; the calibration was fitted on subjects of the cross-validation, too"
-            yield text
     n_seen = readable.scan[readable.exposure == "yes"].nunique()
     if n_seen:
         yield (
             f"{n_seen} of {readable.scan.nunique()} scans are of subjects seen in training: "
             "their scores are no test (column exposure of scans.csv)"
         )
+
+
+def notes_on_members(predictions, checkpoint):
+    """A sentence about the scans that not all members of an ensemble predict, if there are any."""
+    readable = predictions[predictions.p_AD.notna()]
+    by_some = np.isnan(member_logits(readable)).any(1)
+    n_scans, n_by_some = readable.scan.nunique(), readable.scan[by_some].nunique()
+    if n_by_some == 0:
+        return
+    text = f"{n_by_some} of {n_scans} scans are of subjects that some members have seen in training"
+    if checkpoint["design"] == FOLDS:
+        yield (
+            f"{text}: the others predict them, but the ensemble was calibrated on their labels, so "
+            "that their p_AD and sets fit them too well"
+        )
+    else:
+        yield f"{text}: the others predict them"
 
 
 def format_scans(scans, trusted=True, ranked=False, most=10):
@@ -479,8 +485,10 @@ def predict(args, path, checkpoint, out, device, amp):
 
     new_folder(out)
     title = f"predictions of {'/'.join(Path(path).parts[-2:])}"
+    stated, on_members = statements(checkpoint), list(notes_on_members(predictions, checkpoint))
+    stated["notes"] = [*stated["notes"], *on_members]
     scores = write_results(
-        predictions, out, title=title, **statements(checkpoint), coverage=args.coverage,
+        predictions, out, title=title, **stated, coverage=args.coverage,
         calibration=checkpoint.get("calibration"), withheld=why_no_verdicts(checkpoint),
         spread=spread, members=checkpoint.get("members", ()),
     )  # fmt: skip
@@ -499,6 +507,7 @@ def predict(args, path, checkpoint, out, device, amp):
         *describe_shared_names(slices.index, args.inputs),
         *turned,
         *disagreement,
+        *on_members,
         *warnings_about(predictions, checkpoint, args.coverage),
     ]
     for warning in warnings:

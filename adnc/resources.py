@@ -18,11 +18,11 @@ LONGEST = 60  # seconds for each batch size; then it stops early
 def measure_resources(model, history, *, image_size, n_train, device, amp):
     """What a trained model and its training cost, as plain values for resources.json.
 
-    history: the rows of training_history.csv, of which the median epoch is taken, since the first
-    one of a process is slower, and the largest memory. n_train: training slices. Times are in
-    seconds, memory in bytes.
+    history: the rows of training_history.csv. n_train: training slices. Times are in seconds, of
+    the median epoch, since the first one of a process is slower; memory in bytes, of the largest.
     """
     slices_per_s = statistics.median(row["images_per_s"] for row in history)
+    val_seconds = known(history, "val_seconds")
     latency, repeats = measure_latency(model, image_size, device, amp)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -30,7 +30,7 @@ def measure_resources(model, history, *, image_size, n_train, device, amp):
         "image_size": image_size,
         "epochs": len(history),
         "train_seconds": n_train / slices_per_s,
-        "val_seconds": statistics.median(known(history, "val_seconds")),
+        "val_seconds": statistics.median(val_seconds) if val_seconds else None,
         "train_slices_per_s": slices_per_s,
         "memory": {
             name: max(known(history, f"memory_{name}"), default=None) for name in MEMORY
@@ -61,7 +61,7 @@ def count_multiply_adds(model, image_size, in_chans=1):
 
 
 def peak_memory(device):
-    """The peak memory of this process so far, in bytes, as columns of training_history.csv.
+    """The peak memory of this process since its start, in bytes, as columns of the history.
 
     memory_process is the maximum resident size, with the pages of the memory-mapped cache that were
     read; memory_gpu_allocated and memory_gpu_reserved are PyTorch's. None where unknown.
@@ -85,7 +85,7 @@ def measure_latency(model, image_size, device, amp):
     ({batch size: median seconds}, {batch size: repeats}), as text keys.
 
     The median is that of REPEATS after WARMUP, synchronised. If they take over LONGEST, it stops
-    early, and the last turn counts at least.
+    early, and at least the last turn counts.
     """
     engine = make_engine(model.eval(), device=device, amp=amp)
     latency, repeats = {}, {}

@@ -115,6 +115,16 @@ def zeros(x, weight, bias, kind, scalars, how):
     return torch.zeros(*x.shape[:-1], len(bias))
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_gelu_in_the_kernel_and_after_it_give_the_same_answer(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model, x = random_model(), torch.randn(3, 1, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+    engine = make_engine(model, device=CPU, amp=None)
+    torch.testing.assert_close(engine(x), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name, operator", [
     ("_reorder_linear_weight", None),
     ("_reorder_linear_weight", refuse),

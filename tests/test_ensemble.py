@@ -165,15 +165,14 @@ def test_seeds_predict_by_their_mean_logit_from_a_file_or_on_the_fly(ad_nc, seed
 
 
 def test_the_prediction_of_an_ensemble_is_compared_with_the_mean_of_its_members(
-    ad_nc, seeds, tmp_path, capsys
+    ad_nc, seeds, tmp_path, monkeypatch, capsys
 ):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(
+        predict, "predict_checkpoint", lambda _, slices, **__: rng.normal(0, 1, len(slices.index))
+    )
     noisy = tmp_path / "p"
     run_predict([ad_nc / "test"], noisy, "--checkpoint", *seeds)
-    rng = np.random.default_rng(0)
-    members = pd.read_csv(noisy / "members.csv", dtype={"scan": str})
-    for name in ("logit_1", "logit_2"):
-        members[name] = rng.normal(0, 1, len(members))
-    members.to_csv(noisy / "members.csv", index=False)
     runs = pd.read_csv(noisy / "member_runs.csv")
     assert runs.run.tolist() == [str(run / "best_model.pth") for run in seeds]
     assert runs.temperature.tolist() == pytest.approx([temperature(run) for run in seeds])
@@ -181,6 +180,7 @@ def test_the_prediction_of_an_ensemble_is_compared_with_the_mean_of_its_members(
     evaluate.main([str(noisy)])
     text = capsys.readouterr().out
 
+    members = pd.read_csv(noisy / "members.csv", dtype={"scan": str})
     is_ad = members.path.str.contains("AD/").groupby(members.scan).first()
     single = []
     for name, at in zip(("logit_1", "logit_2"), runs.temperature):
@@ -188,11 +188,6 @@ def test_the_prediction_of_an_ensemble_is_compared_with_the_mean_of_its_members(
     own = json.loads((noisy / "metrics.json").read_text())["subject"]["auroc"]
     assert re.search(rf"\| mean over members +\| {np.mean(single):.3f} ", text)
     assert re.search(rf"\| all members together, mean logit +\| {own:.3f} ", text)
-
-    members.loc[members.scan == members.scan[0], "logit_1"] = np.nan  # seen by this member
-    members.to_csv(noisy / "members.csv", index=False)
-    evaluate.main([str(noisy)])
-    assert "on the 5 of 6 scans that all members predict:" in capsys.readouterr().out
 
 
 def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):
@@ -222,7 +217,9 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
     table, members, scans = run_predict(both, tmp_path / "p", *words)
     warned = capsys.readouterr().err
     assert "18 of 18 scans are of subjects that some members have seen in training" in warned
-    assert "the calibration was fitted on subjects of the cross-validation, too" in warned
+    title = json.loads((tmp_path / "p" / "metrics.json").read_text())["title"]
+    for text in (warned, title):
+        assert "the ensemble was calibrated on their labels" in text
     assert set(table.exposure) == {"no"} and set(scans.members) == {1}
     predicted = table.set_index("path").logit
     for k, run in enumerate(folds):
@@ -267,7 +264,8 @@ def test_the_scores_of_folds_are_calibrated_on_the_other_folds(folds, tmp_path):
     parts = []
     for k in range(3):
         others = pd.concat(tests[:k] + tests[k + 1 :])
-        before = np.exp(np.mean([np.log(temperature(run)) for run in folds]))
+        others_of = folds[:k] + folds[k + 1 :]
+        before = np.exp(np.mean([np.log(temperature(run)) for run in others_of]))
         parts.append(apply_calibration(tests[k], calibrate(others, divided_by=before)))
     expected = score(pd.concat(parts), "by hand")
     for name in ("brier", "auroc", "calibration_error"):
@@ -294,7 +292,10 @@ def test_volumes_are_cut_for_an_ensemble_as_for_its_members(seeds, tmp_path):
     member = load_checkpoint(seeds[0] / "best_model.pth")
     looks = [look_of(each, {"plane": "axial"})[0] for each in (checkpoint, member)]
     assert looks[0] == looks[1]
-    assert together.merge_ranges([{"a": [1, 2]}, {"a": [0, 1.5]}]) == {"a": [0, 2]}
+
+
+def test_the_range_of_an_ensemble_is_what_all_members_have_in_common():
+    assert together.common_ranges([{"a": [1, 2]}, {"a": [0, 1.5]}]) == {"a": [1, 1.5]}
 
 
 def test_the_exposure_of_seeds_is_that_of_every_member(seeds):
@@ -312,15 +313,10 @@ def test_the_exposure_of_seeds_is_that_of_every_member(seeds):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_runs_that_nothing_calibrates_together_are_refused_or_give_no_verdicts(
-    ad_nc, seeds, tmp_path, capsys
+def test_runs_that_nothing_calibrates_together_give_no_verdicts(
+    ad_nc, seeds, folds, tmp_path, capsys
 ):
-    other = train_small(ad_nc, tmp_path / "other", "--epochs", "1", "--val-fraction", "0.4")
-    runs = [str(seeds[0]), str(other)]
-    with pytest.raises(InputError, match="not the same validation slices.*--split.*--uncalibrated"):
-        ensemble.main([*runs, "--out", str(tmp_path / "e.pth")])
-    assert not (tmp_path / "e.pth").exists()
-
+    runs = [str(seeds[0]), str(folds[0])]
     ensemble.main([*runs, "--out", str(tmp_path / "e.pth"), "--uncalibrated"])
     assert "uncalibrated: no threshold, no prediction sets" in capsys.readouterr().out
     words = ["--checkpoint", tmp_path / "e.pth"]
@@ -355,18 +351,28 @@ def test_folds_that_share_a_subject_or_have_seen_theirs_are_no_cross_validation(
             together.find_folds(checkpoints, {**tables, "f1": {**tables["f1"], "test": changed}})
 
 
-def test_equal_names_of_other_slices_are_no_common_validation(seeds, tmp_path):
+def test_seeds_with_another_validation_or_other_data_are_refused(seeds):
     checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
     tables = read_tables(seeds)
     assert together.find_folds(checkpoints, tables) == [0, 0]
+    val = {**tables, "s1": {**tables["s1"], "val": tables["s1"]["val"].iloc[1:]}}
+    with pytest.raises(InputError, match="not the same validation slices.*--split.*--uncalibrated"):
+        together.find_folds(checkpoints, val)
     checkpoints["s1"]["data_hash"] = "another"
     with pytest.raises(InputError, match="they have not read the same slices"):
         together.find_folds(checkpoints, tables)
 
 
+def test_one_class_alone_calibrates_no_ensemble(seeds):
+    val = read_run(seeds[0], "val")[0]
+    with pytest.raises(InputError, match="are all NC; expected both classes"):
+        together.calibrate_members(val[val.label == "NC"], "0.5", [{"temperature": 1.0}])
+
+
 def test_a_missing_fold_is_named(folds, tmp_path, capsys):
     make_file(tmp_path / "e.pth", *folds[:2])
-    assert "2 of 3 folds are here: subjects of the others are not scored" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 3 folds are given: subjects of the others are not scored" in printed
 
 
 def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):

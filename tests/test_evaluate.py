@@ -12,6 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 import predict
 from adnc.errors import InputError
+from adnc.files import write_csv
+from adnc.scoring.assess import read_run
 from tools import evaluate
 
 
@@ -239,6 +241,36 @@ def test_seeds_are_scored_again_on_subjects_that_training_has_not_seen(tmp_path,
     aurocs = [read_scores(run / "test")["unseen_subjects"]["subject"]["auroc"] for run in runs]
     assert f"has a subject-level AUROC of {np.mean(aurocs):.3f} [" in unseen
     assert "has a subject-level AUROC" not in everyone
+
+
+def test_an_ensemble_is_compared_with_its_members_on_unseen_scans_that_all_predict(
+    tmp_path, capsys
+):
+    table = few_slices().assign(exposure="no")
+    rng = np.random.default_rng(0)
+    logits = table.logit.to_numpy()[:, None] + rng.normal(0, 2, (len(table), 2))
+    logits[table.subject == "p1", 0] = np.nan  # the first member has seen this subject
+    seen = table.subject == "p2"
+    table = table.assign(logit=np.nanmean(logits / [2.0, 1.0], axis=1))
+    table = table.assign(exposure=np.where(seen, "yes", "no"))
+    folder = write_run(tmp_path / "run", table) / "test"
+    paths = read_run(folder)[0].path
+    members = pd.DataFrame({"path": paths, "logit_1": logits[:, 0], "logit_2": logits[:, 1]})
+    write_csv(folder / "members.csv", members)
+    runs = pd.DataFrame({"member": ["logit_1", "logit_2"], "temperature": [2.0, 1.0]})
+    write_csv(folder / "member_runs.csv", runs)
+    text = run_evaluate(capsys, folder)
+    n, n_left_out = table.scan.nunique(), table.scan[table.subject.isin(["p1", "p2"])].nunique()
+    which = "that all members predict and whose subjects training has not seen"
+    assert f"on the {n - n_left_out} of {n} scans {which}:" in text
+    assert text.index("| difference, paired") < text.index("subjects not seen in training: AUROC")
+
+    write_csv(folder / "member_runs.csv", runs.assign(temperature=1.0))
+    with pytest.raises(InputError, match="members.csv of .* does not fit its predictions.csv"):
+        run_evaluate(capsys, folder)
+    (folder / "member_runs.csv").unlink()
+    with pytest.raises(InputError, match="cannot be read .*; predict again"):
+        run_evaluate(capsys, folder)
 
 
 # ---------------------------------------------------------------- comparisons

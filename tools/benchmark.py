@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -161,6 +161,9 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
 
     expected = p_ad(plain_prediction(theirs, device, None)(x))
     candidates, differences = {}, {}
+    runtimes = {}
+    if device.type == "cpu":
+        runtimes = other_runtimes(theirs, x)
     for amp in precisions(device):
         name = precision_name(amp)
         found = {
@@ -176,8 +179,7 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
             compiled.compile()
             engine = make_engine(compiled, device=device, amp=amp)
             found[f"ours, {name}, compiled"] = engine
-        if device.type == "cpu":
-            found |= other_runtimes(theirs, x, amp)
+        found |= runtimes.get(amp, {})
 
         limit = 1e-4 if amp is None else 0.01
         for name, predict in found.items():
@@ -218,25 +220,30 @@ def installed_runtimes():
     return [name for name in RUNTIMES if find_spec(name)]
 
 
-def other_runtimes(model, x, amp):
-    """{name: function from images to logits} of ONNX Runtime, in float32, and of OpenVINO, each if
-    it is installed. They have the threads of PyTorch, and know the size of the batch x before, as
-    is faster."""
+def other_runtimes(model, x):
+    """{dtype, None for float32: {name: function from images to logits}} of ONNX Runtime and
+    OpenVINO, each if it is installed.
+
+    They have the threads of PyTorch, and are given the size of the batch x in advance, which is
+    faster.
+    """
     installed = installed_runtimes()
+    found = {amp: {} for amp in precisions(torch.device("cpu"))}
     if not installed:
-        return {}
-    candidates, batch = {}, torch.export.Dim("batch")
+        return found
+    batch = torch.export.Dim("batch")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         torch.onnx.export(
             model, (x[:2],), path, input_names=["x"], dynamo=True, dynamic_shapes=({0: batch},),
             verbose=False,
         )  # fmt: skip
-        if "onnxruntime" in installed and amp is None:
-            candidates |= onnx_runtime(path, len(x))
+        if "onnxruntime" in installed:
+            found[None] |= onnx_runtime(path, len(x))
         if "openvino" in installed:
-            candidates |= open_vino(path, x.shape, amp)
-    return candidates
+            for amp, candidates in found.items():
+                candidates |= open_vino(path, x.shape, amp)
+    return found
 
 
 def onnx_runtime(path, batch_size):
@@ -267,11 +274,14 @@ def open_vino(path, shape, amp):
         }
         model = core.read_model(path)
         queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", properties))
+        name = f"OpenVINO, {precision_name(amp)}, {hint.lower()}"
         n_slices, n_parts = shape[0], len(queue)
         if n_slices % n_parts == 0:
             model.reshape([n_slices // n_parts, *shape[1:]])
             queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", properties), n_parts)
-        candidates[f"OpenVINO, {precision_name(amp)}, {hint.lower()}"] = predict_in_parts(queue)
+        else:
+            name += f", {n_parts} unequal parts"  # for which it cannot know the size of the batch
+        candidates[name] = predict_in_parts(queue)
     return candidates
 
 
@@ -496,10 +506,10 @@ def main(argv=None):
     if device.type == "cpu":
         for name, title in RUNTIMES.items():
             if name in installed_runtimes():
-                results[name] = version(name)
+                results[name] = import_module(name).__version__
                 print(f"{title} {results[name]}")
             else:
-                print(f"left out: {title}, which is not installed with onnx and onnxscript")
+                print(f"left out: {title}, which needs the packages {name}, onnx and onnxscript")
 
     results["parity"] = parity = measure_parity(args.model)
     print(

@@ -29,10 +29,10 @@ def main(argv=None):
     )  # fmt: skip
     args = parser.parse_args(argv)
     require_new(args.out, "--out")
-    Path(args.out).resolve().parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
 
     members = load_members(args.runs)
     tables = None if args.uncalibrated else read_members(members)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     ensemble = make_ensemble(members, tables)
     print(describe_checkpoint(ensemble))
     for line in describe_ensemble(ensemble):

@@ -6,12 +6,12 @@
     python -m tools.evaluate runs/* --resources                     # time and memory of each run
 
 RUN is a run folder of train.py (its test/ is read, or its val/ with --part val) or a folder of
-predict.py on labelled slices; of an ensemble, its AUROC is given beside the mean of its members.
+predict.py on labelled slices; of one ensemble, its AUROC stands beside the mean of its members.
 Several runs must not share a scan, unless their seeds differ: then the scores are means over seeds,
 and the AUROC of their mean logit stands beside them (tools.ensemble has its other scores). Prints
 slice-, scan- and subject-level metrics, the baselines beside them, and the scores of the prediction
-sets. --out writes the same files as the test/ of a run (not of several seeds), and with --against
-comparison.json.
+sets. --out takes runs of one seed and writes the same files as the test/ of a run, and with
+--against comparison.json.
 """
 
 from dataclasses import dataclass
@@ -27,17 +27,13 @@ from adnc.files import new_folder, read_csv, read_json, require_new, write_json
 from adnc.resources import resource_rows
 from adnc.scoring import assess, metrics
 from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
+from adnc.scoring.ensemble import FREE_FLAGS, SPLIT_FLAGS
 from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
 
 PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 
 # Flags that may differ between runs that are pooled: they do not change how a model learns.
-FREE_FLAGS = {"fold", "out", "data", "resume", "device", "tensorboard", "no_cache"}
-
-# Flags that --split replaces: of two runs one may have them, and the other its split.csv.
-SPLIT_FLAGS = {
-    "split", "folds", "pool_test", "subjects", "drop_test_subjects", "split_by", "val_fraction",
-}  # fmt: skip
+POOLED_FLAGS = FREE_FLAGS | {"fold", "data"}
 
 # ---------------------------------------------------------------- finished runs
 
@@ -123,7 +119,7 @@ def read_flags(folder):
 
 def check_flags(pools):
     """Warnings about flags that differ between runs, and about missing folds."""
-    free = set(FREE_FLAGS)
+    free = set(POOLED_FLAGS)
     if len(pools) > 1:
         free.add("seed")
     flags = [read_flags(folder) for one in pools for folder in one.folders]
@@ -295,11 +291,12 @@ def evaluate_pool(one, part, out=None):
     lines = check_flags([one])
     if "each_run" in scores:
         lines += [*format_each_run(scores["each_run"]), ""]
-    lines += assess.format_assessment(scores)
+    *tables, first, second, third = assess.format_assessment(scores)
+    lines += tables
     folder = Path(one.folders[0])
     if len(one.folders) == 1 and (folder / "members.csv").exists():
-        lines += evaluate_members(folder, one.table)
-    return lines
+        lines += [*evaluate_members(folder, one.table), ""]
+    return [*lines, first, second, third]
 
 
 def format_each_run(summary):
@@ -326,7 +323,7 @@ def combine(tables):
 
 def format_together(together, single, unit, what):
     """Lines of a table with the AUROC of models together beside the mean of single ones, from
-    results of `bootstrap_scores`. `what` they are called."""
+    results of `bootstrap_scores`. `what` is what they are called, in the plural."""
     gain = metrics.compare(together, single)[unit]["auroc"]
     rows = [
         ["", f"AUROC of {unit}s"],
@@ -351,6 +348,7 @@ def evaluate_seeds(pools):
         title = f"mean over {len(pools)} seeds, only subjects not seen in training"
         lines_of_unseen, conclusion = score_seeds(parts, title)
         lines += ["", *lines_of_unseen]
+        conclusion = f"On subjects not seen in training: {conclusion}"
     return [*lines, "", conclusion]
 
 
@@ -386,27 +384,54 @@ def score_seeds(tables, title):
     return lines, f"The mean over seeds has a {unit}-level AUROC of {auroc}. {beaten}"
 
 
+def read_members(folder, table):
+    """The predictions of the members of an ensemble, a table as `table` for each; the logits are at
+    their temperatures, and missing where a member does not predict.
+
+    InputError if they are not those from which predict.py made the logits of `table`.
+    """
+    try:
+        logits = read_csv(folder / "members.csv").set_index("path")
+        runs = read_csv(folder / "member_runs.csv")
+        singles = []
+        for member, temperature in runs[["member", "temperature"]].itertuples(index=False):
+            logit = table.path.map(logits[member]).astype(float) / float(temperature)
+            singles.append(table.assign(logit=logit, p_AD=expit(logit)))
+        means = np.nanmean([single.logit for single in singles], axis=0)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise InputError(
+            f"members.csv and member_runs.csv of {folder} cannot be read ({problem}); predict again"
+        ) from None
+    if not np.allclose(means, table.logit, rtol=1e-4, atol=1e-4):
+        raise InputError(
+            f"members.csv of {folder} does not fit its predictions.csv; expected the files of one "
+            "prediction"
+        )
+    return singles
+
+
 def evaluate_members(folder, table):
     """Lines with the AUROC of an ensemble beside the mean of its members, from a folder of
-    predict.py; on the scans that all members predict, which none of them or all have seen."""
-    logits = read_csv(folder / "members.csv").set_index("path")
-    runs = read_csv(folder / "member_runs.csv")
-    singles = []
-    for member, temperature in runs[["member", "temperature"]].itertuples(index=False):
-        logit = table.path.map(logits[member]).astype(float) / float(temperature)
-        singles.append(table.assign(logit=logit, p_AD=expit(logit)))
+    predict.py: on the scans that all members predict, and of these, if training saw some, on the
+    others."""
+    singles = read_members(folder, table)
     if len(singles) < 2:
         return []
-
-    by_all = pd.concat([single.logit.notna() for single in singles], axis=1).all(axis=1)
-    n_scans, n_by_all = table.scan.nunique(), table.scan[by_all].nunique()
-    if n_by_all == 0:
+    rows = pd.concat([single.logit.notna() for single in singles], axis=1).all(axis=1)
+    which = "that all members predict"
+    unseen = table.exposure == "no"
+    if (table.exposure[rows] == "yes").any() and (rows & unseen).any():
+        rows &= unseen
+        which += " and whose subjects training has not seen"
+    if not rows.any():
         return ["", "No scan is predicted by all members: there is no mean of them to compare."]
-    single = mean_scores([each[by_all] for each in singles])
-    together = metrics.bootstrap_scores(table[by_all])
+
+    single = mean_scores([each[rows] for each in singles])
+    together = metrics.bootstrap_scores(table[rows])
+    n_scans, n_used = table.scan.nunique(), table.scan[rows].nunique()
     lines = format_together(together, single, assess.main_unit(single), "members")
-    if n_by_all < n_scans:
-        lines = [f"on the {n_by_all} of {n_scans} scans that all members predict:", "", *lines]
+    if n_used < n_scans:
+        lines = [f"on the {n_used} of {n_scans} scans {which}:", "", *lines]
     return ["", *lines]
 
 

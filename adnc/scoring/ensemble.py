@@ -40,8 +40,13 @@ COMMON = {
     "std": "standard deviation of normalised slices",
 }
 
-# Flags that say nothing about how the models differ.
-SILENT_FLAGS = ("out", "resume", "device", "split", "tensorboard", "no_cache")
+# Flags that say nothing about how models differ.
+FREE_FLAGS = {"out", "resume", "device", "tensorboard", "no_cache"}
+# Flags that --split replaces: of two runs one may have them, and the other its split.csv.
+SPLIT_FLAGS = {
+    "split", "fold", "folds", "pool_test", "subjects", "drop_test_subjects", "split_by",
+    "val_fraction",
+}  # fmt: skip
 
 # ---------------------------------------------------------------- members -> one checkpoint
 
@@ -70,7 +75,7 @@ def make_ensemble(members, tables=None):
     (rule,) = rules
     common = common_predictions(ensemble, tables)
     ensemble["calibration"] = calibrate_members(common, rule, ensemble["members"])
-    ensemble["scores"] = score_test(ensemble, tables, rule)
+    ensemble["scores"] = score_test(ensemble, tables)
     ensemble["conclusion"] = ensemble["scores"]["conclusion"]
     return ensemble
 
@@ -147,13 +152,14 @@ def merge_members(members):
     test_read_after = set().union(*(checkpoint["test_read_after"] for checkpoint in checkpoints))
     means = [checkpoint["mean_slice"].float() for checkpoint in checkpoints]
     flags = [checkpoint["flags"] for checkpoint in checkpoints]
+    data = {"AD_NC" if each["data"] is None else str(each["data"]) for each in flags}
     return {
         **{key: first[key] for key in COMMON},
         "model": {"variant": "ensemble", "members": parts},
         "weights": weights,
         "members": kept,
         "image_size": max(checkpoint["image_size"] for checkpoint in checkpoints),
-        "slice_stats": merge_ranges([checkpoint["slice_stats"] for checkpoint in checkpoints]),
+        "slice_stats": common_ranges([checkpoint["slice_stats"] for checkpoint in checkpoints]),
         "mean_slice": (sum(means) / len(means)).round().byte(),
         "map_scale": None,
         "exposure": exposure,
@@ -161,7 +167,7 @@ def merge_members(members):
         "split_by": split_by,
         "test_read_after": sorted(test_read_after),
         "flags": {
-            "data": ", ".join(sorted({each["data"] or "AD_NC" for each in flags})),
+            "data": ", ".join(sorted(data)),
             "demo": any(each["demo"] for each in flags),
             "subject_pattern": flags[0].get("subject_pattern"),
             "batch_size": min(each["batch_size"] for each in flags),
@@ -169,37 +175,40 @@ def merge_members(members):
     }
 
 
-def merge_ranges(ranges):
-    """The smallest ranges {name: [lowest, highest]} that contain those of all members."""
-    merged = {}
+def common_ranges(ranges):
+    """The ranges {name: [lowest, highest]} that lie within those of all members: a slice is out of
+    range if it is so for one of them."""
+    common = {}
     for name in ranges[0]:
         lows, highs = zip(*(each[name] for each in ranges))
-        merged[name] = [min(lows), max(highs)]
-    return merged
+        common[name] = [max(lows), min(highs)]
+    return common
 
 
 def describe_ensemble(checkpoint):
-    """Lines on the members of an ensemble: their files, the flags in which they differ, and the
-    folds that are missing."""
+    """Lines on the members of an ensemble: their files, the flags in which they differ, and what
+    is missing of a cross-validation."""
     members = checkpoint["members"]
     yield f"members: {', '.join(member['name'] for member in members)}"
     flags = [member["flags"] for member in members]
+    free = FREE_FLAGS
+    if any(each["split"] for each in flags):
+        free = FREE_FLAGS | SPLIT_FLAGS
     for name in flags[0]:
         values = [str(each.get(name)) for each in flags]
-        if name not in SILENT_FLAGS and len(set(values)) > 1:
+        if name not in free and len(set(values)) > 1:
             yield f"--{name.replace('_', '-')}: {', '.join(values)}"
     if checkpoint["design"] != FOLDS:
         return
-    here = [member["fold"] for member in members]
-    n_here = len(set(here))
-    n_folds = flags[0]["folds"]  # None of a split by --split
-    if n_folds and n_here < n_folds:
-        yield f"{n_here} of {n_folds} folds are here: subjects of the others are not scored"
-    sizes = [here.count(k) for k in range(n_here)]
+    numbers = [member["fold"] for member in members]
+    sizes = [numbers.count(k) for k in sorted(set(numbers))]
+    n_folds = max(each["folds"] or 0 for each in flags)  # 0 if all have their split by --split
+    if len(sizes) < n_folds:
+        yield f"{len(sizes)} of {n_folds} folds are given: subjects of the others are not scored"
     if len(set(sizes)) > 1:
         yield (
-            f"the folds have {', '.join(map(str, sizes))} members: a new subject is predicted by "
-            "the mean of all, in which a fold with more of them weighs more"
+            f"the folds have {', '.join(map(str, sizes))} members; a new subject is predicted by "
+            "the mean of all members, so that folds with more of them count more"
         )
 
 
@@ -224,13 +233,13 @@ def find_folds(members, tables):
         folds.append(tests.index(test))
 
     problem = None
+    advice = f"train the others with --split {Path(next(iter(members))).parent / 'split.csv'}"
     if len({checkpoint["data_hash"] for checkpoint in members.values()}) > 1:
         problem = "they have not read the same slices"
     elif len(tests) == 1 and len(validations) > 1:
-        first = next(iter(members))
         problem = (
-            "they have the same test slices, and not the same validation slices; train the others "
-            f"with --split {Path(first).parent / 'split.csv'}"
+            "they have the same test slices, and not the same validation slices; for seeds of one "
+            f"split, {advice}"
         )
     elif len(tests) > 1:
         problem = find_overlap(folds, tables)
@@ -263,13 +272,22 @@ def find_overlap(folds, tables):
         for group in test.group.unique():
             other_fold, other_name = owner.setdefault(group, (fold, name))
             if other_fold != fold:
-                return f"{other_name} and {name} differ in their test, but share subjects of it"
+                return (
+                    f"{other_name} and {name} differ in their test, but share subjects of it (with "
+                    "another --seed folds are other ones; another seed of a fold is made by "
+                    f"--split {Path(other_name).parent / 'split.csv'})"
+                )
     return None
 
 
 def calibrate_members(table, rule, members):
     """`calibrate` for predictions of members at their temperatures, with the weights of network and
-    dark share if that is known."""
+    dark share where that is measured. InputError if there are subjects of one class alone."""
+    if table.label.nunique() < 2:
+        raise InputError(
+            f"the subjects that would calibrate the ensemble are all {table.label.iloc[0]}; "
+            "expected both classes"
+        )
     log_temperatures = [np.log(member["temperature"]) for member in members]
     calibration = calibrate(table, rule, divided_by=np.exp(np.mean(log_temperatures)))
     if table.dark_share.notna().all():
@@ -295,17 +313,14 @@ def members_of_fold(ensemble, k):
     return [member for member in ensemble["members"] if member["fold"] == k]
 
 
-def calibrate_across(folds, rule, members, coverage):
-    """The predictions of all folds in one table, each fold calibrated on the others, so that the
-    scores are of subjects on which nothing was fitted."""
+def calibrate_across(folds, ensemble, coverage):
+    """The predictions of all folds in one table, each fold calibrated on the others, so that no
+    calibration is scored on the subjects on which it was fitted."""
+    rule = ensemble["calibration"]["threshold_rule"]
     calibrated = []
     for k, fold in enumerate(folds):
         others = pd.concat([*folds[:k], *folds[k + 1 :]], ignore_index=True)
-        if others.label.nunique() < 2:
-            raise InputError(
-                f"the test subjects of all folds but one are all {others.label.iloc[0]}; expected "
-                "both classes, for a calibration"
-            )
+        members = [member for member in ensemble["members"] if member["fold"] != k]
         calibration = calibrate_members(others, rule, members)
         calibrated.append(apply_calibration(fold, calibration, coverage))
     return pd.concat(calibrated, ignore_index=True)
@@ -339,7 +354,7 @@ def mean_predictions(members, tables, part):
     return combined
 
 
-def score_test(ensemble, tables, rule):
+def score_test(ensemble, tables):
     """The scores, as in metrics.json, of the test of the runs, with prediction sets.
 
     SEEDS: the mean over members. FOLDS: each subject by the members of its fold, calibrated on the
@@ -355,7 +370,7 @@ def score_test(ensemble, tables, rule):
         title = f"{len(folds)} folds, each subject by the member that has not seen it"
         if n > len(folds):
             title = f"{n} runs of {len(folds)} folds, each subject by those that have not seen it"
-        table = calibrate_across(folds, rule, ensemble["members"], COVERAGE)
+        table = calibrate_across(folds, ensemble, COVERAGE)
     return score(table, title, **statements(ensemble), coverage=COVERAGE)
 
 

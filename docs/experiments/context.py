@@ -114,7 +114,7 @@ def load_splits(root, folds, n_subjects):
     """A SliceSet for each fold, or one if there are none; alike for all seeds."""
     options = dict(val_fraction=0.1, seed=0, n_subjects=n_subjects, progress=None)
     if folds is None:
-        return [load_set(root, **options)]
+        return [load_set(root, drop_test_subjects=True, **options)]
     return [
         load_set(root, fold=fold, folds=folds, pool_test=True, **options) for fold in range(folds)
     ]

@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 import train
 from adnc.cli import COUNT, Parser, run_script
+from adnc.resources import wait_for
 from modules import ConvNeXtBlock, make_model
-from tools.benchmark import take_turns, wait_for
+from tools.benchmark import take_turns
 from utils import has_native_bf16, pick_device
 
 

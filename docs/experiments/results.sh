@@ -117,12 +117,11 @@ section() {  # TITLE NEEDED NAMES FUNCTION: rewritten if all NEEDED runs are fin
     fi
     first=$(grep -oE -m 1 -- "--out $runs/($2) " "$list" | cut -d " " -f 2)
     printf '## %s\n\n' "$1"
-    python - "$first/config.json" "$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)" <<'PYTHON'
+    python - "$first/config.json" <<'PYTHON'
 import json, sys
 config = json.load(open(sys.argv[1]))
 used, v = config["used"], config["versions"]
-device = used["machine"].replace("cpu", f"a CPU ({sys.argv[2]})", 1)
-print(f"Trained on {device}, {used['precision']}; Python {v['python']}, "
+print(f"Trained on {used['machine']}, {used['precision']}; Python {v['python']}, "
       f"torch {v['torch']}, torchvision {v['torchvision']}, scikit-learn {v['scikit-learn']}.\n")
 PYTHON
     "$4"

@@ -70,6 +70,7 @@ list() {  # the flags of all runs, the most telling first
     for seed in 0 1 2; do for model in deep deeplong5 deepmix5; do drawn $model 100 $seed; done; done
     for model in deeplong20 deepmix20; do drawn $model 100 0; done
     for seed in 0 1 2; do for model in cnn paper ${HELPED:-}; do oasis $model $seed; done; done
+    if [[ "${HELPED:-}" == *deep* ]]; then for seed in 0 1 2; do oasis deep $seed; done; fi
 }
 start_or_resume() {  # FLAGS
     local out=${1#--out }; out=${out%% *}  # the word behind --out
@@ -81,10 +82,8 @@ start_or_resume() {  # FLAGS
     echo "$out took $((SECONDS - begin)) s"
 }
 export -f start_or_resume
-if ! list | grep -qE -- "--out $runs/(${ONLY:-[^ ]*}) "; then
-    echo "no run has a name that fits ONLY='$ONLY'"
-fi
-list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) " | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
+chosen=$(list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) ") || echo "no run has a name that fits ONLY='${ONLY:-}'"
+printf '%s' "$chosen" | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
     echo "some runs failed; their tables are missing"
 
 finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are finished
@@ -133,7 +132,11 @@ done
 for times in 5 20; do
     against local "mixing, $times times the steps, deep, local cue" deepmix$times-n100 deeplong$times-n100
 done
-for model in ${HELPED:-}; do against oasis "$model minus 10 epochs, OASIS-1" $model small; done
+for model in ${HELPED:-}; do
+    shorter=small
+    if [[ $model == deep* ]]; then shorter=deep; fi
+    against oasis "$model minus 10 epochs, OASIS-1" $model $shorter
+done
 if [ -z "${ONLY:-}" ]; then
     neighbours="$runs/neighbours.txt"
     if [ ! -f "$neighbours" ]; then
