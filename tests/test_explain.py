@@ -385,7 +385,8 @@ def test_auto_takes_the_first_method_that_passes(atto, two_slices, tmp_path, mon
     assert explained.sentence.startswith("occlusion passes")
     assert explained.sentence.endswith("; integrated-gradients failed it")
     checks = pd.read_csv(tmp_path / "out" / "checks.csv")
-    assert checks.method.tolist() == ["integrated-gradients"] * 7 + ["occlusion"] * 7
+    assert len(checks) == 14 and set(checks.method[:7]) == {"integrated-gradients"}
+    assert set(checks.method[7:]) == {"occlusion"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["method"] == "occlusion"
 
 
