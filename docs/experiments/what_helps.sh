@@ -83,8 +83,12 @@ start_or_resume() {  # FLAGS
 }
 export -f start_or_resume
 chosen=$(list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) ") || echo "no run has a name that fits ONLY='${ONLY:-}'"
-printf '%s' "$chosen" | tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
-    echo "some runs failed; their tables are missing"
+run_all() {  # the lines of flags come on standard input
+    tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
+        echo "some runs failed; their tables are missing"
+}
+sed -n '/--split/!{/./p}' <<< "$chosen" | run_all  # the first of each set: its subjects are those of the others
+sed -n '/--split/p' <<< "$chosen" | run_all
 
 finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are finished
     local flags out found=()
