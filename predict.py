@@ -395,7 +395,7 @@ def load_members(paths):
     return members
 
 
-def read_members(members):
+def read_run_tables(members):
     """{path of best_model.pth: {"val": predictions, "test": predictions}} of finished runs.
     InputError if they are not those of the checkpoint."""
     tables = {}
@@ -420,7 +420,7 @@ def load_runs(paths):
     members = load_members(paths)
     print(f"making an ensemble of {len(members)} runs, and scoring it on their test")
     name = f"ensemble of {', '.join(Path(path).parent.name for path in members)}"
-    return name, make_ensemble(members, read_members(members))
+    return name, make_ensemble(members, read_run_tables(members))
 
 
 def main(argv=None):

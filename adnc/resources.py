@@ -18,8 +18,9 @@ LONGEST = 60  # seconds for each batch size; then it stops early
 def measure_resources(model, history, *, image_size, n_train, device, amp):
     """What a trained model and its training cost, as plain values for resources.json.
 
-    history: the rows of training_history.csv. n_train: training slices. Times are in seconds, of
-    the median epoch, since the first one of a process is slower; memory in bytes, of the largest.
+    history: the rows of training_history.csv. n_train: training slices. Times are those
+    of the median epoch, in seconds, since the first epoch of a process is slower. Memory is the
+    peak over all epochs, in bytes.
     """
     slices_per_s = statistics.median(row["images_per_s"] for row in history)
     val_seconds = known(history, "val_seconds")
@@ -91,16 +92,16 @@ def measure_latency(model, image_size, device, amp):
     latency, repeats = {}, {}
     for size in BATCHES:
         x = torch.zeros(size, 1, image_size, image_size, device=device)
-        seconds = []
-        while len(seconds) < WARMUP + REPEATS and sum(seconds) < LONGEST:
+        times = []
+        while len(times) < WARMUP + REPEATS and sum(times) < LONGEST:
             wait_for(device)
             start = time.perf_counter()
             engine(x)
             wait_for(device)
-            seconds.append(time.perf_counter() - start)
-        warm = seconds[WARMUP:]
+            times.append(time.perf_counter() - start)
+        warm = times[WARMUP:]
         if not warm:
-            warm = seconds[-1:]
+            warm = times[-1:]
         latency[str(size)] = statistics.median(warm)
         repeats[str(size)] = len(warm)
     return latency, repeats

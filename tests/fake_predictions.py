@@ -69,10 +69,11 @@ def complete(table, coverage=0.9):
     return table.reindex(columns=metrics.PREDICTIONS).astype(types)
 
 
-def write_run(folder, table, *, leaks=(), notes=(), coverage=0.9, **flags):
+def write_run(folder, table, *, title="test", leaks=(), notes=(), coverage=0.9, **flags):
     """A folder as of a finished run of train.py with these flags; returns its path."""
     folder = Path(folder)
-    options = dict(title="test", leaks=leaks, notes=notes, coverage=coverage)
-    write_results(complete(table, coverage), folder / "test", **options)
+    options = dict(title=title, leaks=leaks, notes=notes, coverage=coverage)
+    part = "val" if title.startswith("validation") else "test"
+    write_results(complete(table, coverage), folder / part, **options)
     write_json(folder / "config.json", {"flags": {"seed": 0, "lr": 1e-4, **flags}})
     return folder

@@ -190,6 +190,9 @@ def test_what_the_network_knows_beyond_the_dark_share_is_a_paired_interval():
     noise = np.random.default_rng(0).uniform(size=len(table))
     more = score(table.assign(dark_share=noise), "test", coverage=0.9)
     assert assess.knows_more(more, "subject")
+    # A bad fit of both together does not hide a network that is better alone.
+    alone = score(table.assign(dark_share=noise, with_dark_share=noise), "test", coverage=0.9)
+    assert assess.knows_more(alone, "subject")
     assert "it does." in "\n".join(assess.format_beyond(more))
     assert "that is not shown." in "\n".join(assess.format_beyond(same))
 
@@ -294,8 +297,8 @@ SCAN = "0s0"  # of class NC, subject and group p0
 
 # (rows to edit, column, new value, error)
 EDITS = [
-    (slice(None), "label", "AD", "labels are not those of metrics.json"),
-    (SCAN, "label", "AD", "labels are not those of metrics.json"),
+    (slice(None), "label", "AD", "do not give the scores of metrics.json"),
+    (SCAN, "label", "AD", "do not give the scores of metrics.json"),
     (SCAN, "label", "CN", "a group and a label AD or NC in each row"),
     (SCAN, "label", None, "a group and a label AD or NC in each row"),
     (SCAN, "group", None, "a group and a label AD or NC in each row"),
@@ -321,6 +324,15 @@ def test_edited_predictions_are_refused(results, rows, column, value, error):
     table.loc[rows, column] = value
     table.to_csv(path, index=False)
     with pytest.raises(InputError, match=error):
+        read_run(results)
+
+
+def test_p_ad_that_was_moved_without_another_prediction_is_refused(results):
+    path = results / "predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    table["p_AD"] = np.where(table.prediction == "AD", "0.999", "0.001")
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match="do not give the scores of metrics.json"):
         read_run(results)
 
 

@@ -5,19 +5,57 @@ import pandas as pd
 import pytest
 from fake_predictions import make_predictions, random_predictions, slice_arrays
 from scipy.special import expit
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from adnc.scoring import metrics
 from adnc.scoring.calibration import (
     apply_calibration,
     calibrate,
     conformal_quantile,
+    fit_across,
     fit_temperature,
     max_coverage,
     prediction_sets,
     score_sets,
     youden,
 )
+
+# ---------------------------------------------------------------- network and dark share together
+
+
+def folds_with_dark_share(n_folds=4, subjects=60):
+    """Folds of random predictions with another number that knows something of the label, too."""
+    table = random_predictions(subjects, slices=2)
+    rng = np.random.default_rng(1)
+    of_subject = dict(zip(table.subject.unique(), rng.normal(0, 1, subjects)))
+    table["dark_share"] = expit(
+        np.where(table.label == "AD", 0.7, -0.7) + table.subject.map(of_subject)
+    )
+    fold = table.subject.str[1:].astype(int) // 2 % n_folds  # both classes in each
+    return [table[fold == k] for k in range(n_folds)]
+
+
+def test_folds_are_weighted_without_their_own_labels():
+    folds = folds_with_dark_share()
+    before = fit_across(folds)
+    swapped = folds[0].assign(label=np.where(folds[0].label == "AD", "NC", "AD"))
+    after = fit_across([swapped, *folds[1:]])
+    assert np.array_equal(before[0], after[0])
+    assert not np.array_equal(before[1], after[1])
+
+
+def test_two_numbers_that_know_different_things_rank_better_together():
+    folds = folds_with_dark_share()
+    table = pd.concat(folds).assign(both=np.concatenate(fit_across(folds)))
+    subjects = table.groupby("subject").agg(
+        ad=("label", lambda label: label.iloc[0] == "AD"),
+        network=("p_AD", "mean"),
+        share=("dark_share", "mean"),
+        both=("both", "mean"),
+    )
+    auroc = {name: roc_auc_score(subjects.ad, subjects[name]) for name in subjects.columns[1:]}
+    assert auroc["both"] > max(auroc["network"], auroc["share"])
+
 
 # ---------------------------------------------------------------- temperature and threshold
 

@@ -324,7 +324,7 @@ def test_runs_that_nothing_calibrates_together_give_no_verdicts(
     printed = capsys.readouterr()
     assert "The members have no common calibration" in printed.err
     assert "did not finish" not in printed.err and "ranks" not in printed.err
-    assert "no threshold on them is known" in printed.out
+    assert "There is no threshold" in printed.out
     assert table.prediction.isna().all() and scans.prediction.isna().all()
     assert scans.members_AD.isna().all() and not (tmp_path / "p" / "confusion_matrix.png").exists()
     with pytest.raises(InputError, match="its members have no calibration in common"):

@@ -77,6 +77,26 @@ def test_the_validation_of_a_run_can_be_evaluated(run_folder, capsys):
     text = run_evaluate(capsys, run_folder, "--part", "val")
     assert text.startswith("validation (epoch and calibration were chosen on it)")
     assert "scans (n = 2)" in text
+    assert text.endswith(f"{evaluate.NO_TEST}\n") and "not seen in training" not in text
+
+
+def test_the_validation_of_several_runs_is_named_and_gives_no_conclusion(tmp_path, capsys):
+    what = "validation (calibration was chosen on it)"
+    table = few_slices()
+    seeds = [
+        write_run(tmp_path / f"s{seed}", worse(table, seed), title=what, seed=seed)
+        for seed in (0, 1)
+    ]
+    text = run_evaluate(capsys, *seeds, "--part", "val", "--against", seeds[0])
+    assert text.startswith(f"mean over 2 seeds, {what}\n")
+    assert f"mean over 2 and 1 seeds, {what}\n" in text
+    assert evaluate.NO_TEST in text and "The mean over seeds has" not in text
+    halves = [
+        write_run(tmp_path / f"f{k}", fold_of(table, k, 2), title=what, fold=k, folds=2)
+        for k in (0, 1)
+    ]
+    text = run_evaluate(capsys, *halves, "--part", "val")
+    assert f"2 runs pooled, {what}\n" in text and evaluate.NO_TEST in text
 
 
 def test_results_are_not_overwritten(run_folder, capsys):
@@ -156,9 +176,29 @@ def test_pooled_folds_count_every_scan_once(folds, tmp_path, capsys):
         assert f"{line}: {np.mean(values):.3f} (SD {np.std(values, ddof=1):.3f})" in text
 
 
-def test_missing_folds_are_reported(folds, capsys):
+def test_missing_folds_are_reported_in_any_order_of_the_runs(folds, tmp_path, capsys):
+    missing = "warning: of 3 folds, 2 are missing: not all subjects are counted"
     text = run_evaluate(capsys, *folds[:2])
-    assert text.startswith("warning: of 3 folds, 2 are missing: not all subjects are counted")
+    assert text.startswith(missing)
+    given = [  # another seed of the same folds, by --split
+        write_run(tmp_path / f"s1f{k}", fold_of(few_slices(), k), seed=1, split=f"f{k}/split.csv")
+        for k in range(2)
+    ]
+    for runs in ([*folds[:2], *given], [*given, *folds[:2]]):
+        text = run_evaluate(capsys, *runs)
+        assert missing in text and "the runs differ" not in text
+    assert "warning" not in run_evaluate(capsys, *given)
+
+
+def test_a_run_with_one_class_has_no_auroc_of_its_own(tmp_path, capsys):
+    tables = [fold_of(few_slices(), k) for k in range(3)]
+    tables[1] = tables[1][tables[1].label == "NC"]
+    runs = [
+        write_run(tmp_path / str(k), table, fold=k, folds=3) for k, table in enumerate(tables)
+    ]
+    text = run_evaluate(capsys, *runs)
+    first, last = (read_scores(runs[k] / "test")["subject"]["auroc"] for k in (0, 2))
+    assert f"AUROC of each run: {first:.3f}, undefined, {last:.3f}; the mean of the other 2" in text
 
 
 def test_runs_of_one_seed_that_share_scans_cannot_be_pooled(folds, capsys):
@@ -257,13 +297,22 @@ def test_an_ensemble_is_compared_with_its_members_on_unseen_scans_that_all_predi
     paths = read_run(folder)[0].path
     members = pd.DataFrame({"path": paths, "logit_1": logits[:, 0], "logit_2": logits[:, 1]})
     write_csv(folder / "members.csv", members)
-    runs = pd.DataFrame({"member": ["logit_1", "logit_2"], "temperature": [2.0, 1.0]})
+    runs = pd.DataFrame(
+        {"member": ["logit_1", "logit_2"], "run": ["a", "b"], "temperature": [2.0, 1.0]}
+    )
     write_csv(folder / "member_runs.csv", runs)
-    text = run_evaluate(capsys, folder)
+    text = run_evaluate(capsys, folder, "--out", tmp_path / "out")
     n, n_left_out = table.scan.nunique(), table.scan[table.subject.isin(["p1", "p2"])].nunique()
     which = "that all members predict and whose subjects training has not seen"
     assert f"on the {n - n_left_out} of {n} scans {which}:" in text
     assert text.index("| difference, paired") < text.index("subjects not seen in training: AUROC")
+    scans = pd.read_csv(tmp_path / "out" / "scans.csv")
+    assert (scans.members == np.where(scans.subject == "p1", 1, 2)).all()
+    assert (scans.member_sd.notna() == (scans.members == 2)).all()
+    for name in ("members", "member_runs"):
+        again = pd.read_csv(tmp_path / "out" / f"{name}.csv")
+        written = pd.read_csv(folder / f"{name}.csv")
+        assert again[written.columns].equals(written), name
 
     write_csv(folder / "member_runs.csv", runs.assign(temperature=1.0))
     with pytest.raises(InputError, match="members.csv of .* does not fit its predictions.csv"):

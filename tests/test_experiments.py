@@ -19,6 +19,7 @@ from dataset import decode_set
 from docs.experiments import (
     aggregate,
     beyond,
+    both_together,
     context,
     finetune,
     fluid_maps,
@@ -553,3 +554,20 @@ def test_fluid_is_compared_with_a_map_of_the_same_crop():
     pixels[50:70, 100:120] = 30
     (row,) = fluid_maps.look_at(checkpoint, pixels[None], CPU)
     assert row["fluid"] == pytest.approx(400 / (100 * 112), abs=0.005) and row["map"] > 0
+
+
+def test_the_true_gain_of_two_scores_is_that_of_many_subjects(monkeypatch, capsys):
+    monkeypatch.setattr(both_together, "N_AD", 4000)
+    monkeypatch.setattr(both_together, "N_NC", 4000)
+    folds = both_together.draw_folds(0.5, np.random.default_rng(0))
+    d, covariance = both_together.distances(), np.array([[1, 0.5], [0.5, 1]])
+    covariance = covariance + np.eye(2) * both_together.NOISE**2 / both_together.SLICES
+    best = np.linalg.solve(covariance, d)
+    together = [both_together.two_logits(fold) @ best for fold in folds]
+    gain = both_together.gain(folds, together)
+    assert gain == pytest.approx(both_together.true_gain(0.5), abs=0.005)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(both_together, "REPEATS", 2)
+    both_together.main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(both_together.CORRELATIONS)

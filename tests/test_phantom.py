@@ -355,7 +355,7 @@ def test_predictions_of_weights_that_saw_drawings_rank_and_name_no_class(varied,
     conclusion = read_json(out / "metrics.json")["conclusion"]
     assert conclusion["verdict"] == "ranks only"
     assert "accuracy" not in conclusion["sentences"][0] and "AUROC" in conclusion["sentences"][0]
-    assert "no threshold on them is known" in printed and "--threshold youden" not in printed
+    assert "There is no threshold" in printed and "--threshold youden" not in printed
     assert not (out / "confusion_matrix.png").exists()
     table, scores = read_run(out)  # as tools.evaluate reads it
     assert len(table) == scores["slice"]["n"] and set(table.prediction) <= {"AD", "NC"}

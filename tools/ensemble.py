@@ -15,7 +15,7 @@ from adnc.cli import Parser, run_script
 from adnc.files import require_new
 from adnc.scoring.assess import format_assessment
 from adnc.scoring.ensemble import describe_ensemble, make_ensemble
-from predict import describe_checkpoint, load_members, read_members
+from predict import describe_checkpoint, load_members, read_run_tables
 from utils import save_checkpoint
 
 
@@ -31,7 +31,7 @@ def main(argv=None):
     require_new(args.out, "--out")
 
     members = load_members(args.runs)
-    tables = None if args.uncalibrated else read_members(members)
+    tables = None if args.uncalibrated else read_run_tables(members)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # fails before the work, if at all
     ensemble = make_ensemble(members, tables)
     print(describe_checkpoint(ensemble))

@@ -6,12 +6,12 @@
     python -m tools.evaluate runs/* --resources                     # time and memory of each run
 
 RUN is a run folder of train.py (its test/ is read, or its val/ with --part val) or a folder of
-predict.py on labelled slices; of one ensemble, its AUROC stands beside the mean of its members.
-Several runs must not share a scan, unless their seeds differ: then the scores are means over seeds,
-and the AUROC of their mean logit stands beside them (tools.ensemble has its other scores). Prints
-slice-, scan- and subject-level metrics, the baselines beside them, and the scores of the prediction
-sets. --out takes runs of one seed and writes the same files as the test/ of a run, and with
---against comparison.json.
+predict.py on labelled slices; for an ensemble, its AUROC is printed beside the mean AUROC of its
+members. Several runs must not share a scan, unless their seeds differ: then the scores are means
+over seeds, and the AUROC of their mean logit is printed beside them (tools.ensemble has its other
+scores). Prints slice-, scan- and subject-level metrics, the baselines beside them, and the scores
+of the prediction sets. --out takes runs of one seed and writes the same files as the test/ of a
+run, and with --against comparison.json.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,9 @@ from adnc.files import new_folder, read_csv, read_json, require_new, write_json
 from adnc.resources import resource_rows
 from adnc.scoring import assess, metrics
 from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
-from adnc.scoring.ensemble import FREE_FLAGS, SPLIT_FLAGS
+from adnc.scoring.calibration import fit_across
+from adnc.scoring.ensemble import FREE_FLAGS, SPLIT_FLAGS, member_logits, scan_spread
 from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
-
-PARTS = {"val": "validation (epoch and calibration were chosen on it)", "test": "test"}
 
 # Flags that may differ between runs that are pooled: they do not change how a model learns.
 POOLED_FLAGS = FREE_FLAGS | {"fold", "data"}
@@ -57,6 +56,13 @@ class Pool:
         return stated
 
     @property
+    def validation(self):
+        """What runs call their validation, which says what was chosen on it, if these are
+        predictions of it; else None."""
+        whats = (run["what"] for run in self.runs)
+        return next((what for what in whats if what.startswith("validation")), None)
+
+    @property
     def withheld(self):
         """The reason of `why_no_verdicts` if a run has one: then there are scores of an order
         alone."""
@@ -67,6 +73,8 @@ def pool(members):
     """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a scan.
 
     The column scaled_logit is the logit at the temperature of its run, whose scale is comparable.
+    Of several runs, network and dark share together are fitted anew, each run on the others: the
+    few subjects of a run's own validation give a noisy fit.
     """
     folders, tables, runs = map(list, zip(*members))
     owner = {}
@@ -86,6 +94,9 @@ def pool(members):
             temperature = run["calibration"]["temperature"]
         scaled.append(each.assign(scaled_logit=each.logit / temperature))
     table = pd.concat(scaled, ignore_index=True)
+    if len(scaled) > 1 and table.with_dark_share.notna().all():
+        together = fit_across([each.assign(logit=each.scaled_logit) for each in scaled])
+        table["with_dark_share"] = np.nan if together is None else np.concatenate(together)
     coverages = {run.get("prediction_sets", {}).get("coverage") for run in runs}
     if len(coverages) != 1 or None in coverages:  # sets of different coverages cannot be pooled
         table["prediction_set"] = pd.Series(None, table.index, dtype="string")
@@ -102,7 +113,7 @@ def pool_seeds(folders, part):
     by_seed = {}
     for run, seed in zip(runs, seeds):
         by_seed.setdefault(seed, []).append(run)
-    return [pool(members) for members in by_seed.values()]
+    return [pool(runs_of_seed) for runs_of_seed in by_seed.values()]
 
 
 def read_flags(folder):
@@ -130,7 +141,7 @@ def check_flags(pools):
     warnings = []
     first = flags[0]
     differing = []
-    if len(pools) > 1 and any(each.get("split") for each in flags):
+    if any(each.get("split") for each in flags):
         free |= SPLIT_FLAGS
     for name in sorted(set(first) - free):
         if any(each.get(name) != first[name] for each in flags):
@@ -138,14 +149,13 @@ def check_flags(pools):
     if differing:
         warnings.append(f"warning: the runs differ in {', '.join(differing)}")
 
-    if first.get("folds"):
-        missing = set(range(first["folds"])) - {each.get("fold") for each in flags}
-        if missing:
-            numbers = ", ".join(map(str, sorted(missing)))
-            warnings.append(
-                f"warning: of {first['folds']} folds, {numbers} are missing: "
-                "not all subjects are counted"
-            )
+    n_folds = max(each.get("folds") or 0 for each in flags)  # 0: their split was given by --split
+    missing = set(range(n_folds)) - {each.get("fold") for each in flags}
+    if missing:
+        numbers = ", ".join(map(str, sorted(missing)))
+        warnings.append(
+            f"warning: of {n_folds} folds, {numbers} are missing: not all subjects are counted"
+        )
     return warnings
 
 
@@ -206,6 +216,8 @@ def compare_runs(first, second):
     title = "first against second, paired bootstrap over subjects"
     if len(tables) > 2:
         title += f", mean over {len(first)} and {len(second)} seeds"
+    if first[0].validation:
+        title += f", {first[0].validation}"
     for name, pools in (("first", first), ("second", second)):
         stated = describe_pools(pools)
         if stated:
@@ -270,11 +282,17 @@ def format_comparison(comparison):
 # ---------------------------------------------------------------- scores
 
 
-def evaluate_pool(one, part, out=None):
+NO_TEST = (
+    "Validation is no test: the calibration was chosen on it, and with --keep best the epoch, too. "
+    "So there is no conclusion."
+)
+
+
+def evaluate_pool(one, out=None):
     """Lines with the scores of a Pool. Writes tables, scores and pictures into the folder `out`."""
     title = f"{one.runs[0]['what']}, {one.folders[0]}"
     if len(one.runs) > 1:
-        title = f"{len(one.runs)} runs pooled, {PARTS[part]}"
+        title = f"{len(one.runs)} runs pooled, {one.validation or 'test'}"
     coverage = one.runs[0].get("prediction_sets", {}).get("coverage")
     given = {
         "title": title,
@@ -283,20 +301,28 @@ def evaluate_pool(one, part, out=None):
         "runs": one.runs,
         "withheld": one.withheld,
     }
+    table, members, of_one = one.table, [], {}
+    if len(one.runs) == 1:  # what several runs do not have in common
+        folder, calibration = Path(one.folders[0]), one.runs[0].get("calibration")
+        of_one["calibration"] = calibration
+        if (folder / "members.csv").exists():
+            table, members = read_members(folder, table)
+            ensemble = {"members": members, "calibration": calibration or {}}
+            of_one.update(members=members, spread=scan_spread(table, ensemble))
     if out:
-        scores = assess.write_results(one.table, out, **given)
+        scores = assess.write_results(table, out, **given, **of_one)
     else:
-        scores = assess.score(one.table, **given)
+        scores = assess.score(table, **given)
 
     lines = check_flags([one])
     if "each_run" in scores:
         lines += [*format_each_run(scores["each_run"]), ""]
     *tables, first, second, third = assess.format_assessment(scores)
     lines += tables
-    folder = Path(one.folders[0])
-    if len(one.folders) == 1 and (folder / "members.csv").exists():
-        lines += [*evaluate_members(folder, one.table), ""]
-    return [*lines, first, second, third]
+    conclusion = [NO_TEST] if one.validation else [first, second, third]
+    if members:
+        lines += [*evaluate_members(table, members), ""]
+    return [*lines, *conclusion]
 
 
 def format_each_run(summary):
@@ -305,10 +331,15 @@ def format_each_run(summary):
     for name in ("accuracy", "auroc"):
         if name not in summary:
             continue
-        each = ", ".join(f"{value:.3f}" for value in summary[name]["values"])
+        values = summary[name]["values"]
+        each = ", ".join("undefined" if value is None else f"{value:.3f}" for value in values)
+        n_undefined = values.count(None)
+        mean = "their mean"
+        if n_undefined:
+            mean = f"the mean of the other {len(values) - n_undefined}"
         yield (
-            f"{summary['unit']}-level {METRICS[name]} of each run: {each}; their mean, each model "
-            f"on its own scale: {summary[name]['mean']:.3f} (SD {summary[name]['sd']:.3f}); all "
+            f"{summary['unit']}-level {METRICS[name]} of each run: {each}; {mean}, each model on "
+            f"its own scale: {summary[name]['mean']:.3f} (SD {summary[name]['sd']:.3f}); all "
             "scores below are pooled"
         )
 
@@ -339,7 +370,10 @@ def evaluate_seeds(pools):
     with the scores of all seeds together. If training saw some of the subjects, those of the others
     follow, and the conclusion is theirs."""
     tables = align([one.table for one in pools])
-    title = "; ".join([f"mean over {len(pools)} seeds", *describe_pools(pools)])
+    title = f"mean over {len(pools)} seeds"
+    if pools[0].validation:
+        title += f", {pools[0].validation}"
+    title = "; ".join([title, *describe_pools(pools)])
     lines, conclusion = score_seeds(tables, title)
     lines = [*check_flags(pools), *lines]
     unseen = pd.concat([table.exposure == "no" for table in tables], axis=1).all(axis=1)
@@ -349,6 +383,8 @@ def evaluate_seeds(pools):
         lines_of_unseen, conclusion = score_seeds(parts, title)
         lines += ["", *lines_of_unseen]
         conclusion = f"On subjects not seen in training: {conclusion}"
+    if pools[0].validation:
+        conclusion = NO_TEST
     return [*lines, "", conclusion]
 
 
@@ -385,20 +421,22 @@ def score_seeds(tables, title):
 
 
 def read_members(folder, table):
-    """The predictions of the members of an ensemble, a table as `table` for each; the logits are at
-    their temperatures, and missing where a member does not predict.
+    """(table, members) of the prediction of an ensemble in a folder: `table` with the logit of each
+    member, missing where it does not predict, and {"name", "temperature"} of each.
 
     InputError if they are not those from which predict.py made the logits of `table`.
     """
     try:
         logits = read_csv(folder / "members.csv").set_index("path")
-        runs = read_csv(folder / "member_runs.csv")
-        singles = []
-        for member, temperature in runs[["member", "temperature"]].itertuples(index=False):
-            logit = table.path.map(logits[member]).astype(float) / float(temperature)
-            singles.append(table.assign(logit=logit, p_AD=expit(logit)))
-        means = np.nanmean([single.logit for single in singles], axis=0)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        runs = read_csv(folder / "member_runs.csv").astype({"temperature": float})
+        members = [
+            {"name": run, "temperature": temperature}
+            for run, temperature in zip(runs.run, runs.temperature)
+        ]
+        columns = {name: table.path.map(logits[name]).astype(float) for name in runs.member}
+        table = table.assign(**columns)
+        means = np.nanmean(member_logits(table) / runs.temperature.to_numpy(), axis=1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise InputError(
             f"members.csv and member_runs.csv of {folder} cannot be read ({problem}); predict again"
         ) from None
@@ -407,17 +445,17 @@ def read_members(folder, table):
             f"members.csv of {folder} does not fit its predictions.csv; expected the files of one "
             "prediction"
         )
-    return singles
+    return table, members
 
 
-def evaluate_members(folder, table):
-    """Lines with the AUROC of an ensemble beside the mean of its members, from a folder of
-    predict.py: on the scans that all members predict, and of these, if training saw some, on the
+def evaluate_members(table, members):
+    """Lines with the AUROC of an ensemble beside the mean of its members, from what `read_members`
+    returns: on the scans that all members predict, and of these, if training saw some, on the
     others."""
-    singles = read_members(folder, table)
-    if len(singles) < 2:
+    if len(members) < 2:
         return []
-    rows = pd.concat([single.logit.notna() for single in singles], axis=1).all(axis=1)
+    logits = member_logits(table) / [member["temperature"] for member in members]
+    rows = pd.Series(~np.isnan(logits).any(axis=1), table.index)
     which = "that all members predict"
     unseen = table.exposure == "no"
     if (table.exposure[rows] == "yes").any() and (rows & unseen).any():
@@ -426,7 +464,8 @@ def evaluate_members(folder, table):
     if not rows.any():
         return ["", "No scan is predicted by all members: there is no mean of them to compare."]
 
-    single = mean_scores([each[rows] for each in singles])
+    singles = [table.assign(logit=each, p_AD=expit(each))[rows] for each in logits.T]
+    single = mean_scores(singles)
     together = metrics.bootstrap_scores(table[rows])
     n_scans, n_used = table.scan.nunique(), table.scan[rows].nunique()
     lines = format_together(together, single, assess.main_unit(single), "members")
@@ -483,7 +522,7 @@ def main(argv=None):
     if len(first) > 1:
         lines = evaluate_seeds(first)
     else:
-        lines = evaluate_pool(first[0], args.part, out)
+        lines = evaluate_pool(first[0], out)
     lines += check_flags(second)
     for comparison in comparisons:
         lines += format_comparison(comparison)

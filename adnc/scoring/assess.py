@@ -113,10 +113,10 @@ def summarise_runs(runs):
     unit = "subject" if all(run["subject"] for run in runs) else "scan"
     summary = {"unit": unit, "runs": len(runs)}
     for name in ("accuracy", "auroc"):
-        values = [run[unit].get(name) for run in runs]
-        values = [value for value in values if value is not None]
-        if len(values) > 1:
-            mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+        values = [run[unit].get(name) for run in runs]  # None if a run's test has one class alone
+        known = [value for value in values if value is not None]
+        if len(known) > 1:
+            mean, sd = float(np.mean(known)), float(np.std(known, ddof=1))
             summary[name] = {"values": values, "mean": mean, "sd": sd}
     return summary
 
@@ -257,7 +257,7 @@ def conclude_ranks(scores, why):
     part, unit, who = decisive_part(scores)
     first = f"On {who}: AUROC {cell(part[unit], 'auroc')} ({unit}-level)."
     second = (
-        f"{why}: its scores rank, and no threshold on them is known, so that there is no accuracy, "
+        f"{why}: its scores only put scans in an order. There is no threshold, and so no accuracy, "
         "sensitivity, specificity or calibration."
     )
     if part is scores and scores["exposure"]["yes"]:
@@ -396,8 +396,10 @@ def main_unit(part):
 
 
 def knows_more(part, unit):
-    """Whether network and dark share together are shown to rank better than the dark share."""
-    return metrics.is_better(part["beyond_dark_share"]["both_minus"][unit], "auroc")
+    """Whether the network, or network and dark share together, are shown to rank better than the
+    dark share."""
+    differences = part["beyond_dark_share"].values()
+    return any(metrics.is_better(difference[unit], "auroc") for difference in differences)
 
 
 # ---------------------------------------------------------------- scores as text
@@ -676,15 +678,14 @@ def check_predictions(table, scores):
         names, scan = ", ".join(constant), differs.idxmax()
         raise ValueError(f"expected one of {names} for each scan; not so for scan {scan}")
 
-    name, again = "accuracy", (table.label == table.prediction).mean()
-    if scores.get("withheld"):  # there is no accuracy
-        name = "auroc"
-        again = metrics.point_scores(*metrics.arrays(table, "slice")[:3])[name]
-    both = np.array([again, scores["slice"][name]], float)  # None, of one class alone, becomes NaN
-    if not np.isclose(*both, rtol=0, atol=1e-6, equal_nan=True):
-        raise ValueError("the labels are not those of metrics.json")
     if not np.isfinite(table.logit).all():
         raise ValueError("some logits are not finite")
     if (metrics.with_predictions(table).prediction != table.prediction).any():
         raise ValueError("the predictions do not follow from p_AD and threshold")
+    again = metrics.point_scores(*metrics.arrays(table, "slice")[:3])
+    for name in again.keys() & scores["slice"].keys():
+        # None, of one class alone, becomes NaN.
+        both = np.array([again[name], scores["slice"][name]], float)
+        if not np.isclose(*both, rtol=0, atol=1e-6, equal_nan=True):
+            raise ValueError("labels and p_AD do not give the scores of metrics.json")
     return table

@@ -1,5 +1,5 @@
 """Temperature, decision threshold, conformal prediction sets and the weight of the network beside
-the dark share, fitted on validation alone.
+the dark share, fitted on validation alone, or across folds.
 
 A calibration is a dict of plain values in the checkpoint. It serves the two classes NC and AD.
 """
@@ -7,6 +7,7 @@ A calibration is a dict of plain values in the checkpoint. It serves the two cla
 import math
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
@@ -89,12 +90,30 @@ def fit_with_dark_share(val):
     on both, fitted on the validation slices.
 
     It answers whether the network knows more than that number (metrics.json, beyond_dark_share).
+    From few subjects the weights are noisy, which makes both together look worse than they are; of
+    several folds `fit_across` has more.
     """
     x, is_ad = two_logits(val), (val.label == "AD").to_numpy(bool)
     scaler = StandardScaler().fit(x)
     model = LogisticRegression().fit(scaler.transform(x), is_ad)
     weights = model.coef_[0] / scaler.scale_
     return [*weights.tolist(), float(model.intercept_[0] - weights @ scaler.mean_)]
+
+
+def fit_across(folds):
+    """The p_AD of network and dark share together, an array for each table of folds of one
+    cross-validation: by the weights that the other folds give, so that none is scored on the
+    subjects on which it was fitted. The logits must have one scale in all of them. None if the
+    others of a fold are all of one class.
+    """
+    together = []
+    for k, fold in enumerate(folds):
+        others = pd.concat([*folds[:k], *folds[k + 1 :]])
+        if others.label.nunique() < 2:
+            return None
+        *weights, bias = fit_with_dark_share(others)
+        together.append(expit(two_logits(fold) @ np.array(weights) + bias).round(7))
+    return together
 
 
 def two_logits(predictions):
@@ -175,7 +194,7 @@ def apply_calibration(predictions, calibration, coverage=None):
 def score_sets(predictions, coverage):
     """Scores of prediction sets on labelled scans, with intervals over groups.
 
-    A scan with a slice out of the training range has the set AD|NC by decree, which says nothing
+    A scan with a slice out of the training range is always given the set AD|NC, which says nothing
     about the coverage: `n_out_of_range` counts these scans, and the scores are those of the others.
     covered: the share of scans whose set contains the label; uncertain: the share of AD|NC;
     accuracy_if_certain: the accuracy of the other scans. A score without a scan is None.

@@ -27,8 +27,7 @@ SEEDS, FOLDS = "seeds", "folds"
 
 # What a member keeps of its checkpoint, beside its weights.
 OWN = (
-    "model", "image_size", "mean", "std", "epoch", "flags", "exposure", "init", "split_by",
-    "slice_stats", "test_read_after", "data_hash",
+    "model", "image_size", "mean", "std", "epoch", "flags", "exposure", "slice_stats",
 )  # fmt: skip
 # What members must have in common, and the ensemble takes over: key -> what it is called.
 COMMON = {

@@ -17,8 +17,8 @@ THRESHOLD = 0.5
 BINS = 10  # of equal width, for the calibration error and the reliability diagram
 RESAMPLES = 2000
 
-# Groups needed for a verdict. With fewer, bootstrap intervals are too narrow: 8 to 11 % of them
-# miss the true value instead of 5 %.
+# Groups needed for a verdict. With fewer, bootstrap intervals miss the true value too often:
+# docs/scores.md has the table.
 MIN_GROUPS = 10
 
 # name in metrics.json: name in tables
