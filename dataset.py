@@ -103,7 +103,12 @@ def decode_set(root, *, use_cache=True, subject_pattern=None, progress="decoding
     )
     index = index.assign(row=np.arange(len(index)), error=pd.array(errors, "string"))
     index, unreadable = usable(pd.concat([index, stats], axis=1))
-    notes = [*listing.notes, *pixels.describe_bits(index), *pixels.describe_outliers(index)]
+    notes = [
+        *listing.notes,
+        *pixels.describe_bits(index),
+        *pixels.describe_converted(index, images.shape[1:]),
+        *pixels.describe_outliers(index),
+    ]
     return SliceSet(
         subjects.assign_groups(index), images, listing.root,
         bad=bad + unreadable, sources=listing.sources, notes=notes,
@@ -283,7 +288,7 @@ def audit(slices):
     sizes = ", ".join(
         f"{width} wide x {height} high ({n:,} slices)" for (width, height), n in sizes
     )
-    yield f"image sizes: {sizes}; {(index.colour > 0).sum():,} slices are in colour"
+    yield f"image sizes: {sizes}"
 
     if not (index.split == "train").any():
         return

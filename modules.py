@@ -135,7 +135,8 @@ def make_stem(kind, in_chans, dim, norm):
     "patch" is the paper's: 4x4 with stride 4, norm. "conv": 3x3 with stride 2 and 3x3, each with
     norm and ReLU, then 2x2 max pooling.
     """
-    # Built in both cases: drawing its weights keeps those of the later layers as published.
+    # Built in both cases, also if it is not used: else the later layers would draw other random
+    # weights than those with which the results in docs/ were made.
     patch = nn.Sequential(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), make_norm(norm, dim))
     if kind == "patch":
         return patch
@@ -256,8 +257,8 @@ class PlainCNN(nn.Sequential):
 
 
 class Ensemble(nn.Module):
-    """Several models as one, whose margin z_AD - z_NC is the mean over the members of theirs, each
-    at its temperature.
+    """Several models as one: its margin z_AD - z_NC is the mean of its members' margins, each
+    divided by the member's temperature.
 
     Takes images (N, 1, S, S) with S the largest image size of a member; the others get them
     shrunk. Gives logits (N, 2). Explanations use it; a prediction runs one member after the other

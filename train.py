@@ -189,7 +189,8 @@ def make_parser():
     add("--folds", type=int, metavar="N", help="number of folds of the cross-validation")
     add("--pool-test", **switch, help="folds of train/ and test/ together, for few subjects")
     add("--drop-test-subjects", **switch, help="leave subjects of test/ out of train/")
-    add("--subjects", type=COUNT, metavar="N", help="train on N subjects only (all)")
+    add("--subjects", type=COUNT, metavar="N", help="use N subjects of train/ only, for training, "
+        "validation and folds together (all)")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="V", help=f"{', '.join(VARIANTS)}; or cnn, a plain CNN (tiny)")
@@ -209,7 +210,8 @@ def make_parser():
     add("--clip-grad", type=POSITIVE, metavar="NORM", help="largest norm of the gradient (1.0)")
     add("--warmup-epochs", type=AMOUNT, metavar="N", help="linear warm-up before the cosine (1)")
     whole = number(0, 1e6, int)
-    add("--patience", type=whole, metavar="N", help="stop after N epochs without a better one (20)")
+    add("--patience", type=whole, metavar="N", help="stop after N epochs without a better one; 0: "
+        "never (20)")
     add("--keep", choices=("best", "last"), help="last: no choice on val, no early stop (best)")
     add("--threshold", choices=("0.5", "youden"), help="p_AD of an AD; youden: fitted on val (0.5)")
     add("--ema", type=FRACTION, metavar="D", help="decay of the averaged weights; 0: none (0)")
@@ -225,7 +227,7 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     modes = ("auto", "fp16", "bf16", "off")
     add("--amp", choices=modes, help="auto: bf16 if the device has it, else fp16 on CUDA (auto)")
-    add("--tensorboard", **switch, help="also write the history and the scores as its scalars")
+    add("--tensorboard", **switch, help="also log history and scores for TensorBoard")
     add("--compile", **switch, help="compile the model, for long runs; needs a C++ compiler")
     add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
     add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")
@@ -292,8 +294,12 @@ def parse_args(argv=None):
         )
     if args.tensorboard:
         import_writer()  # missing: better told now than after the data are read
-    if args.model == "cnn" and args.model_args:
-        parser.error("--model cnn takes no --model-args; leave them out")
+    if args.model == "cnn":
+        if args.model_args:
+            parser.error("--model cnn takes no --model-args; leave them out")
+        if given.get("drop_path"):
+            parser.error("--model cnn has no residual blocks to drop; leave out --drop-path")
+        args.drop_path = 0.0
     return args
 
 
@@ -422,10 +428,8 @@ class TrainState:
             self.ema = AveragedModel(model, multi_avg_fn=averaging(ema), use_buffers=True)
         self.optimizer = make_optimizer(model, lr, weight_decay)
         # The scaler skips a step whose gradient is not finite. It scales the loss for float16
-        # alone; elsewhere by 1, or by a power of two after a skipped step, which changes no bit.
-        scaling = dict(init_scale=1.0, growth_interval=2**31 - 1)
-        if amp == torch.float16:
-            scaling = {}
+        # alone; elsewhere by 1.
+        scaling = {} if amp == torch.float16 else {"init_scale": 1.0}
         self.scaler = torch.amp.GradScaler(device.type, **scaling)
         self.forward = self.world.wrap(self.model, device)
         self.history = []  # one dict per epoch
@@ -490,9 +494,9 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     # Gradients are averaged over the processes, so that this makes them those of the mean loss of
     # the whole batch. NaN if the loss is not finite or a variance of BatchNorm has overflowed: then
     # no gradient is finite, in any process, and the step is skipped.
-    finite = torch.stack([values.isfinite().all() for values in (loss, *buffers)]).all()
-    share = torch.where(finite, state.world.size / (batch_size or len(x)), torch.nan)
-    state.scaler.scale(loss * share).backward()
+    forward_is_finite = torch.stack([values.isfinite().all() for values in (loss, *buffers)]).all()
+    per_slice = state.world.size / (batch_size or len(x))
+    state.scaler.scale(loss * torch.where(forward_is_finite, per_slice, torch.nan)).backward()
 
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
@@ -504,7 +508,9 @@ def train_step(state, x, y, *, criterion, clip_grad=1.0, batch_size=None):
     state.scaler.unscale_(state.optimizer)
     nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_grad, grad_norm / scale)
     state.scaler.step(state.optimizer)  # does nothing if a gradient is not finite
-    state.scaler.update()
+    # After a skipped step the scaler halves its scale. Only that of float16 grows back; others stay
+    # at 1, as their gradients would vanish after a hundred skipped steps.
+    state.scaler.update(None if state.amp == torch.float16 else 1.0)
     for buffer, old in zip(buffers, before):
         buffer.copy_(torch.where(finite, buffer, old))
     if state.ema is not None and finite:
@@ -628,7 +634,7 @@ def format_epoch(row, best, *remarks):
 
 
 def guessing_losses(p_ad, label_smoothing):
-    """(guessing, lowest): the cross-entropy of a model that says of every slice how frequent AD is,
+    """(guessing, lowest): the cross-entropy of a model that always predicts the frequency of AD,
     and of a perfect one, with label smoothing. p_ad (N,): the labels, 0 and 1 or soft ones."""
     target = (1 - label_smoothing) * np.asarray(p_ad) + label_smoothing / 2
     mean = target.mean()
@@ -659,11 +665,14 @@ def describe_end(history, keep, guessing):
     loss, kept = history[-1]["train_loss"], kept_row(history, keep)
     if loss < guessing:
         return
-    what = f"the training loss ended at {loss:.4g}, not below {guessing:.3f}, that of guessing: "
+    what = f"the training loss ended at {loss:.4g}, not below {guessing:.3f}, that of guessing"
     if kept["train_loss"] < guessing:
-        yield f"{what}it was so at epoch {kept['epoch']}, which was kept; try a lower --lr"
+        yield (
+            f"{what}; at epoch {kept['epoch']}, which was kept, it was below, "
+            f"{kept['train_loss']:.4g}; try a lower --lr"
+        )
     else:
-        yield f"{what}the model has not learned; try a lower --lr"
+        yield f"{what}: the model has not learned; try a lower --lr"
 
 
 def kept_row(history, keep):
@@ -682,13 +691,12 @@ def save_model(out, card, state):
     save_checkpoint(out / "best_model.pth", **card, weights=weights, epoch=state.epoch)
 
 
-def fit(state, slices, args, out, card, log):
-    """Train up to args.epochs and keep the epoch that --keep names. best_model.pth, last.pth and
-    training_history.csv are written after each epoch. Returns the ScalarLog of --tensorboard, or
-    None."""
+def fit(state, slices, labels, args, out, card, log):
+    """Train on the `labels` of `read_labels`, up to args.epochs, and keep the epoch that --keep
+    names. best_model.pth, last.pth and training_history.csv are written after each epoch. Returns
+    the ScalarLog of --tensorboard, or None."""
     world, order = state.world, torch.Generator()
     train, val = slices.part("train"), slices.part("val")
-    labels = read_labels(train, args.soft_labels)
     batches = Batches(
         train,
         args.batch_size,
@@ -834,14 +842,15 @@ def load_init(model, path, log):
     if path == "phantom":
         path = PHANTOM
     content = load_tensors(path)
-    if "members" in content:
+    record = content if isinstance(content, dict) else {}  # else find_state_dict refuses it
+    if "members" in record:
         raise InputError(f"--init {path} is an ensemble; expected a single model")
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
         advice = ""
-        if "format" in content:  # a file of this project
-            advice = f"; these are weights of --model {content['model']['variant']}"
+        if "format" in record:  # a file of this project
+            advice = f"; these are weights of --model {record['model']['variant']}"
         raise InputError(f"--init {path}: {problem}{advice}") from None
     log(
         f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: "
@@ -965,6 +974,12 @@ def restore(state, last, card, args, out, log):
             "the learning rate jumps here, and the run is not the one that started with this "
             "length"
         )
+    if last["flags"]["compile"] != args.compile:
+        was, now = (
+            "compiled" if compiled else "not compiled"
+            for compiled in (last["flags"]["compile"], args.compile)
+        )
+        log(f"so far the run was {was}, now it is {now}: its bits will differ")
     for name in ("precision", "machine"):
         if last[name] != card[name]:
             log(f"so far the run used {last[name]}, now {card[name]}: its bits will differ")
@@ -1052,7 +1067,8 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     else:
         log(f"best epoch {checkpoint['epoch']}, chosen by validation accuracy")
     if args.folds is not None:
-        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train"
+        pooled = " and test" if args.pool_test else ""
+        titles["test"] = f"fold {args.fold} of {args.folds}, held out of train{pooled}"
 
     warning = None
     inherited = (checkpoint["init"] or {}).get("exposure")
@@ -1150,7 +1166,7 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS demands
         torch.use_deterministic_algorithms(True)
-    world, device = distributed.join(pick_device(args.device))
+    world, device = distributed.join(pick_device(distributed.own_device(args.device)))
     amp = pick_amp(args.amp, device)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not args.deterministic
 
@@ -1202,7 +1218,8 @@ def train(args, world, device, amp):
         world=world,
     )
     card = model_card(args, slices, state, model_args, init)
-    n_train = len(slices.part("train"))
+    labels = read_labels(slices.part("train"), args.soft_labels)
+    n_train = len(labels)
     lines += check_batches(state, n_train, args.batch_size)
     lines += describe_average(args.ema, args.epochs * math.ceil(n_train / args.batch_size))
 
@@ -1250,7 +1267,7 @@ def train(args, world, device, amp):
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
     resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
-        scalars = fit(state, slices, args, out, card, log)
+        scalars = fit(state, slices, labels, args, out, card, log)
         world.leave()
         if world.is_main:
             card["test_read"] = True
@@ -1278,7 +1295,6 @@ def train(args, world, device, amp):
         log(f"predict again with:\n  {how_to_predict(slices.root, out, assess.is_drawn(card))}")
     if args.demo:
         log("this was a demonstration on drawings: what follows says nothing about real slices")
-    labels = read_labels(slices.part("train"), args.soft_labels)
     guessing, _ = guessing_losses(labels, args.label_smoothing)
     for line in (*describe_end(state.history, args.keep, guessing), *last_lines):
         log(line)

@@ -115,8 +115,7 @@ def device_name(device):
 
 @contextlib.contextmanager
 def explain_out_of_memory(advice):
-    """Turn an error of exhausted memory, of the GPU or the machine, into one sentence with
-    advice."""
+    """Turn an out-of-memory error, on GPU or CPU, into one sentence with advice."""
     try:
         yield
     except MemoryError:

@@ -130,12 +130,28 @@ def read_launcher():
     return numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"]
 
 
+def own_device(name):
+    """The device of this process, of a --device: on CUDA each process of torchrun gets the GPU of
+    its number on this machine, and opens no other one. InputError if there are too few."""
+    launched = read_launcher()
+    on_cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    if launched is None or not on_cuda:
+        return name
+    _, local_rank, _ = launched
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise InputError(
+            f"process {local_rank} on this machine has no GPU ({gpus} available); start with "
+            f"--nproc-per-node {gpus}"
+        )
+    return f"cuda:{local_rank}"
+
+
 def join(device):
     """(World, device) of this process; joins the processes of torchrun, if it was started by
-    torchrun.
+    torchrun, with the device of `own_device`.
 
-    On CUDA each process gets the GPU of its number on this machine. InputError if there are too
-    few, or if another process does not come within LONGEST_START.
+    InputError if another process does not come within LONGEST_START.
     """
     launched = read_launcher()
     if launched is None:
@@ -149,13 +165,6 @@ def join(device):
         return World(), device
     rank, local_rank, size = launched
     if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(
-                f"process {local_rank} on this machine has no GPU ({gpus} available); start with "
-                f"--nproc-per-node {gpus}"
-            )
-        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if local_rank == 0:

@@ -153,17 +153,21 @@ SPLIT = "--val-fraction 0.25".split()
 SMALL = [*MODEL, *SPLIT, *"--image-size 32 --batch-size 16 --lr 2e-3 --drop-path 0".split()]
 
 
-def train_small(data, out, *flags):
-    """Train in this process, with the final evaluation; returns the run folder."""
-    import train
-
+def small_flags(*flags):
+    """SMALL with other flags, without those of SMALL that do not go with them."""
     left_out = []
     if "--model" in flags:
         left_out += MODEL
     if "--split" in flags:  # which leaves nothing to --val-fraction
         left_out += SPLIT
-    small = [word for word in SMALL if word not in left_out]
-    train.main(["--data", str(data), "--out", str(out), *small, *flags])
+    return [*(word for word in SMALL if word not in left_out), *flags]
+
+
+def train_small(data, out, *flags):
+    """Train in this process, with the final evaluation; returns the run folder."""
+    import train
+
+    train.main(["--data", str(data), "--out", str(out), *small_flags(*flags)])
     return Path(out)
 
 

@@ -29,8 +29,23 @@ def test_the_audit_counts_and_finds_subjects_in_both_train_and_test(tmp_path):
     text = "\n".join(audit(write_set(tmp_path, scans)))
     assert "LEAK: 2 of the 6 test subjects are also in train" in text
     assert "test AD         15       3         3" in text
-    assert "48 wide x 40 high (90 slices); 0 slices are in colour" in text
+    assert "48 wide x 40 high (90 slices)" in text and "in colour" not in text
     assert "slices per scan: 5 (18 scans)" in text and "slice numbers: 70 to 74" in text
+
+
+def test_slices_that_are_resized_or_lose_their_colour_are_counted_by_class(tmp_path):
+    root = write_set(tmp_path)
+    for path in root.glob("test/AD/*"):
+        Image.open(path).crop((0, 0, 30, 40)).save(path)
+    for path in root.glob("train/NC/*"):
+        grey = Image.open(path)
+        Image.merge("RGB", (grey, grey, Image.new("L", grey.size))).save(path)
+    notes = dataset.decode_set(root, use_cache=False, progress=None).notes
+    resized = "15 of 90 slices (AD 15) are not 48 wide x 40 high"
+    assert f"{resized}, and were scaled and cropped to that" in notes
+    assert "30 of 90 slices (NC 30) are in colour, and were turned to grey" in notes
+    plain = dataset.decode_set(write_set(tmp_path / "plain"), use_cache=False, progress=None)
+    assert plain.notes == []
 
 
 def test_without_metadata_the_audit_reports_what_it_cannot_check(tmp_path):

@@ -57,6 +57,23 @@ def test_torchrun_sets_the_variables_that_are_read(tmp_path, monkeypatch):
     assert sorted(read) == [(0, 0, 2), (1, 1, 2)]
 
 
+@pytest.mark.parametrize("name, expected", [
+    ("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:1"), ("cpu", "cpu"),
+])  # fmt: skip
+def test_each_process_opens_the_gpu_of_its_number_alone(monkeypatch, name, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.own_device(name) == name  # of one process
+    variables = dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="1")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert distributed.own_device(name) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if expected != "cpu":
+        with pytest.raises(InputError, match="has no GPU .1 available.; start with"):
+            distributed.own_device(name)
+
+
 def test_two_processes_take_the_steps_of_one(ad_nc, tmp_path):
     """Without MixUp and DropPath, whose random numbers each process draws for its own share."""
     flags = ["--epochs", "1", "--batch-size", "13", *EXACT]  # 4 uneven steps

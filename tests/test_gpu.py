@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import GPUS, ROOT, SMALL
+from conftest import GPUS, ROOT, SMALL, small_flags
 from test_resume import assert_same
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -51,23 +51,25 @@ def run(*words, status=0):
 
 
 def train_on_gpu(data, out, *flags):
-    run("train.py", "--data", data, "--out", out, *SMALL, "--device", "cuda", *flags)
+    run("train.py", "--data", data, "--out", out, "--device", "cuda", *small_flags(*flags))
     return out
 
 
 @needs_gpu
 @pytest.mark.parametrize("flags", [
-    [],
+    ["--amp", "fp16"],
+    ["--amp", "bf16"],
     ["--compile"],
     ["--recipe", "small", "--image-size", "64"],
-    ["--model", "cnn", "--epochs", "24"],
-    ["--amp", "bf16"],
-    ["--mixup", "0.2", "--cutmix", "1", "--ema", "0.5", "--model-args", "head_norm=batch"],
+    ["--amp", "fp16", "--model", "cnn", "--epochs", "24"],
+    ["--amp", "fp16", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.5"],
+    ["--amp", "fp16", "--model-args", "head_norm=batch"],
 ], ids=" ".join)  # fmt: skip
 def test_a_run_on_the_gpu_learns_and_a_cpu_predicts_the_same(ad_nc, tmp_path, flags):
     out = train_on_gpu(ad_nc, tmp_path / "run", "--epochs", "8", *flags)
-    precision = "bfloat16" if "bf16" in flags else "float16"
-    assert f", {precision}," in (out / "training_log.txt").read_text()
+    if "--amp" in flags:
+        precision = {"fp16": "float16", "bf16": "bfloat16"}[flags[flags.index("--amp") + 1]]
+        assert f", {precision}," in (out / "training_log.txt").read_text()
     table = pd.read_csv(out / "test" / "predictions.csv")
     assert (table.prediction == table.label).mean() >= 0.9
     weights = load_checkpoint(out / "best_model.pth")["weights"]

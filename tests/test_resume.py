@@ -330,13 +330,16 @@ def test_a_run_on_the_default_folder_is_resumed_from_another_place(ad_nc, tmp_pa
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
 
 
-def test_another_precision_is_reported(run_folder, tmp_path):
+def test_another_precision_and_compilation_are_reported(run_folder, tmp_path, monkeypatch):
     run = shutil.copytree(run_folder, tmp_path / "run")
     last = load_checkpoint(run / "last.pth")
     del last["format"]
     save_checkpoint(run / "last.pth", **{**last, "precision": "float64"})
-    resume(run, "--epochs", "7")
-    assert "so far the run used float64, now" in (run / "training_log.txt").read_text()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    resume(run, "--epochs", "7", "--compile")
+    log = (run / "training_log.txt").read_text()
+    assert "so far the run used float64, now" in log
+    assert "so far the run was not compiled, now it is compiled: its bits will differ" in log
 
 
 def test_other_versions_of_packages_are_reported_and_both_kept(run_folder, tmp_path):

@@ -266,6 +266,17 @@ def test_a_model_with_batch_norm_learns_although_every_tenth_batch_is_bad(amp):
             assert model.eval()(x).argmax(1).equal(y)
 
 
+def test_many_skipped_steps_do_not_wear_out_the_scale_of_the_loss():
+    torch.manual_seed(0)
+    state = TrainState(convnext("narrow"), device=CPU, amp=None, lr=1e-3)
+    x, y = torch.randn(4, 1, 16, 16), torch.arange(4) % 2
+    bad = torch.full_like(x, float("nan"))
+    for number in range(320):  # of float32, 1 / 2^128 is infinite
+        assert step(state, bad if number % 2 else x, y)[3] == number % 2
+    assert state.scaler.get_scale() == 1
+    assert all(values.isfinite().all() for values in state.model.state_dict().values())
+
+
 def test_many_such_steps_in_a_row_end_the_run(ad_nc, tmp_path, monkeypatch):
     transform, count = train.train_transform, []
 

@@ -177,6 +177,7 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     (["--pool-test"], "--pool-test puts test/ into the folds; it goes with --fold and --folds"),
     (["--split", "x.csv", "--subjects", "9"], "leave out --subjects"),
     (["--model", "cnn", "--model-args", "norm=batch"], "--model cnn takes no --model-args"),
+    (["--model", "cnn", "--drop-path", "0.1"], "--model cnn has no residual blocks to drop"),
     (["--model-args", "colour=red"], "there is no colour; expected one of norm, stem"),
     (["--model-args", "norm=instance"], "norm is instance; choose layer or batch"),
     (["--model-args", "layer_scale=big"], "layer_scale is big; expected a number above 0"),
@@ -231,6 +232,13 @@ def test_init_without_its_file_or_its_model_says_what_is_expected(capsys):
         train.load_init(modules.convnext("tiny"), "phantom", print)
 
 
+@pytest.mark.parametrize("content", [torch.ones(3), 7, [torch.ones(3)]])
+def test_init_of_a_file_without_named_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="--init .*weights.pth"):
+        train.load_init(modules.convnext("narrow"), str(tmp_path / "weights.pth"), print)
+
+
 def test_init_of_a_run_inherits_its_exposure(ad_nc, run_folder, tmp_path):
     flags = ["--epochs", "1", "--init", str(run_folder / "best_model.pth"), "--seed", "5"]
     run = train_small(ad_nc, tmp_path / "run", *flags)
@@ -257,7 +265,8 @@ def test_a_fold_is_held_out_of_train_and_the_official_test_set_is_not_read(ad_nc
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--fold", "1", "--folds", "3")
     predictions = pd.read_csv(run / "test" / "predictions.csv", dtype=str)
     assert set(predictions.scan) < {scan for scan, (split, *_) in SCANS.items() if split == "train"}
-    assert "fold 1 of 3" in json.loads((run / "test" / "metrics.json").read_text())["title"]
+    title = json.loads((run / "test" / "metrics.json").read_text())["title"]
+    assert title == "fold 1 of 3, held out of train"
 
 
 def test_the_split_csv_of_a_run_gives_its_split_again(ad_nc, run_folder, tmp_path):
@@ -392,6 +401,12 @@ def test_the_recipe_phantom_draws_its_set_and_learns_from_drawings_alone(
         train.parse_args(["--soft-labels", "--mixup", "0.2"])
 
 
+def test_soft_labels_that_are_not_there_leave_no_run_folder(ad_nc, tmp_path):
+    with pytest.raises(InputError, match="soft labels are those of"):
+        train_small(ad_nc, tmp_path / "run", "--soft-labels")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_drawings_from_weights_of_unknown_origin_has_seen_more_than_drawings(
     varied, tmp_path
 ):
@@ -469,7 +484,7 @@ def test_a_run_that_diverges_after_its_kept_epoch_says_so():
         {"epoch": 2, "train_loss": 1398.0, "val_accuracy": 0.5, "val_loss": 900.0},
     ]
     (line,) = train.describe_end(rows, "best", 0.693)
-    assert "ended at 1398" in line and "epoch 1, which was kept" in line
+    assert "ended at 1398" in line and "epoch 1, which was kept, it was below" in line
     (line,) = train.describe_end(rows, "last", 0.693)
     assert "the model has not learned; try a lower --lr" in line
     assert list(train.describe_end(rows[:1], "best", 0.693)) == []

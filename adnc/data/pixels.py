@@ -459,19 +459,41 @@ def out_of_range(stats, training, reference="in training"):
     return texts.mask(texts == "").str.removeprefix("; ")
 
 
+def by_label(table):
+    """` (AD 12, NC 30)`: the labels in a table, or an empty text if none is known."""
+    counts = table.label.dropna().value_counts()
+    if counts.empty:
+        return ""
+    return f" ({', '.join(f'{label} {n:,}' for label, n in counts.items())})"
+
+
+def describe_converted(table, size):
+    """Lines on the slices of a table with label and STATS that were not of the common size (H, W),
+    and on those in colour."""
+    height, width = size
+    resized = table[(table.height != height) | (table.width != width)]
+    if len(resized):
+        yield (
+            f"{len(resized):,} of {len(table):,} slices{by_label(resized)} are not {width} wide x "
+            f"{height} high, and were scaled and cropped to that"
+        )
+    coloured = table[table.colour > 0]
+    if len(coloured):
+        yield (
+            f"{len(coloured):,} of {len(table):,} slices{by_label(coloured)} are in colour, and "
+            "were turned to grey"
+        )
+
+
 def describe_bits(table):
     """Lines on the 16-bit files in a table with path, label, bits and depth."""
     deep = table[table.depth > 0]
     if deep.empty:
         return
     bits = int(deep.bits.max())
-    counts = deep.label.dropna().value_counts()
-    by_label = ""
-    if len(counts):
-        by_label = f" ({', '.join(f'{label} {n:,}' for label, n in counts.items())})"
     yield (
-        f"{len(deep):,} of {len(table):,} slices are 16-bit{by_label} and are read as {bits}-bit, "
-        f"by one rule for all: 0 to {2**bits - 1:,} becomes 0 to 255"
+        f"{len(deep):,} of {len(table):,} slices are 16-bit{by_label(deep)} and are read as "
+        f"{bits}-bit, by one rule for all: 0 to {2**bits - 1:,} becomes 0 to 255"
     )
     usual, most = int(deep.depth.median()), int(deep.depth.max())
     if most >= usual + 2:
