@@ -685,13 +685,13 @@ def kept_row(history, keep):
     return max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
 
 
-def save_model(out, card, state):
+def save_model(out, record, state):
     """Write best_model.pth: the model of the epoch that has just ended."""
     weights = state.model_to_validate.state_dict()
-    save_checkpoint(out / "best_model.pth", **card, weights=weights, epoch=state.epoch)
+    save_checkpoint(out / "best_model.pth", **record, weights=weights, epoch=state.epoch)
 
 
-def fit(state, slices, labels, args, out, card, log):
+def fit(state, slices, labels, args, out, record, log):
     """Train on the `labels` of `read_labels`, up to args.epochs, and keep the epoch that --keep
     names. best_model.pth, last.pth and training_history.csv are written after each epoch. Returns
     the ScalarLog of --tensorboard, or None."""
@@ -723,7 +723,7 @@ def fit(state, slices, labels, args, out, card, log):
         if state.history:  # a kill after last.pth leaves the other files an epoch behind
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
             if kept_row(state.history, args.keep) is state.history[-1]:
-                save_model(out, card, state)
+                save_model(out, record, state)
 
     scalars = None
     if args.tensorboard and world.is_main:
@@ -740,13 +740,13 @@ def fit(state, slices, labels, args, out, card, log):
         if best is not None and 0 < args.patience <= state.epoch - best["epoch"]:
             log(f"stopped early: no better validation in {args.patience} epochs")
             break
-        if card["test_read"]:
+        if record["test_read"]:
             log(
                 f"test was read after epoch {state.epoch}, and the run now trains on: all later "
                 "scores on test say so"
             )
-            card["test_read_after"] = [*card["test_read_after"], state.epoch]
-            card["test_read"] = False
+            record["test_read_after"] = [*record["test_read_after"], state.epoch]
+            record["test_read"] = False
         order.manual_seed(seed_of(args.seed, state.epoch + 1))
         row = train_one_epoch(
             state,
@@ -769,9 +769,9 @@ def fit(state, slices, labels, args, out, card, log):
 
         is_best = kept_row(state.history, args.keep) is state.history[-1]
         if world.is_main:
-            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+            save_checkpoint(out / "last.pth", **record, **state.state_dict())
             if is_best:
-                save_model(out, card, state)
+                save_model(out, record, state)
             write_csv(out / "training_history.csv", pd.DataFrame(state.history))
             if scalars:
                 scalars.add_row(state.history[-1])
@@ -842,15 +842,15 @@ def load_init(model, path, log):
     if path == "phantom":
         path = PHANTOM
     content = load_tensors(path)
-    record = content if isinstance(content, dict) else {}  # else find_state_dict refuses it
-    if "members" in record:
+    named = content if isinstance(content, dict) else {}  # else find_state_dict refuses it
+    if "members" in named:
         raise InputError(f"--init {path} is an ensemble; expected a single model")
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
         advice = ""
-        if "format" in record:  # a file of this project
-            advice = f"; these are weights of --model {record['model']['variant']}"
+        if "format" in named:  # a file of this project
+            advice = f"; these are weights of --model {named['model']['variant']}"
         raise InputError(f"--init {path}: {problem}{advice}") from None
     log(
         f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: "
@@ -865,7 +865,7 @@ def load_init(model, path, log):
     return {"file": os.path.basename(path), "exposure": exposure}
 
 
-def model_card(args, slices, state, model_args, init):
+def make_record(args, slices, state, model_args, init):
     """What a checkpoint records beside the weights: everything that predict.py needs.
 
     `exposure` holds the subjects and scans that the weights were trained and chosen on. `test_read`
@@ -929,10 +929,10 @@ def describe_machine(state):
     return f"{device_name(state.device)}, {threads}, {processes}"
 
 
-def write_start(out, args, slices, card):
+def write_start(out, args, slices, record):
     """config.json with every flag, split.csv, and with --skip-bad skipped.csv."""
-    used = {name: card[name] for name in ("data", "precision", "machine")}
-    versions = {name: card[name] for name in ("versions", "earlier_versions")}
+    used = {name: record[name] for name in ("data", "precision", "machine")}
+    versions = {name: record[name] for name in ("versions", "earlier_versions")}
     write_json(out / "config.json", {"flags": vars(args), "used": used, **versions})
     split = pd.concat([slices.index, slices.unused.assign(split=subjects.UNUSED)])
     split = split[["path", "label", "scan", "slice", "subject", "split", "group"]]
@@ -942,19 +942,19 @@ def write_start(out, args, slices, card):
         write_csv(out / "skipped.csv", pd.DataFrame(slices.bad, columns=["path", "reason"]))
 
 
-def restore(state, last, card, args, out, log):
+def restore(state, last, record, args, out, log):
     """Put last.pth, as loaded, back into `state`, and log what differs now. InputError if the data
     changed."""
     if args.epochs < last["epoch"]:
         raise InputError(
             f"--epochs is {args.epochs}, but {out} has trained {last['epoch']}; expected no fewer"
         )
-    if last["split_hash"] != card["split_hash"]:
+    if last["split_hash"] != record["split_hash"]:
         raise InputError(
             f"the slices are not those that {out} was trained on; expected the same files, split "
             "and subjects"
         )
-    if last["data_hash"] != card["data_hash"]:
+    if last["data_hash"] != record["data_hash"]:
         raise InputError(
             f"some files show other pixels than when {out} was started; restore them, or start a "
             "new run"
@@ -963,9 +963,9 @@ def restore(state, last, card, args, out, log):
     # The model of the last epoch is in last.pth, too.
     if kept and kept["epoch"] < last["epoch"] and not (out / "best_model.pth").exists():
         raise InputError(f"{out / 'best_model.pth'} is gone; restore it, or start a new run")
-    state.load_state_dict(last, same_precision=last["precision"] == card["precision"])
+    state.load_state_dict(last, same_precision=last["precision"] == record["precision"])
     for name in ("test_read", "test_read_after"):
-        card[name] = last[name]
+        record[name] = last[name]
 
     log(f"resumed after epoch {state.epoch}")
     if last["flags"]["epochs"] != args.epochs:
@@ -981,13 +981,13 @@ def restore(state, last, card, args, out, log):
         )
         log(f"so far the run was {was}, now it is {now}: its bits will differ")
     for name in ("precision", "machine"):
-        if last[name] != card[name]:
-            log(f"so far the run used {last[name]}, now {card[name]}: its bits will differ")
-    before, now = last.get("versions", {}), card["versions"]
-    card["earlier_versions"] = last.get("earlier_versions", [])
+        if last[name] != record[name]:
+            log(f"so far the run used {last[name]}, now {record[name]}: its bits will differ")
+    before, now = last.get("versions", {}), record["versions"]
+    record["earlier_versions"] = last.get("earlier_versions", [])
     changed = [name for name in now if before.get(name, "unknown") != now[name]]
     if changed:
-        card["earlier_versions"] = [*card["earlier_versions"], before]
+        record["earlier_versions"] = [*record["earlier_versions"], before]
         was = ", ".join(f"{name} {before.get(name, 'unknown')}" for name in changed)
         are = ", ".join(f"{name} {now[name]}" for name in changed)
         log(f"so far the run used {was}, now {are}: its bits may differ (config.json keeps both)")
@@ -1217,7 +1217,7 @@ def train(args, world, device, amp):
         ema=args.ema,
         world=world,
     )
-    card = model_card(args, slices, state, model_args, init)
+    record = make_record(args, slices, state, model_args, init)
     labels = read_labels(slices.part("train"), args.soft_labels)
     n_train = len(labels)
     lines += check_batches(state, n_train, args.batch_size)
@@ -1232,11 +1232,11 @@ def train(args, world, device, amp):
     out = Path(world.broadcast(str(out)))
     log = make_log(out / "training_log.txt") if world.is_main else lambda line="": None
     if last:
-        restore(state, last, card, args, out, log)
+        restore(state, last, record, args, out, log)
     if world.is_main:
-        write_start(out, args, slices, card)
+        write_start(out, args, slices, record)
         # So that a run stopped in its first epoch can be resumed, and with the flags given now.
-        save_checkpoint(out / "last.pth", **card, **state.state_dict())
+        save_checkpoint(out / "last.pth", **record, **state.state_dict())
 
     n_parameters = sum(p.numel() for p in model.parameters())
     log(
@@ -1267,13 +1267,13 @@ def train(args, world, device, amp):
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
     resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
-        scalars = fit(state, slices, labels, args, out, card, log)
+        scalars = fit(state, slices, labels, args, out, record, log)
         world.leave()
         if world.is_main:
-            card["test_read"] = True
-            save_checkpoint(out / "last.pth", **card, **state.state_dict())
+            record["test_read"] = True
+            save_checkpoint(out / "last.pth", **record, **state.state_dict())
             last_lines = evaluate_kept_model(
-                slices, args, out, card["test_read_after"], device=device, amp=amp, log=log
+                slices, args, out, record["test_read_after"], device=device, amp=amp, log=log
             )
             log("measuring the latency of a prediction")
             log(write_resources(out, state, n_train))
@@ -1292,7 +1292,7 @@ def train(args, world, device, amp):
         return
     log(f"pictures in {out} and {out / 'test'}")
     if args.folds is None:
-        log(f"predict again with:\n  {how_to_predict(slices.root, out, assess.is_drawn(card))}")
+        log(f"predict again with:\n  {how_to_predict(slices.root, out, assess.is_drawn(record))}")
     if args.demo:
         log("this was a demonstration on drawings: what follows says nothing about real slices")
     guessing, _ = guessing_losses(labels, args.label_smoothing)

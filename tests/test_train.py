@@ -393,9 +393,10 @@ def test_the_recipe_phantom_draws_its_set_and_learns_from_drawings_alone(
     with without_evaluation():
         train.main([*flags, "--out", str(tmp_path / "run")])
     assert asked == [(train.PHANTOM_SUBJECTS, 3, "varied")]
-    card = load_checkpoint(tmp_path / "run" / "best_model.pth")
-    assert card["flags"]["soft_labels"] and card["exposure"]["drawn"]
-    assert card["slice_stats"]["height"] == [64, 512] and card["extraction"]["plane"] == "axial"
+    checkpoint = load_checkpoint(tmp_path / "run" / "best_model.pth")
+    assert checkpoint["flags"]["soft_labels"] and checkpoint["exposure"]["drawn"]
+    assert checkpoint["slice_stats"]["height"] == [64, 512]
+    assert checkpoint["extraction"]["plane"] == "axial"
 
     with pytest.raises(SystemExit):
         train.parse_args(["--soft-labels", "--mixup", "0.2"])

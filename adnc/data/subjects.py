@@ -19,7 +19,7 @@ MIN_VALIDATION_GROUPS = 5  # of each class; with fewer a warning
 
 # ---------------------------------------------------------------- names of subjects
 
-# The forms of a subject's id in the archives, and in BIDS versions of them, as one form each.
+# Spellings of the ids of subjects in the archives and in BIDS, each with its usual form.
 ARCHIVES = (
     (r"(?:sub-)?(?:ADNI)?(\d{3})_?S_?(\d{4,5})", r"\1_S_\2"),
     (r"(?:sub-)?(OAS[12])_?(\d{4})", r"\1_\2"),
