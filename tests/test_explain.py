@@ -223,6 +223,14 @@ def make_explainer(model_functions, method):
     return attribution.Explainer(model, fresh_model, checkpoint, method, torch.device("cpu"))
 
 
+def test_what_is_known_about_the_maps_of_a_model_is_said_wherever_they_are(atto):
+    explainer = make_explainer(atto, "grad-cam")
+    assert explainer.caution("grad-cam").startswith("A colour shows")
+    explainer.checkpoint["maps"] = "They do not light the ventricles."
+    for method in attribution.METHODS:
+        assert explainer.caution(method).startswith("They do not light the ventricles. A colour")
+
+
 def load(folder):
     return load_inputs(list_inputs([folder]), slice_size=(40, 48), progress=None)
 
@@ -459,3 +467,23 @@ def test_the_altered_region_is_where_atrophy_acts_and_not_the_noise():
     assert 80 < columns.min() and columns.max() < 200
     a, b = render(scan._replace(atrophy=1.0)), render(scan._replace(atrophy=1.1))
     assert (a[~region] == b[~region]).mean() > 0.99
+
+
+def test_maps_are_compared_with_regions_and_drawn(run_folder, ad_nc, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "N_RANDOM", 2)
+    checkpoint = load_checkpoint(run_folder / "best_model.pth")
+    slices = load_inputs(
+        list_inputs([ad_nc / "test"]), slice_size=checkpoint["slice_size"], progress=None
+    )
+    regions = np.zeros((len(slices), *checkpoint["slice_size"]), bool)
+    regions[:, 10:30, 14:34] = True  # the middle, where the blob of AD is
+    tried = experiment.Experiment(checkpoint, checkpoint, slices, regions)
+    assert tried.region.shape == (30, 32, 32) and 0.2 < tried.region.mean() < 0.4
+
+    name, method = "distance", experiment.distance
+    maps = attribution.attribute(method, tried.model, tried.x, tried.baseline)
+    row, parts = tried.check(name, method, maps)
+    assert row[-1] == "UNUSABLE" and len(row) == 3 + len(parts)  # it does not ask the model
+    assert tried.localise(name, maps)[0] == tried.classify(name, maps)[0] == name
+    experiment.plot_maps(tmp_path / "maps.png", tried, regions)
+    assert Image.open(tmp_path / "maps.png").width > 500

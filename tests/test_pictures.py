@@ -39,7 +39,8 @@ def test_pictures_of_scores_are_drawn_with_two_classes_and_with_one(labels, tmp_
     table = complete(random_predictions(10))
     table = table[table.label.isin(labels)]
     tables = {unit: metrics.aggregate(table, unit) for unit in metrics.UNITS}
-    sets = {"coverage": 0.9, "uncertain": 0.2, "accuracy_if_certain": 0.9}
+    sets = {"coverage": 0.9, "n": 10, "n_certain": 8, "n_out_of_range": 2}
+    sets["accuracy_if_certain"] = 0.9
     plots.plot_confusion(tmp_path / "confusion.png", tables, "a title")
     plots.plot_calibration(tmp_path / "calibration.png", tables, "a title")
     plots.plot_risk(tmp_path / "risk.png", tables, "a title", sets)

@@ -22,7 +22,7 @@ from adnc.errors import InputError, printable
 from adnc.explain import report
 from adnc.explain.attribution import Explained
 from adnc.explain.report import Report, require_writable, write_report
-from adnc.scoring.assess import NOT_SHOWN, WORKS, statements, write_results
+from adnc.scoring.assess import NOT_SHOWN, UNCALIBRATED, WORKS, statements, write_results
 from adnc.scoring.calibration import apply_calibration
 from adnc.scoring.metrics import aggregate, verdict
 from adnc.volumes.look import Look
@@ -603,11 +603,9 @@ def test_a_model_that_saw_drawings_alone_ranks_the_scans_and_gives_no_verdict(
     unlabelled, tmp_path
 ):
     exposure = {**unlabelled.checkpoint["exposure"], "drawn": True}
-    maps = "Its maps do not light the ventricles."
-    checkpoint = {**unlabelled.checkpoint, "exposure": exposure, "maps": maps}
+    checkpoint = {**unlabelled.checkpoint, "exposure": exposure}
     write_report(tmp_path / "page.html", replace(unlabelled, checkpoint=checkpoint))
     page = Page(tmp_path / "page.html")
-    assert maps in page.words()
     assert set(page.verdicts.values()) == {"no verdict", "not read"}
     assert page.words().startswith(
         "No verdicts are given. This model was trained on drawings alone. Its score is the "
@@ -623,3 +621,31 @@ def test_a_model_that_saw_drawings_alone_ranks_the_scans_and_gives_no_verdict(
     assert f"rank 1 of {n_ranked}" in page.words()
     for word in ("threshold for AD", "calibrated on", "gets AD or NC", "resemble those labelled"):
         assert word not in page.words()
+
+
+@pytest.mark.parametrize("coverage", [None, 0.9])
+@pytest.mark.parametrize("design", [None, UNCALIBRATED])
+def test_a_page_without_verdicts_says_nothing_of_verdicts(unlabelled, tmp_path, coverage, design):
+    checkpoint = {**unlabelled.checkpoint, "conclusion": None}
+    reason = "the model is not shown to work"
+    if design:
+        checkpoint["design"], reason = design, "the members have no common calibration"
+        del checkpoint["calibration"]
+    report = replace(unlabelled, checkpoint=checkpoint, coverage=coverage)
+    write_report(tmp_path / "page.html", report)
+    words = Page(tmp_path / "page.html").words()
+    assert f"no verdict : {reason}" in words.replace("no verdict:", "no verdict :")
+    for phrase in ("gets AD or NC", "The verdicts are made to", "the verdicts contain"):
+        assert phrase not in words, phrase
+
+
+def test_a_coverage_that_leaves_no_or_every_scan_uncertain_is_named(unlabelled, tmp_path):
+    calibration = unlabelled.checkpoint["calibration"]
+    texts = {0.4: "However close it is, for this coverage", 1.5: "every scan, since for this"}
+    for score, text in texts.items():
+        changed = {**calibration, "threshold": 0.5, "scores": [score], "weights": [1.0]}
+        changed["groups"] = 1
+        checkpoint = {**unlabelled.checkpoint, "calibration": changed}
+        report = replace(unlabelled, checkpoint=checkpoint, coverage=0.5)
+        write_report(tmp_path / f"{score}.html", report)
+        assert text in Page(tmp_path / f"{score}.html").words().replace(" ,", ",")

@@ -363,9 +363,11 @@ def measure_steps(variant, image_size, batch_size, device, repeats, with_compile
             f"ours, {name}": our_step(ours, device, amp),
         }
         if with_compile:
-            compiled = copy.deepcopy(ours)
-            compiled.compile()
-            steps[f"ours, {name}, compiled"] = our_step(compiled, device, amp)
+            compiled = [copy.deepcopy(model) for model in (theirs, ours)]
+            for model in compiled:
+                model.compile()
+            steps[f"torchvision, {name}, compiled"] = plain_step(compiled[0], device, amp)
+            steps[f"ours, {name}, compiled"] = our_step(compiled[1], device, amp)
         work = {key: functools.partial(step, x, y) for key, step in steps.items()}
         rows.update(take_turns(work, repeats, functools.partial(wait_for, device)))
     return rows
@@ -375,10 +377,7 @@ def measure_steps(variant, image_size, batch_size, device, repeats, with_compile
 
 
 def their_epoch(variant, image_size, batch_size, root, device, amp):
-    """A function that trains for an epoch as one writes it without this project.
-
-    It returns slices per second.
-    """
+    """A function that trains for an epoch as one writes it without this project."""
     recipe = v2.Compose([
         v2.Grayscale(),
         v2.RandomResizedCrop(image_size, scale=(0.8, 1.0)),
@@ -400,50 +399,47 @@ def their_epoch(variant, image_size, batch_size, root, device, amp):
     step = plain_step(two_models(variant, device)[0], device, amp)
 
     def epoch():
-        start = time.perf_counter()
         for x, y in batches:
             step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-        wait_for(device)
-        return len(images) / (time.perf_counter() - start)
 
     return epoch
 
 
-def our_epoch(variant, image_size, batch_size, root, device, amp, with_compile):
-    """The same as train.py does it, with the slices decoded before the clock starts."""
-    slices = decode_set(root, use_cache=False).part("train")
+def our_epoch(variant, image_size, batch_size, slices, device, amp, with_compile=False):
+    """The same as train.py does it, with slices that were decoded before."""
     batches = Batches(slices, batch_size, generator=torch.Generator(), device=device)
     state = TrainState(two_models(variant, device)[1], device=device, amp=amp, lr=TINY_LR)
     if with_compile:
         state.model.compile()
     schedule = dict(steps_per_epoch=len(batches), epochs=100, warmup_epochs=1, lr=TINY_LR)
 
-    def epoch():
-        row = train_one_epoch(
-            state, batches, criterion=make_loss(0.1), schedule=schedule, image_size=image_size
-        )
-        return row["images_per_s"]
+    return functools.partial(
+        train_one_epoch,
+        state,
+        batches,
+        criterion=make_loss(0.1),
+        schedule=schedule,
+        image_size=image_size,
+    )
 
-    return epoch
 
-
-def measure_epochs(variant, image_size, batch_size, device, subjects, with_compile):
-    """Slices per second from JPEG files to trained weights; {name: {"rate", "ratio"}}."""
+def measure_epochs(variant, image_size, batch_size, device, subjects, repeats, with_compile):
+    """Time whole epochs: torchvision's model with JPEG files that each epoch decodes, and ours with
+    slices that a run decodes once, before. Rows of `take_turns`, with slices per second as
+    "rate"."""
     amp = precisions(device)[-1]
-    name = "ours, compiled" if with_compile else "ours"
     with tempfile.TemporaryDirectory() as folder:
         root = draw(Path(folder) / "phantom", subjects)
+        slices = decode_set(root, use_cache=False).part("train")
         size = (variant, image_size, batch_size)
         epochs = {
             "torchvision, ImageFolder": their_epoch(*size, root, device, amp),
-            name: our_epoch(*size, root, device, amp, with_compile),
+            "ours, decoded before": our_epoch(*size, slices, device, amp),
         }
-        rates = {}
-        for name, epoch in epochs.items():
-            epoch()  # warms up
-            rates[name] = epoch()
-    reference = next(iter(rates.values()))
-    return {name: {"rate": rate, "ratio": rate / reference} for name, rate in rates.items()}
+        if with_compile:
+            epochs["ours, decoded before, compiled"] = our_epoch(*size, slices, device, amp, True)
+        rows = take_turns(epochs, repeats, functools.partial(wait_for, device))
+    return {name: {**row, "rate": len(slices) / row["seconds"]} for name, row in rows.items()}
 
 
 # ---------------------------------------------------------------- command
@@ -524,7 +520,9 @@ def main(argv=None):
         "training step": lambda: measure_steps(*size, args.repeats, args.compile),
     }
     if args.gpu:
-        parts["whole epochs"] = lambda: measure_epochs(*size, args.subjects, args.compile)
+        parts["whole epochs"] = lambda: measure_epochs(
+            *size, args.subjects, args.repeats, args.compile
+        )
     for part, measure in parts.items():
         print(f"{part}, {args.model}, {args.image_size} px, batch {args.batch_size}", flush=True)
         results[part] = measure()

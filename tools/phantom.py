@@ -14,7 +14,7 @@ writes
 
 The brain is a parametric shape. One number per subject, its atrophy, drives the anatomy; the
 classes overlap, so that the best possible subject-level accuracy is about 0.915. With --cue local
-only the temporal horn and the hippocampus show it.
+only the temporal horn and the hippocampus show it; each subject has one scan of six slices.
 
 With --cue varied the slices are 112 x 112, four along each plane. Contrast, sharpness, noise, pose
 and background of each are drawn at random. Disease also widens ventricles and sulci, and so does

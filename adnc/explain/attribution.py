@@ -474,7 +474,9 @@ class Explainer:
                 "The map is that of all members together, also of those that do not predict a scan "
                 "because they have seen its subject. "
             )
+        known = self.checkpoint.get("maps")  # what is known about the maps of this model
         return (
+            f"{known + ' ' if known else ''}"
             "A colour shows where the model's output reacts, not where disease is, and not which "
             "class the model predicts: slices of both classes can have the same colour. "
             f"{relative}The prediction is p_AD."

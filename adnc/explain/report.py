@@ -209,12 +209,12 @@ def sha256_base64(text):
 
 def encode_pictures(report):
     """{(row, kind): WebP} of each readable slice; kind is "slice" or "overlay"."""
-    work = []
+    work, overlays = [], report.overlays
     for i, (row, path) in enumerate(zip(report.index.row.to_numpy(float), report.predictions.path)):
         if np.isfinite(row):
             work.append((i, "slice", Image.fromarray(report.images[int(row)])))
-            if path in report.overlays:
-                work.append((i, "overlay", report.overlays[path]))
+            if path in overlays:
+                work.append((i, "overlay", overlays[path]))
 
     def encode(item):
         _, kind, picture = item
@@ -310,13 +310,15 @@ def describe_page(report, sources, linked):
     else:
         own = [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")]
     calibration = report.checkpoint.get("calibration")
-    both = None  # the interval of p_AD with the verdict AD|NC
+    # The interval of p_AD with the verdict AD|NC, and whether every scan has it.
+    both, all_uncertain = None, False
     if calibration and report.coverage is not None:
         quantile = conformal_quantile(calibration, report.coverage)
         # The prediction, AD from the threshold on, is always in the set: see prediction_sets.
         low = min(1 - quantile, calibration["threshold"])
         high = max(quantile, calibration["threshold"])
-        if low < high < 1:
+        all_uncertain = high >= 1
+        if low < high and not all_uncertain:
             both = (low, high)
 
     curves = {}
@@ -337,6 +339,7 @@ def describe_page(report, sources, linked):
         "warnings": warnings,
         "calibration": calibration,
         "both": both,
+        "all_uncertain": all_uncertain,
         "threshold": float(predicted.threshold.iloc[0]),
         "now": f"{datetime.now():%Y-%m-%d %H:%M}",
         "verdicts": list(RANKS),
@@ -413,7 +416,7 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=N
     decision = "not read"
     if row:
         decision = verdict(row) if trusted else "no verdict"
-    scored = bool(row) and scored and (not trusted or decision != "no verdict")
+    shows_score = bool(row) and scored and (not trusted or decision != "no verdict")
 
     n_outside = rows.out_of_range.notna().sum()
     n_unread = rows.error.notna().sum()
@@ -453,7 +456,7 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=N
         "name": os.path.basename(scan),
         "folder": os.path.dirname(first.path),
         "verdict": decision,
-        "scored": scored,
+        "scored": shows_score,
         "flags": flags,
         "spread": spread,
         "label": label,
@@ -464,7 +467,7 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=N
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
         "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
-        "strip": probability_plot(rows, first.threshold) if scored else None,
+        "strip": probability_plot(rows, first.threshold) if shows_score else None,
         "certainty": (RANKS[decision], distance),
     }
 

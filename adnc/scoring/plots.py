@@ -166,7 +166,9 @@ def plot_risk(path, tables, title, sets=None):
             coverage, risk = metrics.risk_coverage(p, correct, threshold)
             axes.plot(coverage, risk, label=f"{unit}-level (n = {len(p):,})", **LOOK[unit])
         if sets is not None and sets["accuracy_if_certain"] is not None:
-            coverage, risk = 1 - sets["uncertain"], 1 - sets["accuracy_if_certain"]
+            # Scans out of range have the set AD|NC, and are not among the n.
+            coverage = sets["n_certain"] / (sets["n"] + sets["n_out_of_range"])
+            risk = 1 - sets["accuracy_if_certain"]
             label = f"prediction sets for {sets['coverage']:g}, scan-level"
             axes.plot(coverage, risk, "k*", markersize=9, label=label)
         axes.set(xlabel="share of units with an answer, the most certain first", xlim=(0, 1.02))

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import gaussian_filter
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
@@ -176,16 +175,16 @@ class Experiment:
         self.checkpoint, self.slices = checkpoint, slices
         self.model = build_model(checkpoint).eval()
         self.shuffled = build_model(shuffled).eval()
-        device = torch.device("cpu")
-        self.explainer = attribution.Explainer(
-            self.model, self.fresh_model, checkpoint, "auto", device
-        )
-        self.baseline = self.explainer.baseline
-        self.x = self.explainer.view(slices.images[slices.rows])
+        self.baseline = self.view(checkpoint["mean_slice"].numpy()[None])
+        self.x = self.view(slices.images[slices.rows])
         # > 0 is half a pixel or more, since the view is centred on 0.
-        self.region = self.explainer.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0
+        self.region = self.view((255 * regions).astype(np.uint8))[:, 0].numpy() > 0
         self.mask = attribution.inside_head(self.x, self.baseline)
         self.scans, self.is_ad = slices.index.scan.to_numpy(str), slices.is_ad
+
+    def view(self, images):
+        """uint8 (N, H, W) as the model sees them."""
+        return attribution.view(self.checkpoint, images, torch.device("cpu"))
 
     def fresh_model(self):
         return make_model(**self.checkpoint["model"])
@@ -194,7 +193,7 @@ class Experiment:
         """A row of the table of checks, and the names of the parts of the model."""
         others = attribution.attribute(method, self.shuffled, self.x, self.baseline, progress=name)
         on_shuffled = attribution.compare(maps, others, self.mask)
-        some = np.unique(np.linspace(0, len(self.x) - 1, attribution.N_CHECKED).round().astype(int))
+        some = plots.evenly(np.arange(len(self.x)), attribution.N_CHECKED)
         checked = attribution.check(
             method, self.model, self.fresh_model, self.x[some], self.baseline, name
         )
@@ -269,15 +268,14 @@ def plot_maps(path, experiment, regions):
     for label in reversed(CLASSES):
         shown.extend(index[index.label == label]["at"].iloc[[7, 9]])
     pixels = experiment.slices.images[experiment.slices.rows[shown]]
-    x = experiment.explainer.view(pixels)
+    x = experiment.view(pixels)
     figure = Figure(figsize=(7.2, 7.2), layout="constrained")
     contents = [("altered by atrophy", None), *attribution.METHODS.items()]
     axes = figure.subplots(len(contents), len(shown))
     for row, (name, method) in zip(axes, contents):
         if method:
             maps = attribution.attribute(method, experiment.model, x, experiment.baseline)
-            width = maps.shape[1] / attribution.SMOOTH
-            maps = gaussian_filter(maps, (0, width, width))
+            maps = attribution.smooth(maps)
             values = [attribution.to_slice(one, pixels.shape[1:]) for one in maps]
         else:
             values = [regions[at].astype(float) for at in shown]
