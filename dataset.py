@@ -189,7 +189,12 @@ def load_inputs(listing, *, slice_size, bits=None, progress="decoding"):
     decoded = stats[stats.failed.isna()].drop(columns="failed")
     index = index.assign(error=index.error.fillna(stats.failed)).join(decoded)
     index = subjects.assign_groups(index.assign(pixel_hash=index.pixel_hash.fillna("")))
-    return SliceSet(index, images, notes=[*listing.notes, *pixels.describe_bits(index)])
+    notes = [
+        *listing.notes,
+        *pixels.describe_bits(index),
+        *pixels.describe_converted(index[index.error.isna()], slice_size),
+    ]
+    return SliceSet(index, images, notes=notes)
 
 
 # ---------------------------------------------------------------- batches

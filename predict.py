@@ -4,7 +4,7 @@
     python predict.py 218391_78.jpeg --checkpoint runs/tiny    # one slice
     python predict.py SLICES --checkpoint RUN --coverage 0.9   # AD, NC, or AD|NC if it is not sure
     python predict.py SLICES --checkpoint runs/fold?   # several runs together: an ensemble
-    python predict.py scan.nii.gz --plane sagittal     # a volume, cut as the training slices are
+    python predict.py scan.nii.gz                      # a volume, cut as the training slices are
     python predict.py SLICES --explain auto            # attribution maps of each slice
     python predict.py SLICES --report report.html      # an HTML page with every scan
 

@@ -129,6 +129,20 @@ def test_volumes_outside_the_class_folders_are_reported(run_folder, tmp_path, ca
     assert re.search(sentence, capsys.readouterr().err)
 
 
+def test_volumes_of_a_set_beside_those_of_classes_alone_are_all_predicted(
+    run_folder, tmp_path, capsys
+):
+    for folder in ("A/train/AD", "A/test/NC", "B/AD"):
+        (tmp_path / folder).mkdir(parents=True)
+        nib.save(head(), tmp_path / folder / f"{folder.replace('/', '-')}.nii")
+    words = ["--plane", "axial", "--spacing", "4", "--count", "1"]
+    inputs = [tmp_path / "A", tmp_path / "B"]
+    table = run_predict(run_folder, tmp_path / "out", *inputs, *words)
+    assert table.scan.nunique() == 3 and table.label.isna().all()
+    sentence = "2 of 3 volumes are in train/ or test/, the others, such as .*, in AD/ or NC/ alone"
+    assert re.search(sentence, capsys.readouterr().err)
+
+
 def test_names_are_safe_and_no_scan_takes_the_place_of_another(tmp_path):
     names = ["=cmd|' /C calc'!A0.nii", "a\nb.nii", "..nii", "x" * 200 + ".nii", "t1.nii"]
     names += ["T1.nii.gz", "one/t1.nii", "two/t1.nii", "two/t1.nii.gz"]
@@ -255,6 +269,33 @@ def test_a_table_beside_the_volumes_names_their_subjects(tmp_path, capsys):
     run_extract(tmp_path / "999.nii", tmp_path / "again")
     assert not (tmp_path / "again" / "subjects.csv").exists()
     assert "a table of subjects is not used" in capsys.readouterr().err
+
+
+def test_a_person_whose_scans_are_listed_in_part_has_one_id(tmp_path):
+    names = ["sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02_ses-1_T1w"]
+    for name in names:
+        nib.save(head(), tmp_path / f"{name}.nii")
+    (tmp_path / "subjects.csv").write_text(f"scan,subject\n{names[0]},P1234\n")
+    run_extract(tmp_path, tmp_path / "out")
+    known = read_csv(tmp_path / "out" / "subjects.csv")
+    assert dict(zip(known.scan, known.subject)) == dict(zip(names, ["P1234", "P1234", "sub-02"]))
+
+    nib.save(head(), tmp_path / "sub-01_ses-3_T1w.nii")
+    listed = f"scan,subject\n{names[0]},P1234\n{names[1]},P9\n"
+    (tmp_path / "subjects.csv").write_text(listed)
+    with pytest.raises(InputError, match="they give sub-01 several, P1234 and P9; add"):
+        run_extract(tmp_path, tmp_path / "again")
+
+
+def test_a_table_counts_for_equal_names_in_its_own_folder_alone(tmp_path):
+    for site in ("siteA", "siteB"):
+        (tmp_path / site).mkdir()
+        nib.save(head(), tmp_path / site / "001.nii")
+    (tmp_path / "siteA" / "subjects.csv").write_text("scan,subject\n001,A1\n")
+    table, _, lines = volumes.add_table_subjects(volumes.find_all([tmp_path]), [tmp_path])
+    subjects = dict(zip(table.source.str.contains("siteA"), table.subject))
+    assert subjects[True] == "A1" and pd.isna(subjects[False])
+    assert any("1 of 2 volumes" in line and "have no subject" in line for line in lines)
 
 
 def test_exposure_of_a_volume_comes_from_the_table_beside_it(run_folder, tmp_path, capsys):
@@ -391,6 +432,18 @@ def test_flags_win_over_the_record_and_assumptions_are_reported():
     checkpoint = {"slice_size": [40, 48], "extraction": record, "slice_stats": stats}
     look, _, _ = volumes.look_of(checkpoint, {"turn": 0, "count": 7})
     assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)
+
+    _, _, warnings = volumes.look_of(checkpoint, {"size": (60, 60)})
+    assert "--size (60, 60), those in training are 48 x 40" in warnings[0]
+    assert volumes.look_of(checkpoint, {"size": (48, 40)})[2] == []
+
+    checkpoint["extraction"] = record | {"slices": (-60.0, -20.0, "mm")}
+    assert volumes.look_of(checkpoint, {})[0].slices == (-60.0, -20.0, "mm")
+    checkpoint["extraction"] = record | {"slices": (60, 119, "index")}
+    look, _, warnings = volumes.look_of(checkpoint, {})
+    assert (look.slices, look.count) == (None, 60)
+    assert "in training slices 60 to 119 of each volume were cut" in warnings[0]
+    assert volumes.look_of(checkpoint, {"count": 5})[0].count == 5
 
     checkpoint = {"slice_size": [240, 256], "extraction": None, "slice_stats": stats}
     look, origin, warnings = volumes.look_of(checkpoint, {"turn": 180})

@@ -355,6 +355,41 @@ def test_voxels_that_are_not_finite_become_black_and_are_counted(tmp_path):
     assert record["notes"] == f"{count} are not finite numbers; they become black"
 
 
+def test_a_voxel_that_is_not_finite_is_one_voxel_also_if_the_volume_is_smoothed(tmp_path):
+    affine, shape = place((2, 2, 2), (75, 93, 72))
+    values = np.asarray(head(affine, shape).dataobj)
+    noise = np.random.default_rng(0).normal(0, 2, shape).astype(np.float32)
+    values = np.where(values > 0, values + noise, 0)
+
+    def cut_values(name, values):
+        return cut(tmp_path / name, nib.Nifti1Image(values.astype(np.float32), affine), spacing=6.0)
+
+    expected = cut_values("a.nii", values)[0].astype(int)
+    holed = values.copy()
+    holed[37, 46, 36] = np.nan
+    slices, _, record = cut_values("b.nii", holed)
+    assert record["notes"].startswith(f"1 of {values.size:,} voxels are not finite")
+    assert abs(slices - expected).max() < 30  # a voxel of 27 became black
+    assert (cut_values("c.nii", np.where(values == 0, np.nan, values))[0] == expected).all()
+
+
+def test_slices_that_are_asked_for_and_not_there_are_counted(tmp_path):
+    for asked, there, n in (((10, 99, "index"), 14, 90), ((10, 12, "index"), 3, 3)):
+        _, numbers, record = cut(tmp_path / f"{n}.nii", head(), slices=asked)
+        assert len(numbers) == there
+        note = f"only {there} of {n} slices are within the volume"
+        assert (note in str(record["notes"])) == (there < n)
+
+
+def test_an_mgh_file_without_an_orientation_is_refused(tmp_path):
+    nib.save(nib.MGHImage(VALUES, AFFINE), tmp_path / "h.mgh")
+    data = bytearray((tmp_path / "h.mgh").read_bytes())
+    data[28:30] = bytes(2)
+    (tmp_path / "h.mgh").write_bytes(data)
+    with pytest.raises(Unfit, match="does not say where left, front and top are"):
+        cut(tmp_path / "h.mgh")
+
+
 def header(**changes):
     """The bytes of a NIfTI file with changed fields in its header, and 1,000 bytes of voxels."""
     image = head(dtype=np.int16)

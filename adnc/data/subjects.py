@@ -463,7 +463,7 @@ def describe_shared_names(index, inputs):
     """A line on subjects whose name, which is no id of an archive, is in several INPUTs of a
     prediction: it counts as one person."""
     roots = {}
-    for given in dict.fromkeys(str(given).rstrip("/") for given in inputs):
+    for given in dict.fromkeys(str(Path(given)) for given in inputs):
         inside = (index.path == given) | index.path.str.startswith(f"{given}/")
         for subject in index.subject[inside].dropna().unique():
             roots.setdefault(subject, set()).add(str(set_root(given)))

@@ -49,10 +49,19 @@ def look_of(checkpoint, flags):
     which the range check may not notice. InputError if nothing can be assumed.
     """
     height, width = checkpoint["slice_size"]
+    warnings = []
     if checkpoint["extraction"]:
-        trained = Look(**checkpoint["extraction"])
-        look = trained
+        trained = look = Look(**checkpoint["extraction"])
         origin = "as the checkpoint's training slices were cut"
+        if look.slices and look.slices[2] == "index" and not {"slices", "count"} & set(flags):
+            # The numbers of slices fit the heads of one set, not the next head.
+            low, high, _ = look.slices
+            look = replace(look, slices=None, count=int(high) - int(low) + 1)
+            warnings.append(
+                f"in training slices {low:g} to {high:g} of each volume were cut; other volumes "
+                f"have them elsewhere, so that the {look.count} central slices are cut: name the "
+                "place with --slices, in mm"
+            )
     else:
         brightest = float(np.mean(checkpoint["slice_stats"]["brightest"]))
         if (width, height) == ADNI.size:
@@ -77,7 +86,8 @@ def look_of(checkpoint, flags):
                 before = trained.spacing
             if name in flags and flags[name] != before:
                 differences.append(f"--{name} {flags[name]}, those in training with {before}")
-    warnings = []
+    if flags.get("size", (width, height)) != (width, height):
+        differences.append(f"--size {flags['size']}, those in training are {width} x {height}")
     if differences:
         warnings.append(
             f"the slices are cut with {'; with '.join(differences)}: p_AD may be meaningless"
@@ -179,7 +189,7 @@ def find_head(volume):
 
 
 def choose_slices(look, n, centre, origin, spacing):
-    """The numbers (N,) of the slices that a Look selects out of n.
+    """The numbers (N,) of the slices that a Look selects out of n, and how many it asks for.
 
     Slice `number` is at origin + number * spacing mm; slice `centre` is in the middle of the head.
     Unfit if no slice is selected.
@@ -192,11 +202,12 @@ def choose_slices(look, n, centre, origin, spacing):
         if unit == "mm":
             low, high = (low - origin) / spacing, (high - origin) / spacing
         numbers = np.arange(np.ceil(low - 1e-6), np.floor(high + 1e-6) + 1).astype(int)
+    n_asked = len(numbers)
     numbers = numbers[(numbers >= 0) & (numbers < n)]
     if len(numbers) == 0:
         last = origin + (n - 1) * spacing
         raise Unfit(f"has no slice there; expected 0:{n - 1}, or {origin:.0f}mm:{last:.0f}mm")
-    return numbers
+    return numbers, n_asked
 
 
 def cut(volume, affine, look, middle, black):
@@ -204,7 +215,8 @@ def cut(volume, affine, look, middle, black):
 
     middle, black: see `find_head`.
 
-    Returns (slices float32 (N, H, W), numbers (N,), positions in mm (N,)). Slices are on a grid of
+    Returns (slices float32 (N, H, W), numbers (N,), positions in mm (N,), how many slices the Look
+    asks for). Slices are on a grid of
     the world, `spacing` mm apart in the plane and `step` mm across, from the corner of the volume:
     voxels of that size are used as they are, others are interpolated linearly. Outside of the
     volume is `black`.
@@ -216,7 +228,9 @@ def cut(volume, affine, look, middle, black):
     shape, world = nib.spaces.vox2out_vox((volume.shape, affine), grid)
     origin = world[:3, 3]
     centre = np.rint(((affine[:3, :3] @ middle + affine[:3, 3]) - origin) / grid)
-    numbers = choose_slices(look, shape[across], int(centre[across]), origin[across], grid[across])
+    numbers, n_asked = choose_slices(
+        look, shape[across], int(centre[across]), origin[across], grid[across]
+    )
 
     width, height = shape[along], shape[down]
     if look.size:
@@ -245,7 +259,7 @@ def cut(volume, affine, look, middle, black):
 
     slices = resample(volume, affine, world @ to_grid, (len(numbers), height, width), black)
     slices = np.rot90(slices, look.turn // 90, (1, 2))
-    return slices, numbers, origin[across] + numbers * grid[across]
+    return slices, numbers, origin[across] + numbers * grid[across], n_asked
 
 
 def resample(volume, affine, to_affine, shape, black):
@@ -279,26 +293,26 @@ def extract_volume(path, look):
     if suffix not in (None, "T1w"):
         notes.append(f"its name says {suffix}, not T1w: other contrasts have other greys")
     notes += check_values(volume, image.get_data_dtype())
-    # Before the volume is smoothed, which mixes background and head.
-    volume, backgrounds = blacken_background(volume)
-    with np.errstate(all="ignore"):
-        volume = read.smooth_fine_axes(volume, affine, look.spacing)
-    if look.strip:
-        volume = read.strip_skull(np.nan_to_num(volume, nan=0, posinf=0, neginf=0), affine)
-        volume, outside = blacken_background(volume)
-        backgrounds += outside
-    notes += backgrounds
-    black, white, middle = find_head(volume)
+    # Before the volume is smoothed, which mixes voxels, and its background with the head.
     lost = ~np.isfinite(volume)
     if lost.any():
         notes.append(
             f"{lost.sum():,} of {volume.size:,} voxels are not finite numbers; they become black"
         )
-        volume = np.where(lost, np.float32(black), volume)
-
-    slices, numbers, positions = cut(volume, affine, look, middle, black)
-    if look.slices is None and len(numbers) < look.count:
-        notes.append(f"only {len(numbers)} of {look.count} slices are within the volume")
+        darkest = min(0, float(volume[~lost].min()))  # a background of NaN stands for one of 0
+        volume = np.where(lost, np.float32(darkest), volume)
+    volume, backgrounds = blacken_background(volume)
+    with np.errstate(all="ignore"):
+        volume = read.smooth_fine_axes(volume, affine, look.spacing)
+    if look.strip:
+        volume = read.strip_skull(volume, affine)
+        volume, outside = blacken_background(volume)
+        backgrounds += outside
+    notes += backgrounds
+    black, white, middle = find_head(volume)
+    slices, numbers, positions, n_asked = cut(volume, affine, look, middle, black)
+    if len(numbers) < n_asked:
+        notes.append(f"only {len(numbers)} of {n_asked} slices are within the volume")
     grey = 255.0
     if look.brightest is not None:  # the statistic of pixels.STATS
         grey = look.brightest
@@ -433,20 +447,30 @@ def class_folder(folder):
     return os.path.join((split or "").lower(), label.upper())
 
 
-def in_classes(table):
-    """Whether each volume is in a folder AD/ or NC/, of train/ or test/ if there are such, or in a
-    folder in it."""
-    return table.folder.map(lambda folder: bool(class_folder(folder))).astype(bool)
+def keeps_classes(table):
+    """Whether the slices of the volumes of `find_all` get their folders: if all are in AD/ or NC/,
+    or in folders in these, and all or none of them in those of train/ or test/."""
+    folders = table.folder.map(class_folder)
+    splits = folders.map(os.path.dirname)  # train, test, or "" for AD
+    return bool((folders != "").all() and ((splits != "").all() or (splits == "").all()))
 
 
 def describe_mixed(table):
-    """A sentence if only some volumes of `find_all` are in folders AD/ and NC/, else None.
+    """A sentence if the volumes of `find_all` are in folders AD/ and NC/, but not all of them in
+    one way, else None.
 
     The slices of all volumes would then have no classes.
     """
-    inside = in_classes(table)
-    if inside.all() or not inside.any():
+    folders = table.folder.map(class_folder)
+    inside = folders != ""
+    if keeps_classes(table) or not inside.any():
         return None
+    if inside.all():
+        split = folders.map(os.path.dirname) != ""
+        return (
+            f"{split.sum():,} of {len(table):,} volumes are in train/ or test/, the others, such "
+            f"as {table.source[~split].iloc[0]}, in AD/ or NC/ alone: then no slice gets a class"
+        )
     return (
         f"{inside.sum():,} of {len(table):,} volumes are in folders AD/ and NC/ of an input, the "
         f"others, such as {table.source[~inside].iloc[0]}, are not: then no slice gets a class"
@@ -487,11 +511,8 @@ def add_table_subjects(table, inputs):
             used.append(path)
         except InputError as problem:
             lines.append(f"a table of subjects is not used: {problem}")
-    column = []
-    for row in table.itertuples(index=False):
-        # Tables list a scan by the name of its file, even if folders were put before its own name.
-        column.append(subjects.get(row.scan, subjects.get(row.name, row.subject)))
-    table = table.assign(subject=column)
+    listed = [find_subject(row, table, subjects, sources) for row in table.itertuples()]
+    table = table.assign(subject=one_id_each(table, listed))
     n_unknown = int(table.subject.isna().sum())
     if used and n_unknown:
         first, tables = table.name[table.subject.isna()].iloc[0], " or ".join(map(str, used))
@@ -499,6 +520,46 @@ def add_table_subjects(table, inputs):
             f"{n_unknown} of {len(table)} volumes, such as {first}, have no subject in {tables}"
         )
     return table, used, lines
+
+
+def find_subject(row, table, subjects, sources):
+    """The subject that tables give to a volume, a row of `find_all`, or None.
+
+    subjects: {scan: subject} of all tables. sources: {path of a table: its {scan: subject}}. Tables
+    list a scan by the name of its file, even if folders were put before its own name; if several
+    volumes have that name, a table counts for those in its own folder and in folders of that one.
+    """
+    if row.scan in subjects:
+        return subjects[row.scan]
+    if (table.name == row.name).sum() == 1:
+        return subjects.get(row.name)
+    folders = Path(os.path.abspath(row.source)).parents
+    for path, known in sources.items():
+        if row.name in known and Path(os.path.abspath(path)).parent in folders:
+            return known[row.name]
+    return None
+
+
+def one_id_each(table, listed):
+    """The subject of each volume of `find_all`: that of the tables (`listed`), else the one that
+    they give to other volumes with the same BIDS name, else the BIDS name. So that a person whose
+    scans are listed in part has one id. InputError if tables give a BIDS name several subjects."""
+    ids = {}  # of BIDS names
+    for name, subject in zip(table.subject, listed):
+        if pd.notna(name) and subject is not None:
+            ids.setdefault(name, set()).add(subject)
+    column = []
+    for row, subject in zip(table.itertuples(), listed):
+        known = ids.get(row.subject, set())
+        if subject is None and len(known) > 1:
+            raise InputError(
+                f"no table has a subject of {row.source}, and they give {row.subject} several, "
+                f"{' and '.join(sorted(known))}; add {row.scan} to a table"
+            )
+        if subject is None:
+            subject = next(iter(known), row.subject)
+        column.append(subject)
+    return column
 
 
 def extract(table, look, out, workers=None):
@@ -513,7 +574,7 @@ def extract(table, look, out, workers=None):
     training on it is the user's decision.
     """
     out = Path(out)
-    keep_classes = in_classes(table).all()
+    keep_classes = keeps_classes(table)
     (out / "slices").mkdir()
 
     def work(row):
@@ -610,7 +671,7 @@ class CutInputs:
         """{scan: the Look of its slices}, where it is known: of volumes, and of folders that
         tools.extract wrote. InputError if its record is damaged."""
         looks = {}
-        for given in self.inputs:
+        for given in map(str, map(Path, self.inputs)):  # as paths in the index are
             look = recorded_look(given) if os.path.isdir(given) else None
             if look:
                 own = index.path.str.startswith(f"{given}{os.sep}")
@@ -677,6 +738,8 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
         result.inputs += map(str, parts)
     elif n_cut:
         result.inputs.append(str(slices))
-    kept = "" if look.strip else "; no skull is removed, which --strip would do"
-    result.lines.append(f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin}){kept}")
+    about_skull = "" if look.strip else "; no skull is removed, which --strip would do"
+    result.lines.append(
+        f"{n_cut} of {len(result.table)} volumes cut: {look} ({origin}){about_skull}"
+    )
     return result

@@ -183,6 +183,5 @@ def recorded_look(root):
                 f"{path} is not what tools.extract writes ({problem}); restore it, so that the "
                 "model knows how its slices were cut, or remove it"
             ) from None
-        # The numbers of slices fit the heads of one set, not the next head.
-        return {**asdict(look), "slices": None}
+        return asdict(look)
     return None

@@ -230,7 +230,10 @@ def load_image(path):
         files = {"header": io.BytesIO(header.binaryblock), "image": open_stream(path)}
         return klass.from_file_map(klass.make_file_map(files), mmap=False), notes
     if path.lower().endswith((".mgh", ".mgz")):
-        return nib.MGHImage.from_stream(open_stream(path)), []
+        image = nib.MGHImage.from_stream(open_stream(path))
+        if start[28:30] == bytes(2):  # the flag goodRASFlag: nibabel then takes its own default
+            raise Unfit("does not say where left, front and top are (goodRASFlag is 0)")
+        return image, []
     return nib.load(path, mmap=False, keep_file_open=True), []
 
 
