@@ -271,9 +271,9 @@ def test_many_skipped_steps_do_not_wear_out_the_scale_of_the_loss():
     state = TrainState(convnext("narrow"), device=CPU, amp=None, lr=1e-3)
     x, y = torch.randn(4, 1, 16, 16), torch.arange(4) % 2
     bad = torch.full_like(x, float("nan"))
-    for number in range(320):  # of float32, 1 / 2^128 is infinite
+    for number in range(6):
         assert step(state, bad if number % 2 else x, y)[3] == number % 2
-    assert state.scaler.get_scale() == 1
+        assert state.scaler.get_scale() == 1  # halved each time, it would be 0 after 128 of them
     assert all(values.isfinite().all() for values in state.model.state_dict().values())
 
 
