@@ -73,6 +73,7 @@ from adnc.scoring.ensemble import (
     scan_spread,
     split_members,
 )
+from adnc.volumes.cut import cut_inputs
 from adnc.volumes.look import add_look_flags, given_look_flags
 from dataset import Batches, load_inputs
 from modules import describe_model, make_model
@@ -458,7 +459,9 @@ def main(argv=None):
 def predict(args, path, checkpoint, out, device, amp):
     """Read the inputs, predict, and write everything that was asked for into the new folder
     `out`."""
-    cut = cut_volumes(args, checkpoint)
+    cut = cut_inputs(
+        args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices
+    )
     listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
     name = describe_checkpoint(checkpoint)
     drawn = is_drawn(checkpoint)
@@ -561,15 +564,6 @@ def predict(args, path, checkpoint, out, device, amp):
         print(write_report(args.report, page))
     if drawn:
         print(f"The model was {describe_distrust(checkpoint)}")
-
-
-def cut_volumes(args, checkpoint):
-    """The inputs with every volume replaced by a folder of its slices."""
-    from adnc.volumes.cut import cut_inputs
-
-    return cut_inputs(
-        args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices
-    )
 
 
 if __name__ == "__main__":
