@@ -18,9 +18,9 @@ LONGEST = 60  # seconds for each batch size; then it stops early
 def measure_resources(model, history, *, image_size, n_train, device, amp):
     """What a trained model and its training cost, as plain values for resources.json.
 
-    history: the rows of training_history.csv. n_train: training slices. Times are those
-    of the median epoch, in seconds, since the first epoch of a process is slower. Memory is the
-    peak over all epochs, in bytes.
+    history: the rows of training_history.csv. n_train: training slices. Times are those of
+    the median epoch, in seconds, since the first epoch of a process is slower. Memory is the peak
+    over all epochs, in bytes.
     """
     slices_per_s = statistics.median(row["images_per_s"] for row in history)
     val_seconds = known(history, "val_seconds")

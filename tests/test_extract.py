@@ -434,7 +434,7 @@ def test_flags_win_over_the_record_and_assumptions_are_reported():
     assert look == Look("coronal", count=7, size=(48, 40), spacing=5.0, turn=0)
 
     _, _, warnings = volumes.look_of(checkpoint, {"size": (60, 60)})
-    assert "--size (60, 60), those in training are 48 x 40" in warnings[0]
+    assert "--size 60x60, 48x40 in training" in warnings[0]
     assert volumes.look_of(checkpoint, {"size": (48, 40)})[2] == []
 
     checkpoint["extraction"] = record | {"slices": (-60.0, -20.0, "mm")}

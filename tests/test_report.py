@@ -641,7 +641,7 @@ def test_a_page_without_verdicts_says_nothing_of_verdicts(unlabelled, tmp_path, 
 
 def test_a_coverage_that_leaves_no_or_every_scan_uncertain_is_named(unlabelled, tmp_path):
     calibration = unlabelled.checkpoint["calibration"]
-    texts = {0.4: "However close it is, for this coverage", 1.5: "every scan, since for this"}
+    texts = {0.4: "With this coverage no other scan is uncertain", 1.5: "every scan, since for"}
     for score, text in texts.items():
         changed = {**calibration, "threshold": 0.5, "scores": [score], "weights": [1.0]}
         changed["groups"] = 1

@@ -87,7 +87,7 @@ def look_of(checkpoint, flags):
             if name in flags and flags[name] != before:
                 differences.append(f"--{name} {flags[name]}, those in training with {before}")
     if flags.get("size", (width, height)) != (width, height):
-        differences.append(f"--size {flags['size']}, those in training are {width} x {height}")
+        differences.append(f"--size {'{}x{}'.format(*flags['size'])}, {width}x{height} in training")
     if differences:
         warnings.append(
             f"the slices are cut with {'; with '.join(differences)}: p_AD may be meaningless"
@@ -216,10 +216,9 @@ def cut(volume, affine, look, middle, black):
     middle, black: see `find_head`.
 
     Returns (slices float32 (N, H, W), numbers (N,), positions in mm (N,), how many slices the Look
-    asks for). Slices are on a grid of
-    the world, `spacing` mm apart in the plane and `step` mm across, from the corner of the volume:
-    voxels of that size are used as they are, others are interpolated linearly. Outside of the
-    volume is `black`.
+    asks for). Slices are on a grid of the world, `spacing` mm apart in the plane and `step` mm
+    across, from the corner of the volume: voxels of that size are used as they are, others are
+    interpolated linearly. Outside of the volume is `black`.
     """
     nib = read.import_nibabel()
     across, (down, down_sign), (along, along_sign) = PLANES[look.plane]
@@ -511,7 +510,8 @@ def add_table_subjects(table, inputs):
             used.append(path)
         except InputError as problem:
             lines.append(f"a table of subjects is not used: {problem}")
-    listed = [find_subject(row, table, subjects, sources) for row in table.itertuples()]
+    repeated = set(table.name[table.name.duplicated()])
+    listed = [find_subject(row, repeated, subjects, sources) for row in table.itertuples()]
     table = table.assign(subject=one_id_each(table, listed))
     n_unknown = int(table.subject.isna().sum())
     if used and n_unknown:
@@ -522,16 +522,17 @@ def add_table_subjects(table, inputs):
     return table, used, lines
 
 
-def find_subject(row, table, subjects, sources):
+def find_subject(row, repeated, subjects, sources):
     """The subject that tables give to a volume, a row of `find_all`, or None.
 
-    subjects: {scan: subject} of all tables. sources: {path of a table: its {scan: subject}}. Tables
-    list a scan by the name of its file, even if folders were put before its own name; if several
-    volumes have that name, a table counts for those in its own folder and in folders of that one.
+    repeated: the names of several volumes. subjects: {scan: subject} of all tables. sources: {path
+    of a table: its {scan: subject}}. Tables list a scan by the name of its file, even if folders
+    were put before its own name; for a repeated name, a table counts for the volumes in its own
+    folder and in the folders inside it.
     """
     if row.scan in subjects:
         return subjects[row.scan]
-    if (table.name == row.name).sum() == 1:
+    if row.name not in repeated:
         return subjects.get(row.name)
     folders = Path(os.path.abspath(row.source)).parents
     for path, known in sources.items():
@@ -542,8 +543,9 @@ def find_subject(row, table, subjects, sources):
 
 def one_id_each(table, listed):
     """The subject of each volume of `find_all`: that of the tables (`listed`), else the one that
-    they give to other volumes with the same BIDS name, else the BIDS name. So that a person whose
-    scans are listed in part has one id. InputError if tables give a BIDS name several subjects."""
+    they give to other volumes with the same BIDS name, else the BIDS name. Thus a person of whose
+    scans only some are listed has one id. InputError if tables give a BIDS name several subjects.
+    """
     ids = {}  # of BIDS names
     for name, subject in zip(table.subject, listed):
         if pd.notna(name) and subject is not None:
