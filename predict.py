@@ -42,7 +42,7 @@ from adnc import CLASSES
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.cpu_engine import make_engine
 from adnc.data.augment import MEAN, STD, eval_transform
-from adnc.data.index import describe_one_scan, list_inputs
+from adnc.data.index import describe_one_scan, describe_separate_classes, list_inputs
 from adnc.data.orientation import describe_turned
 from adnc.data.pixels import out_of_range
 from adnc.data.subjects import describe_same_names, describe_shared_names, find_exposure
@@ -505,6 +505,7 @@ def predict(args, path, checkpoint, out, device, amp):
     warnings = [
         *cut.notes,
         *slices.notes,
+        *describe_separate_classes(args.inputs, slices.index),
         *describe_folders_of_one_scan(slices.index, cut.look),
         *describe_same_names(slices.index[slices.index.error.isna()], checkpoint["exposure"]),
         *describe_shared_names(slices.index, args.inputs),

@@ -143,6 +143,19 @@ def test_volumes_of_a_set_beside_those_of_classes_alone_are_all_predicted(
     assert re.search(sentence, capsys.readouterr().err)
 
 
+def test_class_folders_of_volumes_that_are_given_one_by_one_are_no_labels(
+    run_folder, tmp_path, capsys
+):
+    folders = [tmp_path / "heads" / label for label in ("AD", "NC")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        nib.save(head(), folder / f"of-{folder.name}.nii")
+    words = ["--plane", "axial", "--spacing", "4", "--count", "1"]
+    assert run_predict(run_folder, tmp_path / "out", *folders, *words).label.isna().all()
+    sentence = f"give the folder that holds them, such as {tmp_path / 'heads'}"
+    assert sentence in capsys.readouterr().err
+
+
 def test_names_are_safe_and_no_scan_takes_the_place_of_another(tmp_path):
     names = ["=cmd|' /C calc'!A0.nii", "a\nb.nii", "..nii", "x" * 200 + ".nii", "t1.nii"]
     names += ["T1.nii.gz", "one/t1.nii", "two/t1.nii", "two/t1.nii.gz"]

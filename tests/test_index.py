@@ -9,7 +9,13 @@ import pytest
 from conftest import ROOT, SCANS, write_set, write_slice
 
 from adnc.data import index as listing
-from adnc.data.index import describe_one_scan, list_inputs, list_set, read_index
+from adnc.data.index import (
+    describe_one_scan,
+    describe_separate_classes,
+    list_inputs,
+    list_set,
+    read_index,
+)
 from adnc.data.subjects import split_index
 from adnc.errors import InputError
 
@@ -396,9 +402,13 @@ def test_a_folder_of_another_name_beside_slices_is_not_used(tmp_path):
 
 
 def test_class_folders_that_are_given_one_by_one_are_reported_as_no_labels(ad_nc):
-    listed = list_inputs([ad_nc / "test" / "AD", ad_nc / "test" / "NC"])
-    assert listed.index.label.isna().all() and listed.index.subject.notna().all()
-    assert any(f"give the folder that holds them, such as {ad_nc}/test" in n for n in listed.notes)
+    folders = [ad_nc / "test" / "AD", ad_nc / "test" / "NC"]
+    index = list_inputs(folders).index
+    assert index.label.isna().all() and index.subject.notna().all()
+    (line,) = describe_separate_classes(folders, index)
+    assert f"give the folder that holds them, such as {ad_nc}/test" in line
+    index = list_inputs([ad_nc / "test"]).index
+    assert list(describe_separate_classes([ad_nc / "test"], index)) == []
 
 
 def test_tables_are_found_from_a_slice_and_from_lower_case_classes(tmp_path):

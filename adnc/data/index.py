@@ -479,12 +479,6 @@ def list_inputs(inputs, pattern=None, failed=None):
         notes.append(
             f"{len(set(links))} inputs are links to others, first {links[0]}; each file counts once"
         )
-    folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
-    if len({given.name for given in folders}) > 1 and all(label is None for _, label, _ in rows):
-        notes.append(
-            "AD and NC given as separate inputs are not taken for labels; for scores give the "
-            f"folder that holds them, such as {folders[0].parent}"
-        )
 
     subjects, labels, tables = subjects_of_inputs(inputs, table.scan, notes)
     used = [*(path for path, _, _ in rows), *tables]
@@ -500,6 +494,17 @@ def list_inputs(inputs, pattern=None, failed=None):
         )
     subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
     return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], [*notes, *lines])
+
+
+def describe_separate_classes(inputs, index):
+    """A line if folders AD and NC, of slices or of volumes, are inputs of their own, and no slice
+    of the index has a label."""
+    folders = [given for given in map(Path, inputs) if given.name in CLASSES and given.is_dir()]
+    if len({given.name for given in folders}) > 1 and index.label.isna().all():
+        yield (
+            "AD and NC given as separate inputs are not taken for labels; for scores give the "
+            f"folder that holds them, such as {folders[0].parent}"
+        )
 
 
 def list_input(given):
