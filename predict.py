@@ -50,6 +50,7 @@ from adnc.errors import InputError, count, printable
 from adnc.files import new_folder, require_new, unused_name
 from adnc.scoring import metrics
 from adnc.scoring.assess import (
+    CALIBRATED_ON_THEM,
     NO_CALIBRATION,
     describe_distrust,
     format_assessment,
@@ -281,8 +282,8 @@ def notes_on_members(predictions, checkpoint):
     text = f"{n_by_some} of {n_scans} scans are of subjects that some members have seen in training"
     if checkpoint["design"] == FOLDS:
         yield (
-            f"{text}: the others predict them, but the ensemble was calibrated on their labels, so "
-            "that their p_AD and sets fit them too well"
+            f"{text}: the others predict them, but {CALIBRATED_ON_THEM}, so that their p_AD and "
+            "sets fit them too well"
         )
     else:
         yield f"{text}: the others predict them"

@@ -910,6 +910,7 @@ def make_record(args, slices, state, model_args, init):
         "flags": vars(args),
         "precision": precision_name(state.amp),
         "machine": describe_machine(state),
+        "epochs_elsewhere": 0,  # trained on another machine, or in another precision
         "versions": package_versions(),
         "earlier_versions": [],  # of the packages that the run used before it was resumed
     }
@@ -980,8 +981,10 @@ def restore(state, last, record, args, out, log):
             for compiled in (last["flags"]["compile"], args.compile)
         )
         log(f"so far the run was {was}, now it is {now}: its bits will differ")
+    record["epochs_elsewhere"] = last.get("epochs_elsewhere", 0)
     for name in ("precision", "machine"):
         if last[name] != record[name]:
+            record["epochs_elsewhere"] = last["epoch"]
             log(f"so far the run used {last[name]}, now {record[name]}: its bits will differ")
     before, now = last.get("versions", {}), record["versions"]
     record["earlier_versions"] = last.get("earlier_versions", [])
@@ -1123,12 +1126,12 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
     return [line for line in (warning, first, second, third) if line]
 
 
-def write_resources(out, state, n_train):
-    """Write resources.json, what the run has cost; returns a line about it."""
+def write_resources(out, state, n_train, epochs_elsewhere):
+    """Write resources.json, what the run has cost on this machine; returns a line about it."""
     checkpoint = load_checkpoint(out / "best_model.pth")
     used = measure_resources(
         build_model(checkpoint).to(state.device, memory_format=torch.channels_last),
-        state.history,
+        state.history[epochs_elsewhere:],
         image_size=checkpoint["image_size"],
         n_train=n_train,
         device=state.device,
@@ -1276,7 +1279,7 @@ def train(args, world, device, amp):
                 slices, args, out, record["test_read_after"], device=device, amp=amp, log=log
             )
             log("measuring the latency of a prediction")
-            log(write_resources(out, state, n_train))
+            log(write_resources(out, state, n_train, record["epochs_elsewhere"]))
             if scalars:
                 epoch = kept_row(state.history, args.keep)["epoch"]
                 for part in ("val", "test"):

@@ -18,33 +18,38 @@ LONGEST = 60  # seconds for each batch size; then it stops early
 def measure_resources(model, history, *, image_size, n_train, device, amp):
     """What a trained model and its training cost, as plain values for resources.json.
 
-    history: the rows of training_history.csv. n_train: training slices. Times are those of
-    the median epoch, in seconds, since the first epoch of a process is slower. Memory is the peak
-    over all epochs, in bytes.
+    history: the rows of training_history.csv of the epochs that this machine trained. n_train:
+    training slices. Times are those of the median epoch, in seconds, since the first epoch of a
+    process is slower. Memory is the peak over these epochs, in bytes. What is unknown is None.
     """
-    slices_per_s = statistics.median(row["images_per_s"] for row in history)
-    val_seconds = known(history, "val_seconds")
+    slices_per_s = median(history, "images_per_s")
     latency, repeats = measure_latency(model, image_size, device, amp)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "multiply_adds": count_multiply_adds(model, image_size),
         "image_size": image_size,
         "epochs": len(history),
-        "train_seconds": n_train / slices_per_s,
-        "val_seconds": statistics.median(val_seconds) if val_seconds else None,
+        "train_seconds": n_train / slices_per_s if slices_per_s else None,
+        "val_seconds": median(history, "val_seconds"),
         "train_slices_per_s": slices_per_s,
         "memory": {
-            name: max(known(history, f"memory_{name}"), default=None) for name in MEMORY
+            name: max(values_of(history, f"memory_{name}"), default=None) for name in MEMORY
         },
         "latency": latency,
         "latency_repeats": repeats,
     }
 
 
-def known(history, name):
+def values_of(history, name):
     """The values of a column of training_history.csv, without missing ones: rows of an epoch that
     an earlier version trained may lack it."""
     return [row[name] for row in history if row.get(name) is not None]
+
+
+def median(history, name):
+    """The median of a column of training_history.csv, or None."""
+    values = values_of(history, name)
+    return statistics.median(values) if values else None
 
 
 def count_multiply_adds(model, image_size, in_chans=1):
@@ -120,7 +125,7 @@ def describe_resources(used):
         f"{used['multiply_adds'] / 1e9:.3f} G multiply-adds a slice at {used['image_size']} px",
         f"an epoch {seconds(used['train_seconds'])} and {seconds(used['val_seconds'])} of "
         "validation",
-        f"{used['train_slices_per_s']:.0f} slices/s",
+        f"{per_second(used['train_slices_per_s'])} slices/s",
         f"peak memory of the process {gib(memory['process'])}",
     ]
     if memory["gpu_allocated"] is not None:
@@ -135,6 +140,10 @@ def describe_resources(used):
 
 def seconds(value):
     return "-" if value is None else f"{value:.1f} s"
+
+
+def per_second(value):
+    return "-" if value is None else f"{value:.0f}"
 
 
 def gib(n_bytes):
@@ -159,7 +168,7 @@ def resource_rows(runs):
             str(used["image_size"]),
             seconds(used["train_seconds"]),
             seconds(used["val_seconds"]),
-            f"{used['train_slices_per_s']:.0f}",
+            per_second(used["train_slices_per_s"]),
             gib(used["memory"]["process"]),
             gib(used["memory"]["gpu_allocated"]),
             gib(used["memory"]["gpu_reserved"]),

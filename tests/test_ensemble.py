@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import train_small, write_set
+from fake_predictions import make_predictions
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
@@ -182,12 +183,32 @@ def test_the_prediction_of_an_ensemble_is_compared_with_the_mean_of_its_members(
 
     members = pd.read_csv(noisy / "members.csv", dtype={"scan": str})
     is_ad = members.path.str.contains("AD/").groupby(members.scan).first()
-    single = []
-    for name, at in zip(("logit_1", "logit_2"), runs.temperature):
-        single.append(roc_auc_score(is_ad, expit(members[name] / at).groupby(members.scan).mean()))
-    own = json.loads((noisy / "metrics.json").read_text())["subject"]["auroc"]
-    assert re.search(rf"\| mean over members +\| {np.mean(single):.3f} ", text)
-    assert re.search(rf"\| all members together, mean logit +\| {own:.3f} ", text)
+    logits = members[["logit_1", "logit_2"]] / runs.temperature.to_numpy()
+    logits = logits.assign(mean=logits.mean(axis=1))
+    scans = expit(logits).groupby(members.scan).mean()
+    first, second, mean = (roc_auc_score(is_ad, scans[name]) for name in scans)
+    assert re.search(rf"\| mean over members +\| {(first + second) / 2:.3f} ", text)
+    assert re.search(rf"\| all members together, mean logit +\| {mean:.3f} ", text)
+
+
+def test_the_temperature_of_an_ensemble_is_no_difference_from_its_members():
+    """Two equal members: the mean of p_AD over the slices of a scan depends on their scale, but at
+    one scale the ensemble is what its members are."""
+    names = [f"{label}{k}" for label in ("AD", "NC") for k in range(6)]
+    table = make_predictions(
+        scan=np.repeat(names, 3),
+        slice=np.tile(range(3), 12),
+        subject=np.repeat(names, 3),
+        label=np.repeat(["AD", "NC"], 18),
+        logit=[*([10.0, -1.0, -1.0] * 6), *([0.1] * 18)],
+        p_AD=0.5,
+    )
+    table = table.assign(
+        logit_1=table.logit, logit_2=table.logit, exposure="no", p_AD=expit(table.logit / 10)
+    )
+    members = [{"name": name, "temperature": 1.0} for name in "ab"]
+    lines = evaluate.evaluate_members(table, members)
+    assert lines[-1].split("|")[2].startswith(" +0.000 [")
 
 
 def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):
@@ -217,8 +238,8 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
     table, members, scans = run_predict(both, tmp_path / "p", *words)
     warned = capsys.readouterr().err
     assert "18 of 18 scans are of subjects that some members have seen in training" in warned
-    title = json.loads((tmp_path / "p" / "metrics.json").read_text())["title"]
-    for text in (warned, title):
+    scores = json.loads((tmp_path / "p" / "metrics.json").read_text())
+    for text in (warned, scores["title"], scores["conclusion"]["sentences"][0]):
         assert "the ensemble was calibrated on their labels" in text
     assert set(table.exposure) == {"no"} and set(scans.members) == {1}
     predicted = table.set_index("path").logit

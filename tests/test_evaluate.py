@@ -209,6 +209,16 @@ def test_runs_of_one_seed_that_share_scans_cannot_be_pooled(folds, capsys):
         run_evaluate(capsys, folds[0], folds[0] / "test")
 
 
+def test_runs_that_share_a_subject_cannot_be_pooled(folds, tmp_path, capsys):
+    table = few_slices()
+    subject = table.subject.iloc[0]
+    other_scans = table[table.subject == subject].assign(scan="another-" + table.scan)
+    other = write_run(tmp_path / "o", other_scans, fold=3, folds=4)
+    (first,) = [k for k in range(3) if subject in set(fold_of(table, k).subject)]
+    with pytest.raises(InputError, match=f"subject {subject} is in .* and in .*expected the folds"):
+        run_evaluate(capsys, folds[first], other)
+
+
 def test_prediction_sets_of_different_coverage_are_not_pooled(folds, tmp_path, capsys):
     other = write_run(tmp_path / "o", fold_of(few_slices(), 2), coverage=0.8, fold=2, folds=3)
     assert "prediction sets" in run_evaluate(capsys, *folds)

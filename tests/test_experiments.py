@@ -9,12 +9,14 @@ import pytest
 import torch
 from fake_predictions import random_predictions, write_run
 from PIL import Image
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from adnc.data.pixels import find_head
 from adnc.errors import InputError
 from adnc.files import read_json, write_csv, write_json
-from adnc.scoring.assess import describe_distrust
+from adnc.scoring.assess import cell, describe_distrust
+from adnc.scoring.metrics import bootstrap_scores, summarise
 from dataset import decode_set
 from docs.experiments import (
     aggregate,
@@ -201,6 +203,10 @@ def test_a_scan_has_a_score_by_each_rule_and_folds_are_pooled(tmp_path, capsys):
     assert "24 subjects, 1 seed\n" in printed
     for name in (*aggregate.RULES, aggregate.DARK_SHARE):
         assert f"| {name} " in printed
+    scores = bootstrap_scores(table.assign(p_AD=expit(table.logit / 2)))
+    expected = cell(summarise(scores)["subject"], "auroc")
+    row = next(line for line in printed.splitlines() if line.startswith("| mean of p_AD  "))
+    assert row.split("|")[2].strip() == expected
     with pytest.raises(InputError, match="the runs of seed 0 share subjects"):
         aggregate.main([str(tmp_path / "f0"), str(tmp_path / "f0")])
 

@@ -69,6 +69,24 @@ def test_the_memory_of_a_run_is_that_of_its_largest_epoch_whichever_process_trai
     assert used["val_seconds"] is None and used["memory"]["process"] is None
 
 
+def test_the_costs_of_a_run_that_changed_its_machine_are_those_of_the_last_one(
+    ad_nc, tmp_path, monkeypatch
+):
+    run = train_small(ad_nc, tmp_path / "run", "--epochs", "1")
+    first = json.loads((run / "resources.json").read_text())
+    monkeypatch.setattr(train, "describe_machine", lambda state: "another machine")
+    train.main(["--out", str(run), "--resume"])
+    used = json.loads((run / "resources.json").read_text())
+    assert (first["epochs"], used["epochs"]) == (1, 0)
+    assert used["train_seconds"] is None and used["memory"]["process"] is None
+    assert "another machine" in resources.describe_resources(used)
+    train.main(["--out", str(run), "--resume", "--epochs", "3"])
+    used = json.loads((run / "resources.json").read_text())
+    history = pd.read_csv(run / "training_history.csv")
+    assert used["epochs"] == 2 and len(history) == 3
+    assert used["train_slices_per_s"] == pytest.approx(history.images_per_s[1:].median(), rel=1e-5)
+
+
 def test_latency_is_the_median_of_the_turns_after_the_warm_up(monkeypatch):
     seconds = iter([9.0, 9.0, 1.0, 5.0, 2.0, 9.0, 8.0, 4.0, 6.0, 5.0, 40.0, 30.0])
     clock = [0.0]

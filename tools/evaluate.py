@@ -39,7 +39,8 @@ POOLED_FLAGS = FREE_FLAGS | {"fold", "data"}
 
 @dataclass
 class Pool:
-    """Runs that share no scan: their folders, predictions in one table, and each metrics.json."""
+    """Runs that share no subject: their folders, their predictions in one table, and the
+    metrics.json of each."""
 
     folders: list
     table: pd.DataFrame
@@ -70,22 +71,24 @@ class Pool:
 
 
 def pool(members):
-    """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a scan.
+    """Pool runs, each a (folder, predictions, metrics.json). InputError if two share a subject.
 
     The column scaled_logit is the logit at the temperature of its run, whose scale is comparable.
-    Of several runs, network and dark share together are fitted anew, each run on the others: the
+    Of several runs, network and dark share together are refitted, each run on the others: the
     few subjects of a run's own validation give a noisy fit.
     """
     folders, tables, runs = map(list, zip(*members))
-    owner = {}
-    for folder, table in zip(folders, tables):
-        for scan in table.scan.unique():
-            if scan in owner:
-                raise InputError(
-                    f"scan {scan} is in {owner[scan]} and in {folder}; expected the folds of one "
-                    "cross-validation, which share none, or runs of other seeds"
-                )
-            owner[scan] = folder
+    for unit in ("scan", "group"):  # the group of scans of an unknown subject is their name
+        owner = {}
+        for folder, table in zip(folders, tables):
+            for name in table[unit].unique():
+                if name in owner:
+                    what = "scan" if unit == "scan" else "subject"
+                    raise InputError(
+                        f"{what} {name} is in {owner[name]} and in {folder}; expected the folds of "
+                        "one cross-validation, which share none, or runs of other seeds"
+                    )
+                owner[name] = folder
 
     scaled = []
     for each, run in zip(tables, runs):
@@ -163,9 +166,9 @@ def describe_pools(pools):
     """What titles say of several Pools, without repeats: a list of "LEAKY: ..." and their notes."""
     leaks, notes = [], []
     for one in pools:
-        found = assess.find_leaks(one.table, **one.stated)
-        leaks += found[0]
-        notes += found[1]
+        of_pool, notes_of_pool = assess.find_leaks(one.table, **one.stated)
+        leaks += of_pool
+        notes += notes_of_pool
     notes = list(dict.fromkeys(notes))
     if leaks:
         notes.insert(0, f"LEAKY: {', '.join(dict.fromkeys(leaks))}")
@@ -224,8 +227,8 @@ def compare_runs(first, second):
             title += f"; {name}: {'; '.join(stated)}"
     comparisons = {title: tables}
 
-    unseen = pd.concat([table.exposure == "no" for table in tables], axis=1).all(axis=1)
-    if unseen.any() and not unseen.all():
+    unseen = assess.unseen_rows(tables)
+    if unseen is not None:
         title = "the same, only subjects that neither has seen in training"
         comparisons[title] = [table[unseen] for table in tables]
 
@@ -376,8 +379,8 @@ def evaluate_seeds(pools):
     title = "; ".join([title, *describe_pools(pools)])
     lines, conclusion = score_seeds(tables, title)
     lines = [*check_flags(pools), *lines]
-    unseen = pd.concat([table.exposure == "no" for table in tables], axis=1).all(axis=1)
-    if unseen.any() and not unseen.all():
+    unseen = assess.unseen_rows(tables)
+    if unseen is not None:
         parts = [table[unseen] for table in tables]
         title = f"mean over {len(pools)} seeds, only subjects not seen in training"
         lines_of_unseen, conclusion = score_seeds(parts, title)
@@ -454,20 +457,21 @@ def evaluate_members(table, members):
     others."""
     if len(members) < 2:
         return []
-    logits = member_logits(table) / [member["temperature"] for member in members]
-    rows = pd.Series(~np.isnan(logits).any(axis=1), table.index)
-    which = "that all members predict"
-    unseen = table.exposure == "no"
-    if (table.exposure[rows] == "yes").any() and (rows & unseen).any():
-        rows &= unseen
-        which += " and whose subjects training has not seen"
-    if not rows.any():
+    n_scans = table.scan.nunique()
+    table = table[~np.isnan(member_logits(table)).any(axis=1)]
+    if table.empty:
         return ["", "No scan is predicted by all members: there is no mean of them to compare."]
+    which = "that all members predict"
+    unseen = assess.unseen_rows([table])
+    if unseen is not None:
+        table = table[unseen]
+        which += " and whose subjects training has not seen"
 
-    singles = [table.assign(logit=each, p_AD=expit(each))[rows] for each in logits.T]
-    single = mean_scores(singles)
-    together = metrics.bootstrap_scores(table[rows])
-    n_scans, n_used = table.scan.nunique(), table.scan[rows].nunique()
+    # Both at the temperatures of the members: the mean of p_AD over slices depends on the scale.
+    logits = member_logits(table) / [member["temperature"] for member in members]
+    single = mean_scores([table.assign(p_AD=expit(each)) for each in logits.T])
+    together = metrics.bootstrap_scores(table.assign(p_AD=expit(table.logit)))
+    n_used = table.scan.nunique()
     lines = format_together(together, single, assess.main_unit(single), "members")
     if n_used < n_scans:
         lines = [f"on the {n_used} of {n_scans} scans {which}:", "", *lines]

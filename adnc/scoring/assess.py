@@ -68,6 +68,16 @@ def find_leaks(predictions, leaks=(), notes=()):
     return leaks, notes
 
 
+def unseen_rows(tables):
+    """Which rows of predictions of the same slices are of subjects that no model has seen in
+    training, a boolean Series; None if there are no such rows, or no subjects that one has seen."""
+    exposure = pd.concat([table.exposure for table in tables], axis=1)
+    unseen = (exposure == "no").all(axis=1)
+    if unseen.any() and (exposure == "yes").any(axis=None):
+        return unseen
+    return None
+
+
 def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=(), withheld=None):
     """All scores of labelled slice-level predictions, a dict as in metrics.json.
 
@@ -96,8 +106,8 @@ def score(predictions, title, *, leaks=(), notes=(), coverage=None, runs=(), wit
     }
     if len(runs) > 1:
         scores["each_run"] = summarise_runs(runs)
-    unseen = predictions.exposure == "no"
-    if (predictions.exposure == "yes").any() and unseen.any():
+    unseen = unseen_rows([predictions])
+    if unseen is not None:
         part = score_part(predictions[unseen], coverage, names)
         scores["unseen_subjects"] = {"title": "only subjects not seen in training", **part}
     scores["conclusion"] = conclude_ranks(scores, withheld) if withheld else conclude(scores)
@@ -216,6 +226,9 @@ def conclude(scores):
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
 
 
+CALIBRATED_ON_THEM = "the ensemble was calibrated on their labels"  # of a note on scans
+
+
 def decisive_part(scores):
     """(part, unit, who) of scores: the subjects not seen in training, if there are others, their
     unit, and what a sentence calls them."""
@@ -232,6 +245,8 @@ def decisive_part(scores):
             )
     if part is scores and exposure["yes"]:
         who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
+    if any(CALIBRATED_ON_THEM in note for note in scores["run_notes"]):
+        who += f" ({CALIBRATED_ON_THEM})"
     if "each_run" in scores:
         who += f", pooled from {scores['each_run']['runs']} runs"
     return part, unit, who

@@ -9,7 +9,7 @@ recipe, the same folds for all seeds, and the same order and augmentation of sli
 weights differ, since a stem of three channels draws more of them. With --folds all subjects are
 predicted out of fold; otherwise networks trained on --subjects of train/ predict test/. Each
 network has a temperature fitted on validation, and a subject the mean of p_AD. Prints the
-subject-level AUROC, mean over seeds, and the paired difference.
+subject-level AUROC, mean over seeds, and the paired differences.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
 from adnc.scoring.calibration import fit_temperature
 from dataset import Batches, load_set
-from docs.experiments.transfer import auroc, bootstrap, subject_scores
+from docs.experiments.tables import compare_ways
 from modules import make_model
 from utils import seed_everything
 
@@ -121,41 +121,18 @@ def load_splits(root, folds, n_subjects):
 
 
 def score_seed(splits, image_size, seed):
-    """Scores of the test subjects by each of WAYS and by the dark share, a DataFrame with is_ad."""
+    """The index of the test slices, with the p_AD of each of WAYS and the dark share."""
     parts = []
     for slices in splits:
         val, test = slices.part("val"), slices.part("test")
-        columns = {"is_ad": test.is_ad}
+        columns = {DARK_SHARE: all_dark_shares(test.images, test.rows)[:, DARK.index(0.5)]}
         for name, (batches_of, in_chans) in WAYS.items():
             model = train_network(slices, batches_of, in_chans, image_size, seed)
             z = predict(model, val, batches_of, image_size)
             temperature = fit_temperature(z, val.is_ad, val.index.group)
             columns[name] = expit(predict(model, test, batches_of, image_size) / temperature)
-        columns[DARK_SHARE] = all_dark_shares(test.images, test.rows)[:, DARK.index(0.5)]
-        parts.append(pd.DataFrame({key: subject_scores(test, c) for key, c in columns.items()}))
-    return pd.concat(parts).sort_index()
-
-
-def compare_ways(tables):
-    """Rows of the table for the tables of `score_seed` of several seeds."""
-    is_ad = tables[0].is_ad.to_numpy() > 0.5
-    names = [*WAYS, DARK_SHARE]
-    scores = np.stack([table[names].to_numpy() for table in tables], axis=1)  # (S, seeds, ways)
-    n_subjects, n_seeds, n_ways = scores.shape
-    flat = scores.reshape(n_subjects, -1)
-    each = auroc(is_ad, flat).reshape(n_seeds, n_ways)
-    resamples = bootstrap(is_ad, flat).reshape(-1, n_seeds, n_ways).mean(1)
-    low, high = np.percentile(resamples, (2.5, 97.5), axis=0)
-    gain_low, gain_high = np.percentile(resamples - resamples[:, :1], (2.5, 97.5), axis=0)
-    rows = []
-    for i, name in enumerate(names):
-        point = each[:, i].mean()
-        gain = ""
-        if i > 0:
-            gain = f"{point - each[:, 0].mean():+.3f} [{gain_low[i]:+.3f}, {gain_high[i]:+.3f}]"
-        spread = f"{each[:, i].std(ddof=1):.3f}" if n_seeds > 1 else ""
-        rows.append([name, f"{point:.3f} [{low[i]:.3f}, {high[i]:.3f}]", spread, gain])
-    return rows
+        parts.append(test.index.reset_index(drop=True).assign(**columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def main(argv=None):
@@ -169,10 +146,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     splits = load_splits(args.set, args.folds, args.subjects)
     tables = [score_seed(splits, args.image_size, seed) for seed in range(args.seeds)]
-    seeds = count(args.seeds, "seed")
-    print(f"{args.set}: {len(tables[0])} test subjects, {seeds}, {args.image_size} px\n")
-    head = ["", "subject-level AUROC", "SD of seeds", "minus one slice"]
-    for line in format_table([head, *compare_ways(tables)]):
+    n_subjects, seeds = tables[0].subject.nunique(), count(args.seeds, "seed")
+    print(f"{args.set}: {n_subjects} test subjects, {seeds}, {args.image_size} px\n")
+    head = ["", "subject-level AUROC", "minus one slice"]
+    ways = {
+        name: [table.assign(p_AD=table[name]) for table in tables] for name in (*WAYS, DARK_SHARE)
+    }
+    for line in format_table([head, *compare_ways(ways)]):
         print(line)
 
 

@@ -4,7 +4,8 @@
     python -m docs.experiments.tables runs/fold* --by OASIS/subjects.csv cdr   # by severity
 
 The first has rows for the validation and the test of each run. The second has one row per value of
-a column of the CSV file, which also has the column scan.
+a column of the CSV file, which also has the column scan. Other scripts make a third, of several
+scores for the same subjects: `compare_ways`.
 """
 
 from pathlib import Path
@@ -13,8 +14,8 @@ from adnc.cli import Parser, run_script
 from adnc.errors import InputError
 from adnc.files import read_table
 from adnc.scoring import metrics
-from adnc.scoring.assess import COMPARED, cell, format_table, read_run
-from adnc.scoring.metrics import METRICS, UNITS
+from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
+from adnc.scoring.metrics import METRICS, THRESHOLD, UNITS
 from tools.evaluate import align, pool_seeds
 
 
@@ -30,6 +31,27 @@ def format_runs(folders):
             if "unseen_subjects" in scores:
                 rows += unit_rows(run, "only unseen subjects", scores["unseen_subjects"])
     return format_table(rows)
+
+
+def compare_ways(ways):
+    """Rows of a table: subject-level AUROC of several scores, mean over seeds, and the paired
+    difference of each from the first.
+
+    ways: {name: one table for each seed}, all with the same rows: scan, subject, group, label, and
+    the score as p_AD, of which a subject gets the mean.
+    """
+    means = {}
+    for name, tables in ways.items():
+        means[name] = metrics.mean_scores([table.assign(threshold=THRESHOLD) for table in tables])
+    first, *others = means
+    rows = []
+    for name, scores in means.items():
+        difference = ""
+        if name in others:
+            gain = metrics.compare(scores, means[first])["subject"]["auroc"]
+            difference = format_difference(gain)
+        rows.append([name, cell(metrics.summarise(scores)["subject"], "auroc"), difference])
+    return rows
 
 
 def unit_rows(run, title, scores):
