@@ -201,9 +201,9 @@ def read_table(path, columns):
     table = pd.DataFrame(rows[1:], columns=header, dtype=object)
     table = table.loc[:, [bool(name) for name in header]]
     if not set(columns) <= set(table.columns) or table.columns.duplicated().any():
-        found = printable(", ".join(table.columns))[:200]
+        names = printable(", ".join(table.columns))[:200]
         raise InputError(
-            f"{path} has the columns {found}; expected {' and '.join(columns)}, each once"
+            f"{path} has the columns {names}; expected {' and '.join(columns)}, each once"
         )
     for name in table:
         table[name] = table[name].map(same_name, na_action="ignore")

@@ -1,7 +1,7 @@
 """Run a script as a command, in a fork of this process, which has imported the libraries: five
 seconds less each.
 
-The modules of the project are imported anew there, so that what a test has patched is not seen.
+The modules of the project are imported again there, so that what a test has patched is not seen.
 Tests of imports and signals start a process of their own.
 """
 

@@ -207,14 +207,14 @@ def test_an_oblique_or_skewed_affine_is_resampled_to_the_axes_of_the_world(tmp_p
 
 def test_voxels_that_are_not_cubes_and_fine_ones_keep_the_proportions(tmp_path):
     expected, _, record = cut(tmp_path / "a.nii", head(*place((6, 6, 6), (26, 32, 24))))
-    known = summary(expected, record)
+    reference = summary(expected, record)
     for voxels, shape in (
         ((3, 6, 2), (52, 32, 72)),
         ((1.5, 1.5, 6), (104, 128, 24)),
         ((6, 4, 9), (26, 48, 16)),
     ):
         slices, _, record = cut(tmp_path / "b.nii", head(*place(voxels, shape)))
-        np.testing.assert_allclose(summary(slices, record), known, atol=1.1)
+        np.testing.assert_allclose(summary(slices, record), reference, atol=1.1)
 
 
 def test_the_transform_that_was_used_is_reported(tmp_path):
@@ -777,8 +777,9 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
     values[: values.shape[0] // 2] *= 0.7
     other = stored(nib.Nifti1Image(values, template.affine), "PSL")
     slices, _, record = cut(tmp_path / "h.nii", other, spacing=2.0, slices=(40, 59, "index"))
-    known = np.asarray(image.reorder_img(other).dataobj)[:, ::-1, 40:60].T / record["white"] * 255
-    assert record["orientation"] == "PSL" and np.abs(slices - known.clip(0, 255)).max() < 1.01
+    upright = np.asarray(image.reorder_img(other).dataobj)[:, ::-1, 40:60].T
+    expected = (upright / record["white"] * 255).clip(0, 255)
+    assert record["orientation"] == "PSL" and np.abs(slices - expected).max() < 1.01
 
 
 # deepbet stores its weights as TorchScript.

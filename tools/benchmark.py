@@ -165,27 +165,27 @@ def measure_prediction(variant, image_size, batch_size, device, repeats, with_co
     if device.type == "cpu":
         runtimes = other_runtimes(theirs, x)
     for amp in precisions(device):
-        name = precision_name(amp)
-        found = {
-            f"torchvision, {name}": plain_prediction(theirs, device, amp),
-            f"ours, {name}": make_engine(ours, device=device, amp=amp),
+        precision = precision_name(amp)
+        here = {
+            f"torchvision, {precision}": plain_prediction(theirs, device, amp),
+            f"ours, {precision}": make_engine(ours, device=device, amp=amp),
         }
         if with_compile:
             frozen = {"freezing": True} if device.type == "cpu" else None
             compiled = torch.compile(copy.deepcopy(theirs), options=frozen)
-            found[f"torchvision, {name}, compiled"] = plain_prediction(compiled, device, amp)
+            here[f"torchvision, {precision}, compiled"] = plain_prediction(compiled, device, amp)
         if with_compile and device.type == "cuda":  # on a CPU the engine is not compiled
             compiled = copy.deepcopy(ours)
             compiled.compile()
             engine = make_engine(compiled, device=device, amp=amp)
-            found[f"ours, {name}, compiled"] = engine
-        found |= runtimes.get(amp, {})
+            here[f"ours, {precision}, compiled"] = engine
+        here |= runtimes.get(amp, {})
 
         limit = 1e-4 if amp is None else 0.01
-        for name, predict in found.items():
+        for name, predict in here.items():
             difference = (p_ad(predict(x)) - expected).abs().max()
             differences[name] = require_close(f"p_AD of {name}", difference, limit)
-        candidates |= found
+        candidates |= here
 
     work = {name: functools.partial(predict, x) for name, predict in candidates.items()}
     rows = take_turns(work, repeats, functools.partial(wait_for, device))
@@ -228,9 +228,9 @@ def other_runtimes(model, x):
     faster.
     """
     installed = installed_runtimes()
-    found = {amp: {} for amp in precisions(torch.device("cpu"))}
+    runtimes = {amp: {} for amp in precisions(torch.device("cpu"))}
     if not installed:
-        return found
+        return runtimes
     batch = torch.export.Dim("batch")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
@@ -239,11 +239,11 @@ def other_runtimes(model, x):
             verbose=False,
         )  # fmt: skip
         if "onnxruntime" in installed:
-            found[None] |= onnx_runtime(path, len(x))
+            runtimes[None] |= onnx_runtime(path, len(x))
         if "openvino" in installed:
-            for amp, candidates in found.items():
+            for amp, candidates in runtimes.items():
                 candidates |= open_vino(path, x.shape, amp)
-    return found
+    return runtimes
 
 
 def onnx_runtime(path, batch_size):

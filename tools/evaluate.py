@@ -196,8 +196,8 @@ def align(tables):
                 f"{row.scan}_{row.slice}; expected predictions of the same slices"
             )
         for name in ("label", "subject"):
-            known = both[name].notna() & both[f"{name}_other"].notna()
-            differ = both[known & (both[name] != both[f"{name}_other"])]
+            in_both = both[name].notna() & both[f"{name}_other"].notna()
+            differ = both[in_both & (both[name] != both[f"{name}_other"])]
             if len(differ):
                 raise InputError(
                     f"the runs disagree on the {name} of {differ.scan.nunique()} scans, first "
@@ -285,7 +285,7 @@ def format_comparison(comparison):
 # ---------------------------------------------------------------- scores
 
 
-NO_TEST = (
+ON_VALIDATION = (
     "Validation is no test: the calibration was chosen on it, and with --keep best the epoch, too. "
     "So there is no conclusion."
 )
@@ -322,7 +322,7 @@ def evaluate_pool(one, out=None):
         lines += [*format_each_run(scores["each_run"]), ""]
     *tables, first, second, third = assess.format_assessment(scores)
     lines += tables
-    conclusion = [NO_TEST] if one.validation else [first, second, third]
+    conclusion = [ON_VALIDATION] if one.validation else [first, second, third]
     if members:
         lines += [*evaluate_members(table, members), ""]
     return [*lines, *conclusion]
@@ -387,7 +387,7 @@ def evaluate_seeds(pools):
         lines += ["", *lines_of_unseen]
         conclusion = f"On subjects not seen in training: {conclusion}"
     if pools[0].validation:
-        conclusion = NO_TEST
+        conclusion = ON_VALIDATION
     return [*lines, "", conclusion]
 
 

@@ -74,17 +74,17 @@ def read_subjects(*folders):
         path = find_beside(name, folders)
         if path is None:
             continue
-        known, known_labels = read(path)
-        for scan in known.keys() & subjects.keys():
-            if known[scan] != subjects[scan]:
+        its_subjects, its_labels = read(path)
+        for scan in its_subjects.keys() & subjects.keys():
+            if its_subjects[scan] != subjects[scan]:
                 raise InputError(
-                    f"scan {scan} belongs to subject {known[scan]} in {path}, and to "
+                    f"scan {scan} belongs to subject {its_subjects[scan]} in {path}, and to "
                     f"{subjects[scan]} in {next(iter(sources))}; correct one of them, or move it "
                     "away"
                 )
-        subjects.update(known)
-        labels.update(known_labels)
-        sources[path] = known
+        subjects.update(its_subjects)
+        labels.update(its_labels)
+        sources[path] = its_subjects
     return subjects, labels, sources
 
 
@@ -137,13 +137,13 @@ def read_subject_table(path):
     table = read_table(path, ("scan", "subject"))
     for column in ("scan", "subject"):  # a spreadsheet turns a column with an empty cell into reals
         table[column] = table[column].str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
-    known = table[table.scan != ""].dropna(subset="subject").drop_duplicates(["scan", "subject"])
-    twice = known.scan[known.scan.duplicated()]
+    rows = table[table.scan != ""].dropna(subset="subject").drop_duplicates(["scan", "subject"])
+    twice = rows.scan[rows.scan.duplicated()]
     if len(twice):
         raise InputError(
             f"{path} gives scan {twice.iloc[0]} two subjects; expected one row per scan"
         )
-    return dict(zip(known.scan, known.subject)), {}
+    return dict(zip(rows.scan, rows.subject)), {}
 
 
 def check_match(scans, subjects, sources):
@@ -392,9 +392,9 @@ def list_set(root, pattern=None):
             f"is in folder {table.label[i]}, but {METADATA} says {other_label[i]}"
         )
     check_match(table.scan, subjects, sources)
-    for path, known in sources.items():
-        if known:  # one of two tables may name no subject
-            check_match(table.scan, known, [path])
+    for path, its_subjects in sources.items():
+        if its_subjects:  # one of two tables may name no subject
+            check_match(table.scan, its_subjects, [path])
     subjects, notes = add_subjects_from_names(table.scan, subjects, pattern)
     if root != named:
         notes.insert(0, f"{named} holds AD_NC, which is used")
@@ -553,18 +553,18 @@ def subjects_of_inputs(inputs, scans, notes):
     subjects, labels, tables = {}, {}, []
     for root in sorted({set_root(given) for given in inputs}):
         try:
-            known, known_labels, sources = read_subjects(root)
-            check_match(scans, known, sources)
-            for scan in known.keys() & subjects.keys():
-                if known[scan] != subjects[scan]:
+            its_subjects, its_labels, sources = read_subjects(root)
+            check_match(scans, its_subjects, sources)
+            for scan in its_subjects.keys() & subjects.keys():
+                if its_subjects[scan] != subjects[scan]:
                     raise InputError(
                         f"scan {scan} belongs to {subjects[scan]}, and beside {root} to "
-                        f"{known[scan]}"
+                        f"{its_subjects[scan]}"
                     )
         except InputError as problem:
             notes.append(f"subjects are unknown: {problem}")
             continue
         tables += sources
-        labels.update(known_labels)
-        subjects.update(known)
+        labels.update(its_labels)
+        subjects.update(its_subjects)
     return subjects, labels, tables

@@ -185,8 +185,8 @@ def read_split(index, file, root):
     given = read_table(file, ("path", "split"))
     given["path"] = given.path.map(comparable_path, na_action="ignore")
     given["split"] = given.split.str.lower()
-    known = given.split.isin(["train", "val", "test", UNUSED])
-    valid = known & given.path.notna() & ~given.path.duplicated()
+    in_a_split = given.split.isin(["train", "val", "test", UNUSED])
+    valid = in_a_split & given.path.notna() & ~given.path.duplicated()
     if not valid.all():
         row = given[~valid].iloc[0]
         raise InputError(
@@ -234,8 +234,8 @@ def comparable_path(path):
 
 def shared_values(index, column, one, other):
     """The known values of a column that are in both splits, sorted."""
-    known = index[index[column].notna()]
-    return sorted(set(known[column][known.split == one]) & set(known[column][known.split == other]))
+    values = [index[column][index.split == split].dropna() for split in (one, other)]
+    return sorted(set(values[0]) & set(values[1]))
 
 
 def check_disjoint(index):
@@ -326,8 +326,8 @@ MANY_SCANS = 5
 
 def describe_doubtful_names(index):
     """Lines on subjects that may be one person in two spellings, or no person."""
-    known = index.dropna(subset="subject")
-    names = known.subject.drop_duplicates()
+    identified = index.dropna(subset="subject")
+    names = identified.subject.drop_duplicates()
     for _, alike in names.groupby(names.map(loose_name)):
         if len(alike) > 1:
             yield (
@@ -335,7 +335,7 @@ def describe_doubtful_names(index):
                 "dashes or zeros: if they are one person, write them alike in the table"
             )
             break
-    n_scans = known.groupby("subject").scan.nunique().sort_values()
+    n_scans = identified.groupby("subject").scan.nunique().sort_values()
     if len(n_scans) < 2:
         return
     second, most = n_scans.iloc[-2:]
@@ -421,8 +421,8 @@ def merge_exposure(one, other):
 def same_names(table, recorded):
     """Whether each row has the name of a subject or scan in training, (N,), and whether that name
     identifies it: an id of an archive, or any name in the same set of data."""
-    known = table.subject.notna()
-    subject = known & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
+    has_subject = table.subject.notna()
+    subject = has_subject & table.subject.astype(object).map(fingerprint).isin(recorded["subjects"])
     same_set = set_fingerprints(table.path).isin(recorded["sets"])
     identified = subject & (same_set | table.subject.map(archive_id).notna())
     scan = table.scan.map(fingerprint).isin(recorded["scans"])

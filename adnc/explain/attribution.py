@@ -474,9 +474,11 @@ class Explainer:
                 "The map is that of all members together, also of those that do not predict a scan "
                 "because they have seen its subject. "
             )
-        known = self.checkpoint.get("maps")  # what is known about the maps of this model
+        worth = ""
+        if self.checkpoint.get("maps"):  # what is known about the maps of this model
+            worth = f"{self.checkpoint['maps']} "
         return (
-            f"{known + ' ' if known else ''}"
+            f"{worth}"
             "A colour shows where the model's output reacts, not where disease is, and not which "
             "class the model predicts: slices of both classes can have the same colour. "
             f"{relative}The prediction is p_AD."

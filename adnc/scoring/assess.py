@@ -124,9 +124,9 @@ def summarise_runs(runs):
     summary = {"unit": unit, "runs": len(runs)}
     for name in ("accuracy", "auroc"):
         values = [run[unit].get(name) for run in runs]  # None if a run's test has one class alone
-        known = [value for value in values if value is not None]
-        if len(known) > 1:
-            mean, sd = float(np.mean(known)), float(np.std(known, ddof=1))
+        defined = [value for value in values if value is not None]
+        if len(defined) > 1:
+            mean, sd = float(np.mean(defined)), float(np.std(defined, ddof=1))
             summary[name] = {"values": values, "mean": mean, "sd": sd}
     return summary
 

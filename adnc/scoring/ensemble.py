@@ -100,7 +100,7 @@ def require_fit(members):
         if patterns[0] != patterns[1]:
             raise InputError(
                 f"{first_name} and {name} differ in their --subject-pattern, {patterns[0]} and "
-                f"{patterns[1]}; expected one for all, which tells the same people apart"
+                f"{patterns[1]}; expected one for all, so that they name subjects alike"
             )
         drawn = [each["exposure"].get("drawn", False) for each in (first, checkpoint)]
         if drawn[0] != drawn[1]:

@@ -148,12 +148,12 @@ def arrays(predictions, unit):
     first = np.arange(len(predictions))
     if unit != "slice":
         number, names = pd.factorize(predictions[unit], sort=True)  # -1: unknown
-        known = np.flatnonzero(number >= 0)
-        number = number[known]
+        named = np.flatnonzero(number >= 0)
+        number = number[named]
         _, first = np.unique(number, return_index=True)
-        first = known[first]
+        first = named[first]
         n_slices = np.bincount(number, minlength=len(names))
-        p = (np.bincount(number, p[known], len(names)) / n_slices).round(12)
+        p = (np.bincount(number, p[named], len(names)) / n_slices).round(12)
         threshold = threshold[first]
     is_ad = (predictions.label == "AD").to_numpy(bool)[first]
     return is_ad, p, p >= threshold, predictions.group.to_numpy(str)[first]

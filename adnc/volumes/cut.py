@@ -494,8 +494,8 @@ def add_table_subjects(table, inputs):
     for folder in dict.fromkeys(map(os.path.abspath, folders)):
         _, _, tables = read_subjects(folder)
         sources.update(tables)
-        for path, known in tables.items():
-            for scan, subject in known.items():
+        for path, subject_of in tables.items():
+            for scan, subject in subject_of.items():
                 if subjects.setdefault(scan, subject) != subject:
                     raise InputError(
                         f"scan {scan} belongs to subject {subject} in {path}, and to "
@@ -504,9 +504,9 @@ def add_table_subjects(table, inputs):
                 origin.setdefault(scan, path)
 
     used, lines = [], []
-    for path, known in sources.items():
+    for path, subject_of in sources.items():
         try:
-            check_match(pd.concat([table.scan, table.name]), known, [path])
+            check_match(pd.concat([table.scan, table.name]), subject_of, [path])
             used.append(path)
         except InputError as problem:
             lines.append(f"a table of subjects is not used: {problem}")
@@ -535,9 +535,9 @@ def find_subject(row, repeated, subjects, sources):
     if row.name not in repeated:
         return subjects.get(row.name)
     folders = Path(os.path.abspath(row.source)).parents
-    for path, known in sources.items():
-        if row.name in known and Path(os.path.abspath(path)).parent in folders:
-            return known[row.name]
+    for path, subject_of in sources.items():
+        if row.name in subject_of and Path(os.path.abspath(path)).parent in folders:
+            return subject_of[row.name]
     return None
 
 
@@ -552,14 +552,14 @@ def one_id_each(table, listed):
             ids.setdefault(name, set()).add(subject)
     column = []
     for row, subject in zip(table.itertuples(), listed):
-        known = ids.get(row.subject, set())
-        if subject is None and len(known) > 1:
+        candidates = ids.get(row.subject, set())
+        if subject is None and len(candidates) > 1:
             raise InputError(
                 f"no table has a subject of {row.source}, and they give {row.subject} several, "
-                f"{' and '.join(sorted(known))}; add {row.scan} to a table"
+                f"{' and '.join(sorted(candidates))}; add {row.scan} to a table"
             )
         if subject is None:
-            subject = next(iter(known), row.subject)
+            subject = next(iter(candidates), row.subject)
         column.append(subject)
     return column
 
@@ -608,9 +608,9 @@ def extract(table, look, out, workers=None):
     table = table.join(pd.DataFrame(rows, index=table.index)).reindex(columns=COLUMNS)
     whole_numbers = {name: "Int64" for name in ("n_slices", "first_slice", "last_slice")}
     write_csv(out / "extraction.csv", table.astype(whole_numbers))
-    known = table[table.subject.notna()]
-    if len(known):
-        write_csv(out / "subjects.csv", known[["scan", "subject"]])
+    identified = table[table.subject.notna()]
+    if len(identified):
+        write_csv(out / "subjects.csv", identified[["scan", "subject"]])
     write_json(out / "extraction.json", asdict(look))
     return table
 

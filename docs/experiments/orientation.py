@@ -30,17 +30,17 @@ def measure(folder):
         raise InputError(f"{folder} holds {len(scans)} scan; expected two or more")
     training = mean_slice(slices.images, rows_of(index, scans[::2]))
 
-    found = dict.fromkeys(VIEWS, 0)
+    n_right = dict.fromkeys(VIEWS, 0)
     for scan in scans[1::2]:
         mean = mean_slice(slices.images, rows_of(index, [scan]))
         for view, change in VIEWS.items():
             expected = None if view == "upright" else view
-            found[view] += find_view(change(mean), training) == expected
+            n_right[view] += find_view(change(mean), training) == expected
     n_scans = len(scans[1::2])
     rows = rows_of(index, scans[1::2])
     alarms = sum(find_view(slices.images[row], training) is not None for row in rows)
-    counts = [f"{n_scans - found['upright']} of {n_scans}", f"{alarms} of {len(rows):,}"]
-    return [*counts, *(f"{n} of {n_scans}" for view, n in found.items() if view != "upright")]
+    counts = [f"{n_scans - n_right['upright']} of {n_scans}", f"{alarms} of {len(rows):,}"]
+    return [*counts, *(f"{n} of {n_scans}" for view, n in n_right.items() if view != "upright")]
 
 
 def rows_of(index, scans):

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Do ensembles, other summaries of a scan, neighbouring slices, longer training and mixing help? The runs and tables of
-# docs/what-helps.md. From the folder of this repository, with the environment active:
+# Do ensembles, other summaries of a scan, neighbouring slices, longer training and mixing help? The
+# runs and tables of docs/what-helps.md. From the folder of this repository, with the environment
+# active:
 #
-#     bash docs/experiments/what_helps.sh OASIS/AD_NC                  # runs/helps holds the runs; eleven hours on two cores
-#     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC    # the runs of these names
-#     HELPED='mix5' bash docs/experiments/what_helps.sh OASIS/AD_NC           # also on OASIS-1, since it helped on the local cue
+#     bash docs/experiments/what_helps.sh OASIS/AD_NC    # eleven hours on two cores
+#     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC  # runs of these names
+#     HELPED='mix5' bash docs/experiments/what_helps.sh OASIS/AD_NC    # also run mix5 on OASIS-1
 #
-# Finished runs are skipped, interrupted runs are resumed. Two run at a time (JOBS), with one thread each. Of the tables,
-# those whose runs are all finished are printed.
+# runs/helps holds the runs. Finished runs are skipped, interrupted runs are resumed. Two run at a
+# time (JOBS), with one thread each. Of the tables, those whose runs are all finished are printed.
+# HELPED names what has helped on the local cue.
 set -euo pipefail
 data=${1:?expected the folder AD_NC of the OASIS-1 slices}
 runs=${2:-runs/helps}
@@ -32,8 +34,9 @@ flags_of() {  # MODEL SET
         mix5) echo "--recipe small --epochs 50 --mixup 0.2 --cutmix 1.0";;
         long20) echo "--recipe small --epochs 200";;
         mix20) echo "--recipe small --epochs 200 --mixup 0.2 --cutmix 1.0";;
-        deep*)  # the depth of atto is like that of tiny; the other flags are the best for it in docs/recipes.md
-            local deep="--model atto --model-args head_norm=batch --image-size 112 --batch-size 32 --lr 1e-3 --keep last"
+        deep*)  # the depth of atto is like that of tiny; the best flags of docs/recipes.md
+            local deep="--model atto --model-args head_norm=batch --image-size 112 --batch-size 32"
+            deep="$deep --lr 1e-3 --keep last"
             case $1 in
                 deep) echo "$deep --epochs 10";;
                 deeplong5) echo "$deep --epochs 50";;
@@ -43,7 +46,8 @@ flags_of() {  # MODEL SET
             esac;;
     esac
 }
-# All runs of a set learn from the subjects of the first, small with seed 0: else five seeds together would know more people.
+# All runs of a set learn from the subjects of the first, small with seed 0: else five seeds
+# together would have seen more subjects than one.
 oasis() {  # MODEL SEED: five folds
     local k split
     for k in 0 1 2 3 4; do
@@ -67,7 +71,9 @@ list() {  # the flags of all runs, the most telling first
     for n in 50 100 200; do for seed in 0 1 2 3 4; do drawn cnn $n $seed; done; done
     for seed in 0 1 2 3 4; do drawn paper 100 $seed; done
     for seed in 0 1 2; do for model in long20 mix20; do drawn $model 100 $seed; done; done
-    for seed in 0 1 2; do for model in deep deeplong5 deepmix5; do drawn $model 100 $seed; done; done
+    for seed in 0 1 2; do
+        for model in deep deeplong5 deepmix5; do drawn $model 100 $seed; done
+    done
     for model in deeplong20 deepmix20; do drawn $model 100 0; done
     for seed in 0 1 2; do for model in cnn paper ${HELPED:-}; do oasis $model $seed; done; done
     if [[ "${HELPED:-}" == *deep* ]]; then for seed in 0 1 2; do oasis deep $seed; done; fi
@@ -82,12 +88,14 @@ start_or_resume() {  # FLAGS
     echo "$out took $((SECONDS - begin)) s"
 }
 export -f start_or_resume
-chosen=$(list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) ") || echo "no run has a name that fits ONLY='${ONLY:-}'"
+chosen=$(list | grep -E -- "--out $runs/(${ONLY:-[^ ]*}) ") ||
+    echo "no run has a name that fits ONLY='${ONLY:-}'"
 run_all() {  # the lines of flags come on standard input
     tr '\n' '\0' | xargs -0 -r -P "${JOBS:-2}" -I{} bash -c 'start_or_resume "{}"' ||
         echo "some runs failed; their tables are missing"
 }
-sed -n '/--split/!{/./p}' <<< "$chosen" | run_all  # the first of each set: its subjects are those of the others
+# First the runs whose subjects are those of the others.
+sed -n '/--split/!{/./p}' <<< "$chosen" | run_all
 sed -n '/--split/p' <<< "$chosen" | run_all
 
 finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are finished
@@ -110,17 +118,19 @@ for model in small cnn paper; do
         table "$model, OASIS-1" python -m tools.evaluate $found
         table "$model, OASIS-1: from slices to a scan" python -m docs.experiments.aggregate $found
         rm -f "$runs/$model.pth"
-        table "$model, OASIS-1: all runs as one model" python -m tools.ensemble $found --out "$runs/$model.pth"
+        table "$model, OASIS-1: all runs as one model" \
+            python -m tools.ensemble $found --out "$runs/$model.pth"
     fi
 done
 for model in small cnn paper; do for n in 50 100 200; do
     found=$(finished "$model-n$n" local)
     if [ -n "$found" ]; then
         table "$model, local cue, $n subjects" python -m tools.evaluate $found
-        table "$model, local cue, $n subjects: from slices to a scan" python -m docs.experiments.aggregate $found
+        table "$model, local cue, $n subjects: from slices to a scan" \
+            python -m docs.experiments.aggregate $found
     fi
 done; done
-against() {  # SET TITLE MODEL OTHER: the paired difference of two models on as many seeds as both have
+against() {  # SET TITLE MODEL OTHER: the paired difference, on as many seeds as both have
     local found other n
     found=$(finished "$3" "$1")
     other=$(finished "$4" "$1")
@@ -128,13 +138,18 @@ against() {  # SET TITLE MODEL OTHER: the paired difference of two models on as 
     n=$(wc -w <<< "$found")
     table "$2" python -m tools.evaluate $found --against $(cut -d' ' -f "1-$n" <<< "$other")
 }
-for model in long5 mix5 long20 mix20; do against local "$model minus 10 epochs, local cue" $model-n100 small-n100; done
-for times in 5 20; do against local "mixing, $times times the steps, local cue" mix$times-n100 long$times-n100; done
+for model in long5 mix5 long20 mix20; do
+    against local "$model minus 10 epochs, local cue" $model-n100 small-n100
+done
+for times in 5 20; do
+    against local "mixing, $times times the steps, local cue" mix$times-n100 long$times-n100
+done
 for model in deeplong5 deepmix5 deeplong20 deepmix20; do
     against local "$model minus 10 epochs, local cue" $model-n100 deep-n100
 done
 for times in 5 20; do
-    against local "mixing, $times times the steps, deep, local cue" deepmix$times-n100 deeplong$times-n100
+    against local "mixing, $times times the steps, deep, local cue" \
+        deepmix$times-n100 deeplong$times-n100
 done
 for model in ${HELPED:-}; do
     shorter=small
