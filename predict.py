@@ -52,6 +52,7 @@ from adnc.scoring import metrics
 from adnc.scoring.assess import (
     CALIBRATED_ON_THEM,
     NO_CALIBRATION,
+    SOME_HAVE_SEEN,
     describe_distrust,
     format_assessment,
     is_drawn,
@@ -279,7 +280,7 @@ def notes_on_members(predictions, checkpoint):
     n_scans, n_by_some = readable.scan.nunique(), readable.scan[by_some].nunique()
     if n_by_some == 0:
         return
-    text = f"{n_by_some} of {n_scans} scans are of subjects that some members have seen in training"
+    text = f"{n_by_some} of {n_scans} scans {SOME_HAVE_SEEN}"
     if checkpoint["design"] == FOLDS:
         yield (
             f"{text}: the others predict them, but {CALIBRATED_ON_THEM}, so that their p_AD and "
@@ -335,7 +336,7 @@ def parse_args(argv=None):
         "inputs", nargs="*", metavar="INPUT", help="a slice, a volume, or a folder of either"
     )
     parser.add_argument(
-        "--checkpoint", nargs="+", metavar="RUN",
+        "--checkpoint", nargs="+", action="extend", metavar="RUN",
         help="a run or its best_model.pth, an ensemble, or the runs that make one "
         "(default: weights/phantom.pth, trained on drawings)",
     )  # fmt: skip
@@ -375,6 +376,11 @@ def load_run(path):
     path = Path(path)
     if path.is_dir():
         path = path / "best_model.pth"
+    if not path.exists() and (path.parent / "last.pth").exists():
+        raise InputError(
+            f"{path} does not exist, since the run stopped in its first epoch; finish it with "
+            "train.py --resume"
+        )
     if not path.exists():
         raise InputError(
             f"{path} does not exist; expected the folder of a run of train.py, its best_model.pth, "
@@ -524,7 +530,7 @@ def predict(args, path, checkpoint, out, device, amp):
             "why"
         )
     for line in format_scans(scans, trusted, ranked=why_no_verdicts(checkpoint) is not None):
-        print(printable(line))
+        print(printable(line, keep=""))
     if scores:
         print("\n".join(format_assessment(scores)))
     print(f"results in {out}")

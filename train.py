@@ -197,7 +197,8 @@ def make_parser():
     add("--image-size", type=SIDE, metavar="PX", help="side of the square input in pixels (224)")
     add("--drop-path", type=FRACTION, metavar="P", help="drop-path rate of the last block (0.1)")
     options = ", ".join(MODEL_ARGS)
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help=f"changes to the paper's: {options}")
+    add("--model-args", nargs="+", action="extend", metavar="KEY=VALUE",
+        help=f"changes to the paper's: {options}")  # fmt: skip
     add("--init", metavar="FILE", help="start from weights of torchvision, timm or this project; "
         "phantom: from weights/phantom.pth")
 
@@ -306,6 +307,8 @@ def parse_args(argv=None):
 def read_saved_flags(out, given, parser):
     """The flags of the run in folder `out`, as the resumed run needs them; an error of the parser
     if one of those that are `given` now is another one and must not be."""
+    if not out.exists():
+        raise InputError(f"{out} does not exist; --resume expects the folder of a run in --out")
     if not (out / "last.pth").exists():
         raise InputError(
             f"{out} holds no last.pth to resume: nothing was trained; delete it, or start the run "

@@ -156,6 +156,7 @@ def save_checkpoint(path, **content):
     """Save plain Python values and tensors, atomically. OSError if the file cannot be written."""
 
     def write(temporary):
+        temporary.touch()  # where this is not permitted, the error says so
         try:
             torch.save({**content, "format": FORMAT}, temporary)
         except RuntimeError as problem:  # of PyTorch's writer; its text speaks of positions

@@ -351,5 +351,5 @@ def test_a_folder_without_results_is_refused(results):
     (results / "predictions.csv").unlink()
     with pytest.raises(InputError, match="holds no predictions.csv; expected a finished run"):
         read_run(results)
-    with pytest.raises(InputError, match="nowhere holds no metrics.json"):
+    with pytest.raises(InputError, match="nowhere does not exist; expected a finished run"):
         read_run("nowhere")

@@ -211,6 +211,14 @@ def test_the_temperature_of_an_ensemble_is_no_difference_from_its_members():
     assert lines[-1].split("|")[2].startswith(" +0.000 [")
 
 
+def test_a_flag_of_several_names_may_be_repeated():
+    args = predict.parse_args(["in", "--checkpoint", "a", "b", "--checkpoint", "c"])
+    assert args.checkpoint == ["a", "b", "c"]
+    assert evaluate.parse_args(["a", "--against", "b", "--against", "c"]).against == ["b", "c"]
+    words = ["--model-args", "norm=batch", "--model-args", "stem=conv"]
+    assert train.parse_args(words).model_args == {"norm": "batch", "stem": "conv"}
+
+
 def test_seeds_are_calibrated_on_their_common_validation(seeds, tmp_path):
     checkpoint = make_file(tmp_path / "e.pth", *seeds)
     tables = [read_run(run, "val")[0] for run in seeds]
@@ -239,7 +247,9 @@ def test_folds_are_calibrated_out_of_fold_and_predict_each_subject_by_its_own_me
     warned = capsys.readouterr().err
     assert "18 of 18 scans are of subjects that some members have seen in training" in warned
     scores = json.loads((tmp_path / "p" / "metrics.json").read_text())
-    for text in (warned, scores["title"], scores["conclusion"]["sentences"][0]):
+    first = scores["conclusion"]["sentences"][0]
+    assert "On the 18 subjects that the members which predict them have not seen (the" in first
+    for text in (warned, scores["title"], first):
         assert "the ensemble was calibrated on their labels" in text
     assert set(table.exposure) == {"no"} and set(scans.members) == {1}
     predicted = table.set_index("path").logit
@@ -416,6 +426,10 @@ def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):
     shutil.copytree(seeds[0], tmp_path / "backup")
     with pytest.raises(InputError, match="hold the same weights, so that one run would count"):
         ensemble.main([str(seeds[0]), str(tmp_path / "backup"), "--out", str(file)])
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "last.pth").touch()
+    with pytest.raises(InputError, match="stopped in its first epoch; finish it with"):
+        predict.load_run(tmp_path / "first")
     with pytest.raises(InputError, match="nothing does not exist; expected the folder of a run"):
         ensemble.main([str(tmp_path / "nothing"), "--out", str(file)])
     with pytest.raises(InputError, match="is a training to resume"):

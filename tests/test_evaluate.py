@@ -77,7 +77,7 @@ def test_the_validation_of_a_run_can_be_evaluated(run_folder, capsys):
     text = run_evaluate(capsys, run_folder, "--part", "val")
     assert text.startswith("validation (epoch and calibration were chosen on it)")
     assert "scans (n = 2)" in text
-    assert text.endswith(f"{evaluate.NO_TEST}\n") and "not seen in training" not in text
+    assert text.endswith(f"{evaluate.ON_VALIDATION}\n") and "not seen in training" not in text
 
 
 def test_the_validation_of_several_runs_is_named_and_gives_no_conclusion(tmp_path, capsys):
@@ -90,13 +90,13 @@ def test_the_validation_of_several_runs_is_named_and_gives_no_conclusion(tmp_pat
     text = run_evaluate(capsys, *seeds, "--part", "val", "--against", seeds[0])
     assert text.startswith(f"mean over 2 seeds, {what}\n")
     assert f"mean over 2 and 1 seeds, {what}\n" in text
-    assert evaluate.NO_TEST in text and "The mean over seeds has" not in text
+    assert evaluate.ON_VALIDATION in text and "The mean over seeds has" not in text
     halves = [
         write_run(tmp_path / f"f{k}", fold_of(table, k, 2), title=what, fold=k, folds=2)
         for k in (0, 1)
     ]
     text = run_evaluate(capsys, *halves, "--part", "val")
-    assert f"2 runs pooled, {what}\n" in text and evaluate.NO_TEST in text
+    assert f"2 runs pooled, {what}\n" in text and evaluate.ON_VALIDATION in text
 
 
 def test_results_are_not_overwritten(run_folder, capsys):
@@ -149,7 +149,7 @@ def test_the_threshold_of_youden_is_that_of_all_tables(ad_nc, tmp_path, capsys):
 
 
 def test_wrong_input_is_one_line_and_status_2(run_folder):
-    sentence = "nowhere holds no metrics.json; expected a finished run"
+    sentence = "nowhere does not exist; expected a finished run"
     process = command.run("tools.evaluate", "nowhere", cwd=run_folder)
     assert process.returncode == 2 and process.stderr.startswith(f"error: {sentence}")
     assert process.stderr.count("\n") == 1

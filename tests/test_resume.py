@@ -274,6 +274,8 @@ def test_a_run_is_resumed_with_its_own_files_or_not_at_all(run_folder, tmp_path)
     (run / "last.pth").unlink()
     with pytest.raises(InputError, match="holds no last.pth to resume"):
         resume(run)
+    with pytest.raises(InputError, match="run-2 does not exist; --resume expects"):
+        resume(run.with_name("run-2"))
     assert (run / "training_history.csv").read_bytes() == (
         run_folder / "training_history.csv"
     ).read_bytes()

@@ -497,7 +497,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder, or folder of labelled predictions")
     add("--part", choices=("test", "val"), default="test", help="the part of a run folder (test)")
-    add("--against", nargs="+", metavar="RUN", help="the same slices, predicted by another model")
+    add("--against", nargs="+", action="extend", metavar="RUN",
+        help="the same slices, predicted by another model")  # fmt: skip
     add("--resources", action="store_true", help="print what the runs have cost instead of scores")
     add("--out", metavar="DIR", help="new folder for tables, metrics.json and pictures")
     args = parser.parse_args(argv)

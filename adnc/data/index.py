@@ -254,7 +254,8 @@ def list_folder(folder):
 def describe_unused(root, used):
     """Count the files under `root` that are not among the paths `used`, by extension.
 
-    Returns a list of one line, or of none. Leftovers of archives and tools are not counted.
+    Returns a list of one line, or of none. Hidden files and leftovers of archives and tools are not
+    counted.
     """
     used = {os.path.abspath(path) for path in used}
     counts = Counter()

@@ -307,9 +307,9 @@ def describe_validation(index):
     if groups.min() < MIN_VALIDATION_GROUPS:
         counts = ", ".join(f"{n} {label}" for label, n in groups.sort_index().items())
         yield (
-            f"WARNING: validation has only {counts} subjects. The epoch, the temperature and the "
-            f"prediction sets rest on them; {MIN_VALIDATION_GROUPS} or more of each class are "
-            "better: raise --val-fraction, or use --fold and --folds with --keep last"
+            f"WARNING: validation has only {counts} subjects. The temperature and the prediction "
+            "sets rest on them, and without --keep last the epoch, too; "
+            f"{MIN_VALIDATION_GROUPS} or more of each class are better: raise --val-fraction"
         )
 
 

@@ -220,13 +220,16 @@ def conclude(scores):
         verdict = NOT_SHOWN if CHANCE in not_beaten else WORKS
         if verdict == NOT_SHOWN and ranks_better_than_chance(sample):
             second += (
-                f" It ranks the {unit}s better than chance, but gives too many of them one class."
+                f" It ranks the {unit}s better than chance; that its accuracy is above that of the "
+                "larger class is not shown."
             )
         third = next_step(verdict, part, unit)
     return {"verdict": verdict, "unit": unit, "sentences": [first, second, third]}
 
 
-CALIBRATED_ON_THEM = "the ensemble was calibrated on their labels"  # of a note on scans
+# Of notes on scans of an ensemble, which change what a sentence calls them.
+SOME_HAVE_SEEN = "are of subjects that some members have seen in training"
+CALIBRATED_ON_THEM = "the ensemble was calibrated on their labels"
 
 
 def decisive_part(scores):
@@ -236,6 +239,8 @@ def decisive_part(scores):
     unit = main_unit(part)
     sample, exposure = part[unit], scores["exposure"]
     who = f"the {sample['n']:,} {unit}s not seen in training"
+    if any(SOME_HAVE_SEEN in note for note in scores["run_notes"]):
+        who = f"the {sample['n']:,} {unit}s that the members which predict them have not seen"
     if part is scores and exposure["unknown"]:
         who = f"{sample['n']:,} {unit}s of which it is unknown whether training saw them"
         if exposure["no"]:
@@ -390,8 +395,8 @@ def join(names, word):
 def next_step(verdict, part, unit):
     if verdict == NOT_SHOWN and ranks_better_than_chance(part[unit]):
         return (
-            "Do not use its predictions: train longer, or let --threshold youden choose the "
-            "threshold on validation."
+            "Do not use its predictions: test it on more subjects, train longer, or let "
+            "--threshold youden choose the threshold on validation."
         )
     if verdict == NOT_SHOWN:
         return (
@@ -650,6 +655,11 @@ def read_run(folder, part="test"):
     folder = Path(folder)
     if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
         folder = folder / part
+    if not folder.exists():
+        raise InputError(
+            f"{folder} does not exist; expected a finished run of train.py, or what predict.py "
+            "wrote about labelled slices"
+        )
     for name in ("metrics.json", "predictions.csv"):
         if not (folder / name).is_file():
             raise InputError(
