@@ -435,7 +435,7 @@ def find_exposure(table, recorded):
     `recorded` (of `record_exposure`) covers train and val. A row was seen if its subject, its scan,
     or any slice of its group is among them. It is unknown if its own subject, or that of any
     training scan, is not known, and if it has only the name of one of them: sub-1 of another set of
-    data is another person. Among drawings nobody was seen, whatever the names are.
+    data is another person. Drawings are of no subject, whatever their names are.
     """
     named, identified = same_names(table, recorded)
     seen = identified | table.pixel_hash.isin(recorded["slices"])

@@ -8,7 +8,7 @@
 The file is best_model.pth with its weights in float16, half as large, and without the paths of the
 machine that made it. Printed is how far its p_AD are from those of float32, on the test of the
 run. `--real` is a sentence on what the scores are worth on real people, which every prediction
-ends with; `--maps` one on what its attribution maps show there, which stands in the report. A run
+ends with; `--maps` one on what its attribution maps show there, which the report repeats. A run
 on anything but drawings is refused: its weights must not be shipped.
 """
 
