@@ -284,7 +284,7 @@ def drop_a_score(folder):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (delete_scores, "holds no metrics.json"),
+        (delete_scores, "does not exist"),
         (change_temperature, "was not written for this checkpoint"),
         (cut_short, "cannot be read"),
         (drop_a_score, "cannot be read"),

@@ -156,8 +156,8 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     assert set(modules.MODEL_ARGS) <= set(modules.ConvNeXt.__init__.__kwdefaults__)
 
     again = ["--out", str(run), "--resume", "--model-args"]
-    assert train.parse_args([*again, *words]).model_args == dict(
-        head_norm="batch", layer_scale=1.0, init_std="fan_in"
+    assert train.parse_args([*again, "norm=layer", *words]).model_args == dict(
+        norm="layer", head_norm="batch", layer_scale=1.0, init_std="fan_in"
     )
     with pytest.raises(SystemExit):
         train.parse_args([*again, "head_norm=batch"])
