@@ -472,10 +472,10 @@ def predict(args, path, checkpoint, out, device, amp):
     listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
     name = describe_checkpoint(checkpoint)
     drawn = is_drawn(checkpoint)
-    print(
-        f"{path}: {name}{', trained on drawings alone' if drawn else ''}; "
-        f"{count(len(listing.index), 'slice')} on {device}, {precision_name(amp)}"
-    )
+    if drawn:
+        name += ", trained on drawings alone"
+    n_slices = count(len(listing.index), "slice")
+    print(f"{path}: {name}; {n_slices} on {device}, {precision_name(amp)}")
     if "members" in checkpoint:
         for line in describe_ensemble(checkpoint):
             print(line)

@@ -929,8 +929,7 @@ def package_versions():
 def describe_machine(state):
     """What the bits of a run depend on, beside the versions of the packages."""
     threads = count(torch.get_num_threads(), "thread")
-    processes = f"{state.world.size} process{'es' if state.world.size > 1 else ''}"
-    return f"{device_name(state.device)}, {threads}, {processes}"
+    return f"{device_name(state.device)}, {threads}, {count(state.world.size, 'process')}"
 
 
 def write_start(out, args, slices, record):
@@ -1247,7 +1246,7 @@ def train(args, world, device, amp):
     n_parameters = sum(p.numel() for p in model.parameters())
     log(
         f"{describe_model(args.model)}, {n_parameters:,} parameters, {args.image_size} px, "
-        f"{device}, {precision_name(amp)}, {world.size} process{'es' if world.size > 1 else ''}; "
+        f"{device}, {precision_name(amp)}, {count(world.size, 'process')}; "
         f"run folder {out}"
     )
     for line in slices.notes:

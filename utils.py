@@ -107,10 +107,11 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # of Linux
-    match = None
+    name = platform.machine()
     if info.exists():
         match = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
-    return f"cpu ({match[1] if match else platform.machine()})"
+        name = match[1] if match else name
+    return f"cpu ({name})"
 
 
 @contextlib.contextmanager

@@ -24,8 +24,10 @@ def is_system_limit(problem):
 
 
 def count(n, noun):
-    """`1 slice`, `2,000 slices`."""
-    return f"{n:,} {noun}{'s' if n != 1 else ''}"
+    """`1 slice`, `2,000 slices`, `2 processes`."""
+    if n != 1:
+        noun += "es" if noun.endswith("s") else "s"
+    return f"{n:,} {noun}"
 
 
 def printable(text, keep="\n"):

@@ -26,7 +26,7 @@ from adnc import CLASSES
 from adnc.cpu_engine import images_at_once, is_convnext
 from adnc.data.augment import MEAN, STD, eval_transform
 from adnc.data.pixels import NEAR_BLACK, find_head
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, count, printable
 from adnc.files import new_folder, write_atomically, write_csv, write_json
 from adnc.scoring import plots
 
@@ -276,7 +276,7 @@ def describe(method, table, n_slices):
     last = without_weights(table)
     mean, low, high = last.mean(), last.absolute.min(), last.absolute.max()
     result = (
-        f"with all weights randomised, its maps of {n_slices} slice{'s' if n_slices > 1 else ''} "
+        f"with all weights randomised, its maps of {count(n_slices, 'slice')} "
         f"keep a rank correlation of {mean.signed:.2f} with the original ones, {mean.absolute:.2f} "
         f"without signs ({low:.2f} to {high:.2f} in {len(last)} draws)"
     )

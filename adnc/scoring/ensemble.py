@@ -18,7 +18,7 @@ import torch
 from scipy.special import expit
 
 from adnc.data.subjects import merge_exposure
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.scoring.assess import COVERAGE, UNCALIBRATED, score, statements
 from adnc.scoring.calibration import apply_calibration, calibrate, fit_with_dark_share
 from adnc.scoring.metrics import BASELINES
@@ -361,7 +361,7 @@ def score_test(ensemble, tables):
     """
     n = len(ensemble["members"])
     if ensemble["design"] == SEEDS:
-        title = f"mean logit of {n} run{'s' if n > 1 else ''}, test"
+        title = f"mean logit of {count(n, 'run')}, test"
         table = mean_predictions(ensemble["members"], tables, "test")
         table = apply_calibration(table, ensemble["calibration"], COVERAGE)
     else:
