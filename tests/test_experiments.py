@@ -230,13 +230,17 @@ def test_neighbours_are_of_the_same_scan_and_an_end_is_its_own():
         context.neighbours(index.assign(slice=[2, 1, 7, 9, 3]))
 
 
-def test_slices_with_and_without_neighbours_are_compared(ad_nc, monkeypatch, capsys):
+def test_slices_with_and_without_neighbours_are_compared(ad_nc, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(context.train.SMALL, "epochs", 1)
-    context.main([str(ad_nc), "--image-size", "32", "--seeds", "1", "--folds", "2"])
+    words = [str(ad_nc), "--image-size", "32", "--seeds", "0", "--folds", "2"]
+    context.main([*words, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "18 test subjects, 1 seed, 32 px\n" in printed
     for name in (*context.WAYS, context.DARK_SHARE):
         assert f"| {name} " in printed
+    monkeypatch.setattr(context, "score_seed", None)
+    context.main([*words, "--out", str(tmp_path)])
+    assert capsys.readouterr().out == printed  # of the files
 
 
 # ---------------------------------------------------------------- the residual stream

@@ -1,16 +1,19 @@
 """Do the two neighbouring slices help as extra channels? The same slices, as one and as three.
 
-    python -m docs.experiments.context OASIS/AD_NC --folds 5
-    python -m docs.experiments.context PHANTOM/AD_NC --subjects 100
+    python -m docs.experiments.context OASIS/AD_NC --folds 5 --out runs/neighbours
+    python -m docs.experiments.context PHANTOM/AD_NC --subjects 100 --out runs/phantom-neighbours
 
 2.5-D: the slice before and the slice after it in the same scan are two more channels; where there
 is none, the slice itself is taken. The number of a slice is no input. Both ways have the small
 recipe, the same folds for all seeds, and the same order and augmentation of slices; the initial
 weights differ, since a stem of three channels draws more of them. With --folds all subjects are
 predicted out of fold; otherwise networks trained on --subjects of train/ predict test/. Each
-network has a temperature fitted on validation, and a subject the mean of p_AD. Prints the
+network has a temperature fitted on validation, and a subject the mean of p_AD. --out gets the
+predictions, one file for each seed; those that are there are not computed again. Prints the
 subject-level AUROC, mean over seeds, and the paired differences.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +24,7 @@ import train
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.data.augment import eval_transform
 from adnc.errors import InputError, count
+from adnc.files import read_csv, write_csv
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
 from adnc.scoring.calibration import fit_temperature
@@ -135,6 +139,14 @@ def score_seed(splits, image_size, seed):
     return pd.concat(parts, ignore_index=True)
 
 
+def read_or_score(splits, image_size, seed, file):
+    """The table of `score_seed` from a file, which is written if it does not exist."""
+    if not file.exists():
+        table = score_seed(splits, image_size, seed)
+        write_csv(file, table[["scan", "slice", "subject", "group", "label", *WAYS, DARK_SHARE]])
+    return read_csv(file).astype(dict.fromkeys((*WAYS, DARK_SHARE), float))
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -142,11 +154,17 @@ def main(argv=None):
     add("--folds", type=number(2, 100, int), help="folds over train/ and test/")
     add("--subjects", type=COUNT, metavar="N", help="train on N subjects of train/ (all)")
     add("--image-size", type=COUNT, default=112, metavar="PX", help="side of the input (112)")
-    add("--seeds", type=COUNT, default=5, help="repetitions (5)")
+    add("--seeds", nargs="+", type=number(0, 1000, int), default=range(5), help="(0 1 2 3 4)")
+    add("--out", required=True, metavar="DIR", help="folder of the predictions")
     args = parser.parse_args(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(args.set, args.folds, args.subjects)
-    tables = [score_seed(splits, args.image_size, seed) for seed in range(args.seeds)]
-    n_subjects, seeds = tables[0].subject.nunique(), count(args.seeds, "seed")
+    tables = []
+    for seed in args.seeds:
+        file = out / f"{args.image_size}px-seed{seed}.csv"
+        tables.append(read_or_score(splits, args.image_size, seed, file))
+    n_subjects, seeds = tables[0].subject.nunique(), count(len(tables), "seed")
     print(f"{args.set}: {n_subjects} test subjects, {seeds}, {args.image_size} px\n")
     head = ["", "subject-level AUROC", "minus one slice"]
     ways = {

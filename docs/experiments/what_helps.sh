@@ -157,10 +157,6 @@ for model in ${HELPED:-}; do
     against oasis "$model minus 10 epochs, OASIS-1" $model $shorter
 done
 if [ -z "${ONLY:-}" ]; then
-    neighbours="$runs/neighbours.txt"
-    if [ ! -f "$neighbours" ]; then
-        python -m docs.experiments.context "$data" --folds 5 --image-size 64 > "$neighbours.part"
-        mv "$neighbours.part" "$neighbours"
-    fi
-    table "neighbours, OASIS-1" cat "$neighbours"
+    table "neighbours, OASIS-1" \
+        python -m docs.experiments.context "$data" --folds 5 --image-size 64 --out "$runs/neighbours"
 fi
