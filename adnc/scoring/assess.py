@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from adnc import CLASSES
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.files import read_csv, read_json, write_csv, write_json
 from adnc.scoring import metrics, plots
 from adnc.scoring.calibration import score_sets
@@ -511,7 +511,8 @@ def format_sets(scores):
         return "prediction sets: every scan has a slice out of the training range, and gets AD|NC"
     others = ""
     if sets["n_out_of_range"]:
-        others = f"; {sets['n_out_of_range']:,} scans out of the training range, AD|NC, left out"
+        n_scans = count(sets["n_out_of_range"], "scan")
+        others = f"; {n_scans} out of the training range, AD|NC, left out"
     certain = "no scan has another"
     if sets["n_certain"]:
         accuracy = cell(sets, "accuracy_if_certain")
