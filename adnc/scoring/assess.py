@@ -251,7 +251,7 @@ def decisive_part(scores):
     if part is scores and exposure["yes"]:
         who = f"{sample['n']:,} {unit}s, some or all of them seen in training"
     if any(CALIBRATED_ON_THEM in note for note in scores["run_notes"]):
-        who += f" ({CALIBRATED_ON_THEM})"
+        who += " (the ensemble was calibrated on the labels of some or all of them)"
     if "each_run" in scores:
         who += f", pooled from {scores['each_run']['runs']} runs"
     return part, unit, who
