@@ -90,9 +90,15 @@ def test_masks_and_labels_are_found_before_they_are_smoothed(tmp_path):
     affine = place((2, 2, 2), (75, 93, 72))[0]
     with pytest.raises(Unfit, match="2 different values, as a mask does"):
         cut(tmp_path / "a.nii", nib.Nifti1Image(inside.astype(np.uint8), affine), spacing=6.0)
-    labels = np.where(inside, 1 + np.arange(72) // 3, 0).astype(np.int16)
-    _, _, record = cut(tmp_path / "b.nii", nib.Nifti1Image(labels, affine), spacing=6.0)
-    assert "holds only 19 different values: is it a segmentation?" in record["notes"]
+    for n_labels, dtype in ((20, np.int16), (120, np.uint8), (120, np.float32)):
+        blocks = [np.arange(side) // 8 for side in inside.shape]
+        numbers = 1 + sum(np.ix_(blocks[0], 5 * blocks[1], 25 * blocks[2])) % n_labels
+        labels = nib.Nifti1Image(np.where(inside, numbers, 0).astype(dtype), affine)
+        path = tmp_path / f"{n_labels}-{np.dtype(dtype)}.nii"
+        _, _, record = cut(path, labels, spacing=6.0)
+        assert "equal: is it a segmentation?" in record["notes"]
+    _, _, record = cut(tmp_path / "head.nii", noisy_head(), spacing=6.0)
+    assert "segmentation" not in str(record["notes"])
 
 
 @pytest.mark.parametrize("spacing", [4.0, 8.0])  # at 8 mm the volume is smoothed
@@ -784,6 +790,16 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
 
 # deepbet stores its weights as TorchScript.
 @pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
+def test_an_atlas_is_noted_as_a_segmentation_and_a_template_is_not(adult):
+    look = Look(plane="axial", size=(128, 128), spacing=2.0, count=3)
+    for path in (*adult, adult[0].with_name("ch2better.nii.gz")):
+        _, _, record = volumes.extract_volume(str(path), look)
+        assert "segmentation" not in str(record["notes"])
+    for name in ("aal", "AICHAmc", "inia19-NeuroMaps"):  # 117, 193 and 669 values
+        _, _, record = volumes.extract_volume(str(adult[0].with_name(f"{name}.nii.gz")), look)
+        assert "equal: is it a segmentation?" in record["notes"]
+
+
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-extra.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))

@@ -101,10 +101,12 @@ def look_of(checkpoint, flags):
 # ---------------------------------------------------------------- an array to slices
 
 FEW_VALUES = 4  # of a mask, or of a segmentation into background, fluid, grey and white matter
-MANY_LABELS = 64  # a segmentation into structures has fewer, a scan has more
+# Of neighbouring voxels beside the background, the share that is equal: in atlases of 30 to 700
+# labels 0.81 or more, in T1 scans and templates of 8 bits 0.25 or less.
+EQUAL_NEIGHBOURS = 0.7
 
 
-def check_values(volume, dtype):
+def check_values(volume):
     """A list with a sentence if a volume may be a segmentation. Unfit if it has as few values as a
     mask, or only one."""
     n_values = len(np.unique(thin_out(volume)))
@@ -112,9 +114,24 @@ def check_values(volume, dtype):
         raise Unfit("holds a single grey level, or no finite numbers; expected a head")
     if n_values <= FEW_VALUES:
         raise Unfit(f"holds {n_values} different values, as a mask does; expected a head")
-    if n_values <= MANY_LABELS and dtype.kind in "iu":
-        return [f"holds only {n_values} different values: is it a segmentation?"]
+    share = share_of_equal_neighbours(volume)
+    if share > EQUAL_NEIGHBOURS:
+        return [f"{share:.0%} of its neighbouring voxels are equal: is it a segmentation?"]
     return []
+
+
+def share_of_equal_neighbours(volume):
+    """Of the pairs of neighbouring voxels of which none has the most frequent value, the share that
+    is equal; the mean over the three axes."""
+    values, counts = np.unique(thin_out(volume), return_counts=True)
+    background = values[counts.argmax()]
+    shares = []
+    for axis in range(3):
+        along = np.moveaxis(volume, axis, 0)[:, ::2, ::2]  # every second row is enough
+        before, after = along[:-1], along[1:]
+        inside = (before != background) & (after != background)
+        shares.append((before == after)[inside].sum() / max(inside.sum(), 1))
+    return float(np.mean(shares))
 
 
 def thin_out(volume):
@@ -291,7 +308,7 @@ def extract_volume(path, look):
             volume, affine = read.read_volume(image)
     if suffix not in (None, "T1w"):
         notes.append(f"its name says {suffix}, not T1w: other contrasts have other greys")
-    notes += check_values(volume, image.get_data_dtype())
+    notes += check_values(volume)
     # Before the volume is smoothed, which mixes voxels, and its background with the head.
     lost = ~np.isfinite(volume)
     if lost.any():
