@@ -15,14 +15,15 @@ CENTRE = -2.0, 4.0, 6.0  # mm
 
 def brightness(x, y, z):
     """A head in mm: an ellipsoid with a bright ball on its left, a darker one at its front, the
-    darkest at its top."""
+    darkest at its top. All of it grows a little brighter to one corner: equal neighbours are those
+    of a segmentation."""
     x, y, z = x - CENTRE[0], y - CENTRE[1], z - CENTRE[2]
     value = np.where((x / 60) ** 2 + (y / 78) ** 2 + (z / 54) ** 2 < 1, 100.0, 0.0)
     balls = ((250, 17, (-38, 0, 0)), (210, 13, (0, 55, 0)), (170, 13, (0, 0, 34)))
     for grey, radius, (left, front, up) in balls:
         inside = (x - left) ** 2 + (y - front) ** 2 + (z - up) ** 2 < radius**2
         value = np.where(inside, grey, value)
-    return value
+    return np.where(value > 0, value + 0.06 * (x + y + z), 0.0)
 
 
 def place(voxels=(6, 6, 6), shape=(25, 31, 24)):

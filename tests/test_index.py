@@ -397,7 +397,8 @@ def test_a_folder_of_another_name_beside_slices_is_not_used(tmp_path):
     listed = list_inputs([tmp_path])
     assert listed.index.scan.tolist() == ["a"] and listed.index.label.isna().all()
     assert listed.notes == [
-        f"not used: 1 other files under {tmp_path}: 1 .jpeg (such as {tmp_path}/ad/b_70.jpeg)"
+        f"not used: 1 other file under {tmp_path}: 1 .jpeg (such as {tmp_path}/ad/b_70.jpeg); "
+        "images are read in an input itself or its AD/ and NC/, not in other folders"
     ]
 
 

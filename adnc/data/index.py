@@ -15,7 +15,7 @@ import pandas as pd
 from adnc import CLASSES
 from adnc.data.pixels import EXTENSIONS, is_junk, parse_name
 from adnc.data.subjects import archive_id, assign_groups, describe_doubtful_names, set_root
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, count, printable
 from adnc.files import MISSING, read_json, read_table, same_name
 
 COLUMNS = ["path", "label", "scan", "slice", "subject", "split", "group"]
@@ -251,11 +251,11 @@ def list_folder(folder):
     return images, folders
 
 
-def describe_unused(root, used):
+def describe_unused(root, used, about_images=None):
     """Count the files under `root` that are not among the paths `used`, by extension.
 
-    Returns a list of one line, or of none. Hidden files and leftovers of archives and tools are not
-    counted.
+    Returns a list of one line, or of none, which ends with the reason `about_images` if there are
+    images among them. Hidden files and leftovers of archives and tools are not counted.
     """
     used = {os.path.abspath(path) for path in used}
     counts = Counter()
@@ -273,8 +273,12 @@ def describe_unused(root, used):
     kinds = [
         f"{n:,} {kind} (such as {printable(example[kind])})" for kind, n in counts.most_common(5)
     ]
-    more = "" if len(counts) <= 5 else f", and {len(counts) - 5} other kinds"
-    return [f"not used: {counts.total():,} other files under {root}: {', '.join(kinds)}{more}"]
+    line = f"not used: {count(counts.total(), 'other file')} under {root}: {', '.join(kinds)}"
+    if len(counts) > 5:
+        line += f", and {len(counts) - 5} other kinds"
+    if about_images and any(kind in EXTENSIONS for kind in counts):
+        line += f"; {about_images}"
+    return [line]
 
 
 def tabulate(rows):
@@ -405,7 +409,8 @@ def list_set(root, pattern=None):
         )
     for (split, label), part in table.groupby(["split", "label"], sort=False):
         notes += describe_one_scan(part, f"all files of {split}/{label}")
-    notes += describe_unused(root, [*table.path, *sources])
+    only = "only images in train/AD, train/NC, test/AD and test/NC are slices of the set"
+    notes += describe_unused(root, [*table.path, *sources], only)
     index = complete(table, subjects, ["split", "label", "scan", "slice"])
     notes += describe_doubtful_names(index)
     return Listing(index, str(root), list(sources), notes)
@@ -485,7 +490,8 @@ def list_inputs(inputs, pattern=None, failed=None):
     used = [*(path for path, _, _ in rows), *tables]
     for given in dict.fromkeys(map(str, inputs)):
         if os.path.isdir(given):
-            notes += describe_unused(given, used)
+            deeper = "images are read in an input itself or its AD/ and NC/, not in other folders"
+            notes += describe_unused(given, used, deeper)
     other_label = table.scan.map(labels)
     wrong = other_label.notna() & table.label.notna() & (other_label != table.label)
     if wrong.any():
