@@ -474,8 +474,8 @@ def predict(args, path, checkpoint, out, device, amp):
     drawn = is_drawn(checkpoint)
     if drawn:
         name += ", trained on drawings alone"
-    n_slices = count(len(listing.index), "slice")
-    print(f"{path}: {name}; {n_slices} on {device}, {precision_name(amp)}")
+    n_slices = int(listing.index.error.isna().sum())
+    print(f"{path}: {name}; {count(n_slices, 'slice')} on {device}, {precision_name(amp)}")
     if "members" in checkpoint:
         for line in describe_ensemble(checkpoint):
             print(line)

@@ -411,13 +411,13 @@ def test_members_that_do_not_fit_are_refused(seeds, folds, tmp_path):
     checkpoints = {run.name: load_checkpoint(run / "best_model.pth") for run in seeds}
     wide = {**checkpoints["s1"], "slice_size": [64, 64]}
     with pytest.raises(InputError, match="s0 and s1 differ in the size of the training slices"):
-        together.make_ensemble({**checkpoints, "s1": wide})
+        together.require_fit({**checkpoints, "s1": wide})
     drawn = {**checkpoints["s1"], "exposure": {**wide["exposure"], "drawn": True}}
     with pytest.raises(InputError, match="one of s0 and s1 has seen drawings alone"):
-        together.make_ensemble({**checkpoints, "s1": drawn})
+        together.require_fit({**checkpoints, "s1": drawn})
     unfinished = {key: v for key, v in checkpoints["s1"].items() if key != "calibration"}
     with pytest.raises(InputError, match="s1 is not calibrated, since its run did not finish"):
-        together.make_ensemble({**checkpoints, "s1": unfinished})
+        together.require_fit({**checkpoints, "s1": unfinished})
 
     file = tmp_path / "e.pth"
     with pytest.raises(InputError, match="s0/best_model.pth and .*phantom.pth differ in the size"):

@@ -69,23 +69,28 @@ def read_subjects(*folders):
     AD. TABLE has the columns scan and subject. InputError if a file cannot be read, or if the two
     contradict each other.
     """
-    subjects, labels, sources = {}, {}, {}
+    labels, sources = {}, {}
     for name, read in ((METADATA, read_metadata), (TABLE, read_subject_table)):
         path = find_beside(name, folders)
-        if path is None:
-            continue
-        its_subjects, its_labels = read(path)
-        for scan in its_subjects.keys() & subjects.keys():
-            if its_subjects[scan] != subjects[scan]:
+        if path is not None:
+            sources[path], its_labels = read(path)
+            labels.update(its_labels)
+    return merge_subjects(sources), labels, sources
+
+
+def merge_subjects(sources):
+    """The subjects of scans, {scan: subject}, of several tables {path: its {scan: subject}}.
+    InputError if two of them contradict each other."""
+    subjects, origin = {}, {}
+    for path, its_subjects in sources.items():
+        for scan, subject in its_subjects.items():
+            if subjects.setdefault(scan, subject) != subject:
                 raise InputError(
-                    f"scan {scan} belongs to subject {its_subjects[scan]} in {path}, and to "
-                    f"{subjects[scan]} in {next(iter(sources))}; correct one of them, or move it "
-                    "away"
+                    f"scan {scan} belongs to subject {subject} in {path}, and to {subjects[scan]} "
+                    f"in {origin[scan]}; correct one of them, or move it away"
                 )
-        subjects.update(its_subjects)
-        labels.update(its_labels)
-        sources[path] = its_subjects
-    return subjects, labels, sources
+            origin.setdefault(scan, path)
+    return subjects
 
 
 def find_beside(name, folders):
@@ -557,21 +562,15 @@ def subjects_of_inputs(inputs, scans, notes):
     If a table cannot be used, the subjects are unknown, and the reason is appended to `notes`; the
     prediction continues.
     """
-    subjects, labels, tables = {}, {}, []
+    subjects, labels, tables = {}, {}, {}
     for root in sorted({set_root(given) for given in inputs}):
         try:
             its_subjects, its_labels, sources = read_subjects(root)
             check_match(scans, its_subjects, sources)
-            for scan in its_subjects.keys() & subjects.keys():
-                if its_subjects[scan] != subjects[scan]:
-                    raise InputError(
-                        f"scan {scan} belongs to {subjects[scan]}, and beside {root} to "
-                        f"{its_subjects[scan]}"
-                    )
+            subjects = merge_subjects({**tables, **sources})
         except InputError as problem:
             notes.append(f"subjects are unknown: {problem}")
             continue
-        tables += sources
+        tables.update(sources)
         labels.update(its_labels)
-        subjects.update(its_subjects)
-    return subjects, labels, tables
+    return subjects, labels, list(tables)

@@ -51,13 +51,13 @@ SPLIT_FLAGS = {
 
 
 def make_ensemble(members, tables=None):
-    """A checkpoint, without its format, of {name: checkpoint of a finished run}.
+    """A checkpoint, without its format, of {name: checkpoint of a finished run} that fit together
+    (`require_fit`).
 
     `tables` are the predictions {name: {"val": table, "test": table}} of the runs, for the
-    calibration; None leaves the ensemble uncalibrated. InputError if the members do not fit
-    together, and if nothing calibrates them together.
+    calibration; None leaves the ensemble uncalibrated. InputError if nothing calibrates the members
+    together.
     """
-    require_fit(members)
     ensemble = merge_members(members)
     if tables is None:
         return {**ensemble, "design": UNCALIBRATED}

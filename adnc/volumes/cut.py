@@ -20,7 +20,14 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from adnc.data.index import METADATA, TABLE, check_match, describe_unused, read_subjects
+from adnc.data.index import (
+    METADATA,
+    TABLE,
+    check_match,
+    describe_unused,
+    merge_subjects,
+    read_subjects,
+)
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError, is_system_limit
 from adnc.files import fingerprint, new_folder, same_name, write_csv, write_json
@@ -507,18 +514,11 @@ def add_table_subjects(table, inputs):
         if any(os.path.exists(os.path.join(folder, name)) for name in (METADATA, TABLE)):
             folders.append(folder)
 
-    subjects, origin, sources = {}, {}, {}
+    sources = {}
     for folder in dict.fromkeys(map(os.path.abspath, folders)):
         _, _, tables = read_subjects(folder)
         sources.update(tables)
-        for path, subject_of in tables.items():
-            for scan, subject in subject_of.items():
-                if subjects.setdefault(scan, subject) != subject:
-                    raise InputError(
-                        f"scan {scan} belongs to subject {subject} in {path}, and to "
-                        f"{subjects[scan]} in {origin[scan]}; correct one of them, or move it away"
-                    )
-                origin.setdefault(scan, path)
+    subjects = merge_subjects(sources)
 
     used, lines = [], []
     for path, subject_of in sources.items():
