@@ -394,7 +394,9 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(
     bad = table[table.path == str(tmp_path / "in" / "bad.nii")]
     assert len(table) == 4 and len(bad) == 1
     assert bad.error.iloc[0].startswith("cannot be read as a volume")
-    assert "bad.nii cannot be read as a volume" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "bad.nii cannot be read as a volume" in printed.err
+    assert "; 3 slices on cpu" in printed.out  # the volume that failed is no slice
     with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
         run_predict(run_folder, tmp_path / "b", tmp_path / "in" / "bad.nii", *words)
     with pytest.raises(InputError, match="--plane: for volumes only"):
