@@ -131,9 +131,10 @@ def test_the_hash_depends_on_the_split_and_not_on_the_order(ad_nc):
 
 def test_scans_without_a_subject_are_reported():
     index = split_index(fake_index(ODD["some metadata"]), 0.3)
-    assert "14 scans have no known subject: they are split by scan" in "\n".join(
-        subjects.describe_split(index, "subject")
-    )
+    sizes, *lines = subjects.describe_split(index, "subject")
+    parts = [part.split()[0] for part in sizes.split("; ")]
+    assert parts == ["train", "val", "test"]
+    assert "14 scans have no known subject: they are split by scan" in "\n".join(lines)
 
 
 # ---------------------------------------------------------------- folds

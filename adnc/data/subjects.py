@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.files import fingerprint, read_table, same_name
 
 MIN_VALIDATION_GROUPS = 5  # of each class; with fewer a warning
@@ -271,11 +271,11 @@ def describe_split(index, by, dropped=None):
     `dropped` is the number of scans that `drop_test_subjects` left out, or None.
     """
     parts = []
-    for split, part in index.groupby("split", sort=False):
-        n_scans, n_subjects = part.scan.nunique(), part.subject.nunique()
-        parts.append(
-            f"{split} {len(part):,} slices of {n_scans} scans, {n_subjects} known subjects"
-        )
+    for split in ("train", "val", "test"):
+        part = index[index.split == split]
+        scans = count(part.scan.nunique(), "scan")
+        known = count(part.subject.nunique(), "known subject")
+        parts.append(f"{split} {count(len(part), 'slice')} of {scans}, {known}")
     yield "; ".join(parts)
     n_unknown = index.scan[index.subject.isna()].nunique()
     if by == "slice":
