@@ -275,6 +275,14 @@ def test_a_fold_may_have_several_seeds(ad_nc, folds, tmp_path, capsys):
     assert [member["fold"] for member in checkpoint["members"]] == [0, 1, 2, 0]
     assert any("have 2, 1, 1 members" in line for line in together.describe_ensemble(checkpoint))
 
+    # Another spelling of --data is a difference only of members whose slices were not compared.
+    checkpoint["members"][1]["flags"]["data"] += "/../AD_NC"
+    lines = list(together.describe_ensemble(checkpoint))
+    assert not any("--data" in line for line in lines)
+    assert any(line == "--seed: 0, 0, 0, 1" for line in lines)
+    lines = together.describe_ensemble({**checkpoint, "design": "uncalibrated"})
+    assert any(line.startswith("--data: ") for line in lines)
+
     # The scores are of the mean logit in fold 0, and of single members in the others.
     tests = [read_run(run, "test")[0] for run in (*folds, other)]
     scaled = [test.logit / temperature(run) for test, run in zip(tests, (*folds, other))]

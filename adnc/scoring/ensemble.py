@@ -190,9 +190,11 @@ def describe_ensemble(checkpoint):
     members = checkpoint["members"]
     yield f"members: {', '.join(member['name'] for member in members)}"
     flags = [member["flags"] for member in members]
-    free = FREE_FLAGS
+    free = set(FREE_FLAGS)
     if any(each["split"] for each in flags):
-        free = FREE_FLAGS | SPLIT_FLAGS
+        free |= SPLIT_FLAGS
+    if checkpoint["design"] != UNCALIBRATED:
+        free.add("data")  # `find_folds` has compared the slices themselves
     for name in flags[0]:
         values = [str(each.get(name)) for each in flags]
         if name not in free and len(set(values)) > 1:
