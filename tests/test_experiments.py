@@ -241,6 +241,9 @@ def test_slices_with_and_without_neighbours_are_compared(ad_nc, tmp_path, monkey
     monkeypatch.setattr(context, "score_seed", None)
     context.main([*words, "--out", str(tmp_path)])
     assert printed.endswith(capsys.readouterr().out)  # the same table, of the files
+    words[-1] = "3"
+    with pytest.raises(TypeError):  # files of other folds are not taken for those of these
+        context.main([*words, "--out", str(tmp_path)])
 
 
 # ---------------------------------------------------------------- the residual stream

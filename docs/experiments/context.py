@@ -23,8 +23,9 @@ from scipy.special import expit
 import train
 from adnc.cli import COUNT, Parser, number, run_script
 from adnc.data.augment import eval_transform
+from adnc.data.subjects import split_hash
 from adnc.errors import InputError, count
-from adnc.files import read_csv, write_csv
+from adnc.files import fingerprint, read_csv, write_csv
 from adnc.scoring.assess import format_table
 from adnc.scoring.baselines import DARK, all_dark_shares
 from adnc.scoring.calibration import fit_temperature
@@ -160,9 +161,11 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(args.set, args.folds, args.subjects)
+    # In the names of the files, so that those of another set or split are not taken for these.
+    which = fingerprint(" ".join(split_hash(slices.index) for slices in splits), 6)
     tables = []
     for seed in args.seeds:
-        file = out / f"{args.image_size}px-seed{seed}.csv"
+        file = out / f"{args.image_size}px-{which}-seed{seed}.csv"
         tables.append(read_or_score(splits, args.image_size, seed, file))
     n_subjects, seeds = tables[0].subject.nunique(), count(len(tables), "seed")
     print(f"{args.set}: {n_subjects} test subjects, {seeds}, {args.image_size} px\n")
