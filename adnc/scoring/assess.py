@@ -406,7 +406,8 @@ def next_step(verdict, part, unit):
     if "beyond_dark_share" in part and not knows_more(part, unit):
         return (
             "It is not shown to know more than the dark share of the head, one number: take that "
-            "number (dark_share in scans.csv), or train on more subjects."
+            "number (dark_share in scans.csv, the p_AD of a regression on it), or train on more "
+            "subjects."
         )
     return "Repeat it with other seeds before you report it; predict.py predicts new slices."
 

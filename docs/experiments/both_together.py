@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score
 from adnc.scoring.assess import format_table
 from adnc.scoring.calibration import fit_across, fit_with_dark_share, two_logits
 
-N_AD, N_NC, FOLDS, SLICES, REPEATS = 58, 78, 5, 8, 200  # subjects as in OASIS-1
-VALIDATION = {"AD": 5, "NC": 6}  # subjects of a fold's validation
+N_AD, N_NC, FOLDS, SLICES, REPEATS = 78, 58, 5, 8, 200  # subjects as in OASIS-1
+VALIDATION = {"AD": 6, "NC": 5}  # subjects of a fold's validation
 AUROC = {"network": 0.69, "dark share": 0.733}
 NOISE = 0.7  # SD of a slice about its subject; that of subjects within a class is 1
 CORRELATIONS = (0.0, 0.5)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every command behind a table or picture of this repository. From its folder, with the environment active:
+# The commands behind the tables and pictures of docs/results.md. From the folder of this repository, with the environment
+# active:
 #
 #     bash docs/experiments/results.sh OASIS/AD_NC                  # five hours on two cores; runs/results holds the runs
 #     ONLY='oasis.*' bash docs/experiments/results.sh OASIS/AD_NC   # the runs of these names
@@ -232,7 +233,7 @@ TEXT
 
 full() {
     cat <<'TEXT'
-The documented recipe as `train.py` has it: `tiny`, 224 px, batches of 64, up to 100 epochs, fp16 with its scaler. On the
+The documented recipe as `train.py` has it: `tiny`, 224 px, batches of 64, up to 100 epochs, in the precision named above. On the
 OASIS-1 slices the five folds are those of seed 0 above, and validation chooses the epoch and the end, as by default; the
 small recipe and the plain CNN have ten epochs, as above. On the local cue (200 training subjects) the last epoch is
 kept, as above; `head` is the documented recipe with `--model-args head_norm=batch`. One seed. These commands were written before
@@ -299,7 +300,7 @@ a scan-level score scans, a subject-level score subjects. Each run prints its ow
 are printed by the commands above them. No GPU has been measured.
 
 TEXT
-    section "The positive control: a cue of which a blur shows little" '(paper|small|cnn)-n(100|200|400)-s.' \
+    section "The positive control: a cue that a blur barely shows" '(paper|small|cnn)-n(100|200|400)-s.' \
         '(paper|small|cnn)-n.*' local_cue
     section "Too few subjects, or too few steps?" 'steps-n200-s.' none steps
     section "Where LayerNorm loses the class" 'layer|layer-head-batch|small-n200-s0' none layer_norm

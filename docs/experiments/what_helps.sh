@@ -26,7 +26,7 @@ flags_of() {  # MODEL SET
     case $1 in
         small) echo "--recipe small";;
         cnn) echo "--model cnn --image-size 112 --batch-size 32 --lr 2e-3 --epochs 10 --keep last";;
-        paper)  # about 2,200 steps on each set
+        paper)  # about 2,000 steps on each set
             local epochs=20
             if [ "$2" = local ]; then epochs=120; fi
             echo "--model atto --image-size 64 --batch-size 32 --epochs $epochs --keep last";;
@@ -146,6 +146,9 @@ for times in 5 20; do
 done
 for model in deeplong5 deepmix5 deeplong20 deepmix20; do
     against local "$model minus 10 epochs, local cue" $model-n100 deep-n100
+done
+for model in deeplong5 deeplong20; do  # not planned
+    against local "$model minus the small recipe, local cue" $model-n100 small-n100
 done
 for times in 5 20; do
     against local "mixing, $times times the steps, deep, local cue" \
