@@ -435,6 +435,13 @@ def main(argv=None):
     args = parse_args(argv)
     out = args.out or unused_name(f"predictions/{datetime.now():%Y%m%d-%H%M%S}")
     require_new(out)
+    if args.keep_slices:
+        kept = Path(os.path.abspath(args.keep_slices))
+        if Path(os.path.abspath(out)) in (kept, *kept.parents):
+            raise InputError(
+                f"--keep-slices {kept} is --out or inside it, and that is made when all is "
+                "predicted; choose another folder"
+            )
     path, checkpoint = load_runs(args.checkpoint or [PHANTOM])
     if args.coverage is not None and is_drawn(checkpoint):
         raise InputError(
@@ -469,7 +476,8 @@ def predict(args, path, checkpoint, out, device, amp):
     cut = cut_inputs(
         args.inputs, checkpoint=checkpoint, flags=given_look_flags(args), keep=args.keep_slices
     )
-    listing = list_inputs(cut.inputs, checkpoint["flags"].get("subject_pattern"), cut.failed)
+    pattern = checkpoint["flags"].get("subject_pattern")
+    listing = list_inputs(cut.inputs, pattern, cut.failed, cut.problem)
     name = describe_checkpoint(checkpoint)
     drawn = is_drawn(checkpoint)
     if drawn:
@@ -493,6 +501,8 @@ def predict(args, path, checkpoint, out, device, amp):
     if "members" in checkpoint:
         spread = scan_spread(predictions, checkpoint)
 
+    if args.out is None:  # another prediction may have begun in the same second
+        out = unused_name(out)
     new_folder(out)
     title = f"predictions of {'/'.join(Path(path).parts[-2:])}"
     stated, on_members = statements(checkpoint), list(notes_on_members(predictions, checkpoint))

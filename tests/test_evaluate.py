@@ -327,6 +327,10 @@ def test_an_ensemble_is_compared_with_its_members_on_unseen_scans_that_all_predi
     write_csv(folder / "member_runs.csv", runs.assign(temperature=1.0))
     with pytest.raises(InputError, match="members.csv of .* does not fit its predictions.csv"):
         run_evaluate(capsys, folder)
+    write_csv(folder / "members.csv", pd.concat([members, members.iloc[:1]]))
+    with pytest.raises(InputError, match="cannot be read .*; predict again"):
+        run_evaluate(capsys, folder)
+    write_csv(folder / "members.csv", members)
     (folder / "member_runs.csv").unlink()
     with pytest.raises(InputError, match="cannot be read .*; predict again"):
         run_evaluate(capsys, folder)

@@ -1,6 +1,7 @@
 """Scripts of docs/experiments: stress test, linear probe, learning curves, tables."""
 
 import re
+import shutil
 from contextlib import nullcontext
 
 import numpy as np
@@ -242,6 +243,9 @@ def test_slices_with_and_without_neighbours_are_compared(ad_nc, tmp_path, monkey
     context.main([*words, "--out", str(tmp_path)])
     assert printed.endswith(capsys.readouterr().out)  # the same table, of the files
     words[-1] = "3"
+    shutil.copytree(ad_nc, tmp_path / "unknown" / "AD_NC")  # without the table beside it
+    with pytest.raises(InputError, match="has scans whose subject is not known"):
+        context.main([str(tmp_path / "unknown" / "AD_NC"), *words[1:], "--out", str(tmp_path)])
     with pytest.raises(TypeError):  # files of other folds are not taken for those of these
         context.main([*words, "--out", str(tmp_path)])
 

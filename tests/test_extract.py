@@ -336,11 +336,37 @@ def test_tables_that_contradict_each_other_are_refused_or_cost_the_subjects(tmp_
 
     checkpoint = {"slice_size": [40, 48], "extraction": vars(Look()), "slice_stats": {}}
     cut_volumes = volumes.cut_inputs([str(tmp_path)], checkpoint=checkpoint, flags={"spacing": 6.0})
-    assert any(line.startswith("subjects are unknown: scan one") for line in cut_volumes.notes)
+    assert cut_volumes.problem.startswith("scan one belongs to")
     assert cut_volumes.table.subject.isna().all() and cut_volumes.table.error.isna().all()
     folder = cut_volumes.temporary.name
     cut_volumes.close()
     assert not os.path.exists(folder)
+
+
+def test_tables_that_contradict_each_other_cost_the_subjects_of_bids_names_too(
+    run_folder, tmp_path, capsys
+):
+    for name, subject in (("one", "a"), ("two", "b")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        nib.save(head(), tmp_path / "in" / name / f"sub-{name}_ses-2_T1w.nii")
+        (tmp_path / "in" / name / "subjects.csv").write_text(f"scan,subject\none,{subject}\n")
+    words = ["--plane", "axial", "--spacing", "6", "--count", "2"]
+    table = run_predict(run_folder, tmp_path / "out", tmp_path / "in", *words)
+    assert "subjects are unknown: scan one belongs to subject b" in capsys.readouterr().err
+    assert table.subject.isna().all() and set(table.exposure) == {"unknown"}
+
+
+def test_a_repeated_name_has_the_subject_of_the_nearest_table(tmp_path):
+    for folder, subject in (("p1", "a"), ("p2", "b"), ("p2/deep", None)):
+        (tmp_path / folder).mkdir()
+        nib.save(head(), tmp_path / folder / "T1.nii")
+        if subject:
+            (tmp_path / folder / "subjects.csv").write_text(f"scan,subject\nT1,{subject}\n")
+    (tmp_path / "subjects.csv").write_text("scan,subject\nT1,c\n")
+    nib.save(head(), tmp_path / "T1.nii")
+    table, _, _ = volumes.add_table_subjects(volumes.find_all([tmp_path]), [tmp_path])
+    subjects = dict(zip(table.folder, table.subject))
+    assert subjects == {".": "c", "p1": "a", "p2": "b", "p2/deep": "b"}
 
 
 def test_a_table_is_read_once_however_many_folders_it_is_beside(tmp_path, monkeypatch):
@@ -380,25 +406,31 @@ def test_a_volume_is_predicted_like_its_slices(run_folder, tmp_path, capsys):
     assert not table.out_of_range.astype(str).str.contains("99 % quantile").any()
     with pytest.raises(InputError, match="choose a new --keep-slices"):
         run_predict(run_folder, tmp_path / "d", *words, "--keep-slices", kept)
+    for inside in (tmp_path / "e", tmp_path / "e" / "slices"):
+        with pytest.raises(InputError, match="is --out or inside it"):
+            run_predict(run_folder, tmp_path / "e", *words, "--keep-slices", inside)
+        assert not (tmp_path / "e").exists()
 
 
 def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(
     run_folder, ad_nc, tmp_path, capsys
 ):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "bad.nii").write_bytes(b"no volume")
+    for name in ("bad_1.nii", "bad_2.nii"):  # no slices of one scan
+        (tmp_path / "in" / name).write_bytes(b"no volume")
     nib.save(head(), tmp_path / "in" / "good.nii")
     words = ["--plane", "axial", "--spacing", "4", "--count", "2"]
     slice_file = ad_nc / "test" / "AD" / "300_70.jpeg"
     table = run_predict(run_folder, tmp_path / "a", tmp_path / "in", slice_file, *words)
-    bad = table[table.path == str(tmp_path / "in" / "bad.nii")]
-    assert len(table) == 4 and len(bad) == 1
-    assert bad.error.iloc[0].startswith("cannot be read as a volume")
+    bad = table[table.error.notna()]
+    assert len(table) == 5 and bad.path.tolist() == bad.scan.tolist() and bad.slice.isna().all()
+    assert bad.error.str.startswith("cannot be read as a volume").all()
     printed = capsys.readouterr()
-    assert "bad.nii cannot be read as a volume" in printed.err
+    for name in ("bad_1.nii", "bad_2.nii"):
+        assert f"{name} cannot be read as a volume" in printed.err
     assert "; 3 slices on cpu" in printed.out  # the volume that failed is no slice
-    with pytest.raises(InputError, match="bad.nii cannot be read as a volume"):
-        run_predict(run_folder, tmp_path / "b", tmp_path / "in" / "bad.nii", *words)
+    with pytest.raises(InputError, match="bad_1.nii cannot be read as a volume"):
+        run_predict(run_folder, tmp_path / "b", tmp_path / "in" / "bad_1.nii", *words)
     with pytest.raises(InputError, match="--plane: for volumes only"):
         run_predict(run_folder, tmp_path / "c", slice_file, "--plane", "axial")
 

@@ -398,7 +398,7 @@ def test_a_folder_of_another_name_beside_slices_is_not_used(tmp_path):
     assert listed.index.scan.tolist() == ["a"] and listed.index.label.isna().all()
     assert listed.notes == [
         f"not used: 1 other file under {tmp_path}: 1 .jpeg (such as {tmp_path}/ad/b_70.jpeg); "
-        "images are read in an input itself or its AD/ and NC/, not in other folders"
+        "images are read in an input itself, or in its AD/ and NC/ alone if it has them"
     ]
 
 
@@ -466,3 +466,4 @@ def test_tables_beside_two_inputs_must_not_contradict_each_other(tmp_path):
     other = write_set(tmp_path / "other", SCANS | {"300": ("test", "AD", "x")}, slices=[71])
     listed = list_inputs([one / "test", other / "test"])
     assert any("subjects are unknown: scan 300 belongs to" in note for note in listed.notes)
+    assert listed.index.subject.isna().all()

@@ -383,6 +383,10 @@ def test_a_name_in_two_folders_of_a_prediction_is_named(tmp_path, monkeypatch):
     both = at(["one/AD/a.png", "one/NC/b.png"], ["sub-1", "sub-1"])
     assert list(subjects.describe_shared_names(both, ["one/AD", "one/NC"])) == []
 
+    scans = at(["one/1_70.png", "two/1_90.png", "two/2_70.png"], [None] * 3)
+    (line,) = subjects.describe_shared_names(scans.assign(scan=["1", "1", "2"]), ["one", "two"])
+    assert line.startswith("scan 1 is in ") and "counts as one scan" in line
+
 
 def test_nobody_was_seen_among_drawings_unless_a_drawing_is_the_same():
     train = at(["/one/train/AD/a.png", "/one/train/NC/b.png"], ["drawn-0001", "drawn-0002"])

@@ -97,6 +97,9 @@ def test_masks_and_labels_are_found_before_they_are_smoothed(tmp_path):
         path = tmp_path / f"{n_labels}-{np.dtype(dtype)}.nii"
         _, _, record = cut(path, labels, spacing=6.0)
         assert "equal: is it a segmentation?" in record["notes"]
+    outside = np.where(inside, numbers, np.nan).astype(np.float32)
+    _, _, record = cut(tmp_path / "nan.nii", nib.Nifti1Image(outside, affine), spacing=6.0)
+    assert "equal: is it a segmentation?" in record["notes"]
     _, _, record = cut(tmp_path / "head.nii", noisy_head(), spacing=6.0)
     assert "segmentation" not in str(record["notes"])
 
@@ -788,8 +791,6 @@ def test_the_mni152_template_lies_where_nilearn_puts_it(tmp_path):
     assert record["orientation"] == "PSL" and np.abs(slices - expected).max() < 1.01
 
 
-# deepbet stores its weights as TorchScript.
-@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 def test_an_atlas_is_noted_as_a_segmentation_and_a_template_is_not(adult):
     look = Look(plane="axial", size=(128, 128), spacing=2.0, count=3)
     for path in (*adult, adult[0].with_name("ch2better.nii.gz")):
@@ -800,6 +801,8 @@ def test_an_atlas_is_noted_as_a_segmentation_and_a_template_is_not(adult):
         assert "equal: is it a segmentation?" in record["notes"]
 
 
+# deepbet stores its weights as TorchScript.
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 def test_a_real_head_is_stripped_to_its_brain(adult):
     pytest.importorskip("deepbet", reason="--strip needs deepbet (requirements-extra.txt)")
     image, _, _ = readers.open_volume(str(adult[0]))

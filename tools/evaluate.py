@@ -431,6 +431,8 @@ def read_members(folder, table):
     """
     try:
         logits = read_csv(folder / "members.csv").set_index("path")
+        if not logits.index.is_unique:
+            raise ValueError("a path is there twice")
         runs = read_csv(folder / "member_runs.csv").astype({"temperature": float})
         members = [
             {"name": run, "temperature": temperature}

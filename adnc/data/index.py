@@ -460,13 +460,14 @@ def read_index(root):
 # ---------------------------------------------------------------- the inputs of a prediction
 
 
-def list_inputs(inputs, pattern=None, failed=None):
+def list_inputs(inputs, pattern=None, failed=None, problem=None):
     """The Listing of files and folders to predict; label is None if unknown, split "".
 
     The folders AD/ and NC/ in an input are its labels. A file that is not named <scan>_<slice> is a
     scan of its own, with its path for a name and no slice number. `failed` has the reasons why
-    volumes could not be cut, by path. A file that cannot be predicted has the reason in the column
-    error; InputError if no file can be predicted.
+    volumes could not be cut, by path, and `problem` is the reason if a table of their subjects
+    cannot be used. A file that cannot be predicted has the reason in the column error; InputError
+    if no file can be predicted.
     """
     rows, notes = [], []
     for given in map(Path, inputs):
@@ -481,6 +482,9 @@ def list_inputs(inputs, pattern=None, failed=None):
             links.append(path)
         files.setdefault(real, (path, label, "", error))
     table = tabulate(files.values())
+    is_volume = table.path.isin(set(failed or {}))  # whose name is not <scan>_<slice>
+    table["scan"] = table.scan.mask(is_volume, table.path)
+    table["slice"] = table.slice.mask(is_volume)
     if table.error.notna().all():
         message = f"{printable(table.path[0], keep='')} {table.error[0]}"
         if len(table) > 1:
@@ -491,12 +495,17 @@ def list_inputs(inputs, pattern=None, failed=None):
             f"{len(set(links))} inputs are links to others, first {links[0]}; each file counts once"
         )
 
-    subjects, labels, tables = subjects_of_inputs(inputs, table.scan, notes)
+    problems = [] if problem is None else [problem]
+    subjects, labels, tables = subjects_of_inputs(inputs, table.scan, problems)
+    lines = [f"subjects are unknown: {each}" for each in problems]
+    if not problems:
+        subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
+    notes += lines
     used = [*(path for path, _, _ in rows), *tables]
     for given in dict.fromkeys(map(str, inputs)):
         if os.path.isdir(given):
-            deeper = "images are read in an input itself or its AD/ and NC/, not in other folders"
-            notes += describe_unused(given, used, deeper)
+            only = "images are read in an input itself, or in its AD/ and NC/ alone if it has them"
+            notes += describe_unused(given, used, only)
     other_label = table.scan.map(labels)
     wrong = other_label.notna() & table.label.notna() & (other_label != table.label)
     if wrong.any():
@@ -504,8 +513,7 @@ def list_inputs(inputs, pattern=None, failed=None):
             f"{table.scan[wrong].nunique()} scans are in a folder of another class than the "
             "metadata say; the folder counts"
         )
-    subjects, lines = add_subjects_from_names(table.scan, subjects, pattern)
-    return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], [*notes, *lines])
+    return Listing(complete(table, subjects, ["scan", "slice", "path"]), "", [], notes)
 
 
 def describe_separate_classes(inputs, index):
@@ -556,21 +564,23 @@ def list_input(given):
     return [(str(given), None, error)]
 
 
-def subjects_of_inputs(inputs, scans, notes):
+def subjects_of_inputs(inputs, scans, problems):
     """(subjects, labels, tables) of the scans of a prediction, from tables beside the inputs.
 
-    If a table cannot be used, the subjects are unknown, and the reason is appended to `notes`; the
-    prediction continues.
+    The reasons why tables cannot be used are appended to `problems`. If there is one, all subjects
+    are unknown: a table may know a person by another id than the names of the scans do.
     """
-    subjects, labels, tables = {}, {}, {}
+    labels, tables = {}, {}
     for root in sorted({set_root(given) for given in inputs}):
         try:
             its_subjects, its_labels, sources = read_subjects(root)
             check_match(scans, its_subjects, sources)
-            subjects = merge_subjects({**tables, **sources})
+            merge_subjects({**tables, **sources})
         except InputError as problem:
-            notes.append(f"subjects are unknown: {problem}")
+            problems.append(str(problem))
             continue
         tables.update(sources)
         labels.update(its_labels)
-    return subjects, labels, list(tables)
+    if problems:
+        return {}, labels, list(tables)
+    return merge_subjects(tables), labels, list(tables)

@@ -460,21 +460,24 @@ def describe_same_names(table, recorded):
 
 
 def describe_shared_names(index, inputs):
-    """A line on subjects whose name, which is no id of an archive, is in several INPUTs of a
-    prediction: it counts as one person."""
-    roots = {}
+    """Lines on subjects whose name, which is no id of an archive, is in several INPUTs of a
+    prediction, and on scans of unknown subjects of which this is so: they count as one."""
+    roots = {"subject": {}, "scan": {}}  # of each name, the folders in which it is
     for given in dict.fromkeys(str(Path(given)) for given in inputs):
-        inside = (index.path == given) | index.path.str.startswith(f"{given}/")
-        for subject in index.subject[inside].dropna().unique():
-            roots.setdefault(subject, set()).add(str(set_root(given)))
-    shared = [name for name in roots if len(roots[name]) > 1 and archive_id(name) is None]
-    if shared:
-        first, second, *_ = sorted(roots[shared[0]])
-        yield (
-            f"subject {shared[0]} is in {first} and in {second}, and counts as one person "
-            f"(names in several folders: {len(shared)}); if these are different people, predict "
-            "the folders apart"
-        )
+        inside = index[(index.path == given) | index.path.str.startswith(f"{given}/")]
+        names = {"subject": inside.subject.dropna(), "scan": inside.scan[inside.subject.isna()]}
+        for unit in roots:
+            for name in names[unit].unique():
+                roots[unit].setdefault(name, set()).add(str(set_root(given)))
+    for unit, folders in roots.items():
+        shared = [name for name in folders if len(folders[name]) > 1 and archive_id(name) is None]
+        if shared:
+            first, second, *_ = sorted(folders[shared[0]])
+            yield (
+                f"{unit} {shared[0]} is in {first} and in {second}, and counts as one {unit} "
+                f"(names in several folders: {len(shared)}); if these are different {unit}s, "
+                "predict the folders apart"
+            )
 
 
 def describe_transfer(index, init):

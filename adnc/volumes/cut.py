@@ -123,7 +123,7 @@ def check_values(volume):
         raise Unfit(f"holds {n_values} different values, as a mask does; expected a head")
     share = share_of_equal_neighbours(volume)
     if share > EQUAL_NEIGHBOURS:
-        return [f"{share:.0%} of its neighbouring voxels are equal: is it a segmentation?"]
+        return [f"{share:.0%} of neighbouring voxels in it are equal: is it a segmentation?"]
     return []
 
 
@@ -137,6 +137,7 @@ def share_of_equal_neighbours(volume):
         along = np.moveaxis(volume, axis, 0)[:, ::2, ::2]  # every second row is enough
         before, after = along[:-1], along[1:]
         inside = (before != background) & (after != background)
+        inside &= np.isfinite(before) & np.isfinite(after)
         shares.append((before == after)[inside].sum() / max(inside.sum(), 1))
     return float(np.mean(shares))
 
@@ -518,7 +519,11 @@ def add_table_subjects(table, inputs):
     for folder in dict.fromkeys(map(os.path.abspath, folders)):
         _, _, tables = read_subjects(folder)
         sources.update(tables)
-    subjects = merge_subjects(sources)
+    repeated = set(table.name[table.name.duplicated()])  # of which each table has its own
+    subjects = merge_subjects({
+        path: {scan: subject for scan, subject in subject_of.items() if scan not in repeated}
+        for path, subject_of in sources.items()
+    })  # fmt: skip
 
     used, lines = [], []
     for path, subject_of in sources.items():
@@ -527,7 +532,6 @@ def add_table_subjects(table, inputs):
             used.append(path)
         except InputError as problem:
             lines.append(f"a table of subjects is not used: {problem}")
-    repeated = set(table.name[table.name.duplicated()])
     listed = [find_subject(row, repeated, subjects, sources) for row in table.itertuples()]
     table = table.assign(subject=one_id_each(table, listed))
     n_unknown = int(table.subject.isna().sum())
@@ -542,19 +546,23 @@ def add_table_subjects(table, inputs):
 def find_subject(row, repeated, subjects, sources):
     """The subject that tables give to a volume, a row of `find_all`, or None.
 
-    repeated: the names of several volumes. subjects: {scan: subject} of all tables. sources: {path
-    of a table: its {scan: subject}}. Tables list a scan by the name of its file, even if folders
-    were put before its own name; for a repeated name, a table counts for the volumes in its own
-    folder and in the folders inside it.
+    repeated: the names of several volumes. subjects: {scan: subject} of all tables, without these.
+    sources: {path of a table: its {scan: subject}}. Tables list a scan by the name of its file,
+    even if folders were put before its own name; for a repeated name, the table in the nearest
+    folder above the volume counts.
     """
     if row.scan in subjects:
         return subjects[row.scan]
     if row.name not in repeated:
         return subjects.get(row.name)
-    folders = Path(os.path.abspath(row.source)).parents
-    for path, subject_of in sources.items():
-        if row.name in subject_of and Path(os.path.abspath(path)).parent in folders:
-            return subject_of[row.name]
+    by_folder = {
+        Path(os.path.abspath(path)).parent: subject_of[row.name]
+        for path, subject_of in sources.items()
+        if row.name in subject_of
+    }
+    for folder in Path(os.path.abspath(row.source)).parents:  # the nearest first
+        if folder in by_folder:
+            return by_folder[folder]
     return None
 
 
@@ -667,6 +675,7 @@ class CutInputs:
     failed: a dict from the path of each volume that could not be cut to the reason.
     notes: warnings.
     lines: how the volumes were cut.
+    problem: why a table of the subjects of volumes cannot be used, or None.
     """
 
     def __init__(self, inputs):
@@ -676,6 +685,7 @@ class CutInputs:
         self.lines = []
         self.temporary = None  # the folder of slices that are not to be kept
         self.table = None  # of `extract`
+        self.problem = None  # why a table of subjects cannot be used
         self.look = None  # how the volumes were cut
 
     def name_rows(self, index):
@@ -734,7 +744,8 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
         table, tables, lines = add_table_subjects(table, volumes)
         result.notes += lines
     except InputError as problem:  # the prediction only loses its subjects
-        result.notes.append(f"subjects are unknown: {problem}")
+        result.problem = str(problem)
+        table = table.assign(subject=pd.NA)  # also those of BIDS names: tables may have others
 
     if keep:
         folder = new_folder(keep, "--keep-slices")

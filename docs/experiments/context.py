@@ -161,8 +161,11 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(args.set, args.folds, args.subjects)
+    if splits[0].index.subject.isna().any():
+        raise InputError(f"{args.set} has scans whose subject is not known; expected subjects.csv")
     # In the names of the files, so that those of another set or split are not taken for these.
-    which = fingerprint(" ".join(split_hash(slices.index) for slices in splits), 6)
+    content = [split_hash(slices.index) for slices in splits]
+    which = fingerprint(" ".join([*content, *splits[0].index.pixel_hash]), 6)
     tables = []
     for seed in args.seeds:
         file = out / f"{args.image_size}px-{which}-seed{seed}.csv"
