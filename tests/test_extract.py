@@ -14,6 +14,7 @@ from heads import AFFINE, VALUES, cut, head, nib, write_dicom
 from PIL import Image
 
 import predict
+from adnc.data.index import list_inputs
 from adnc.errors import InputError
 from adnc.files import read_csv
 from adnc.volumes import cut as volumes
@@ -444,6 +445,33 @@ def test_a_dicom_folder_is_predicted(run_folder, tmp_path):
     assert table.p_AD.notna().all()
 
 
+def test_a_volume_that_does_not_say_where_left_is_has_no_sides_in_a_report(tmp_path):
+    (tmp_path / "in").mkdir()
+    nib.save(head(), tmp_path / "in" / "known.nii")
+    analyze = nib.AnalyzeImage(VALUES.astype(np.int16), np.diag([-6, 6, 6, 1]))
+    nib.save(analyze, tmp_path / "in" / "guessed.img")
+    run_extract(tmp_path / "in", tmp_path / "out")
+    folder = str(tmp_path / "out" / "slices")
+    of_folder = volumes.CutInputs([folder]).looks(list_inputs([folder]).index)
+    assert set(of_folder) == {"known"}
+
+    checkpoint = {"slice_size": [40, 48], "extraction": vars(Look()), "slice_stats": {}}
+    inputs = [str(tmp_path / "in")]
+    cut_volumes = volumes.cut_inputs(inputs, checkpoint=checkpoint, flags={"spacing": 6.0})
+    assert set(cut_volumes.looks(list_inputs(cut_volumes.inputs).index)) == {"known"}
+    cut_volumes.close()
+
+
+def test_the_header_of_a_pair_stands_for_its_image(tmp_path):
+    pair = nib.Nifti1Pair(VALUES, AFFINE)
+    nib.save(pair, tmp_path / "h.img")
+    for name in ("h.hdr", "h.img"):
+        table = volumes.find_all([tmp_path / name])
+        assert table.source.tolist() == [str(tmp_path / "h.img")]
+    table = run_extract(tmp_path / "h.hdr", tmp_path / "out")
+    assert table.error.isna().all()
+
+
 # ---------------------------------------------------------------- like the slices of a checkpoint
 
 
@@ -490,7 +518,10 @@ def test_flags_win_over_the_record_and_assumptions_are_reported():
     look, _, warnings = volumes.look_of(checkpoint, {})
     assert (look.slices, look.count) == (None, 60)
     assert "in training slices 60 to 119 of each volume were cut" in warnings[0]
-    assert volumes.look_of(checkpoint, {"count": 5})[0].count == 5
+    for slices in ((60, 119, "index"), (-60.0, -20.0, "mm")):
+        checkpoint["extraction"] = record | {"slices": slices}
+        look, _, warnings = volumes.look_of(checkpoint, {"count": 5})
+        assert (look.slices, look.count, warnings) == (None, 5, [])
 
     checkpoint = {"slice_size": [240, 256], "extraction": None, "slice_stats": stats}
     look, origin, warnings = volumes.look_of(checkpoint, {"turn": 180})
@@ -511,7 +542,11 @@ def test_training_records_how_its_slices_were_cut(tmp_path, run_folder, ad_nc):
     assert Look(**recorded) == Look("coronal", count=4, spacing=6.0, turn=90)
 
 
-@pytest.mark.parametrize("text", ['{"plane": "upside"}', '{"plane": "axial"', "[1, 2]", '{"x": 1}'])
+@pytest.mark.parametrize("text", [
+    '{"plane": "upside"}', '{"plane": "axial"', "[1, 2]", '{"x": 1}',
+    '{"plane": "axial", "turn": -90}', '{"plane": "axial", "slices": 5}',
+    '{"plane": "axial", "size": [1]}',
+])  # fmt: skip
 def test_a_damaged_record_is_refused_when_training_starts(tmp_path, text):
     (tmp_path / "AD_NC").mkdir()
     (tmp_path / "extraction.json").write_text(text)

@@ -24,6 +24,7 @@ from adnc.explain.attribution import Explained
 from adnc.explain.report import Report, require_writable, write_report
 from adnc.scoring.assess import NOT_SHOWN, UNCALIBRATED, WORKS, statements, write_results
 from adnc.scoring.calibration import apply_calibration
+from adnc.scoring.ensemble import FOLDS, SEEDS
 from adnc.scoring.metrics import aggregate, verdict
 from adnc.volumes.look import Look
 from dataset import load_inputs
@@ -215,7 +216,7 @@ def test_the_page_has_warnings_notes_reasons_and_limits(unlabelled, unlabelled_p
         "No coverage was requested",
         "However close it is",
         "a small ConvNeXt, 32 px",
-        f"calibrated on the {groups} validation subjects",
+        f"calibrated on the {groups} subjects in the validation",
     ):
         assert part in words, part
 
@@ -649,3 +650,46 @@ def test_a_coverage_that_leaves_no_or_every_scan_uncertain_is_named(unlabelled, 
         report = replace(unlabelled, checkpoint=checkpoint, coverage=0.5)
         write_report(tmp_path / f"{score}.html", report)
         assert text in Page(tmp_path / f"{score}.html").words().replace(" ,", ",")
+
+
+def words_of(report, path, **changes):
+    """The text of the page of a report whose checkpoint has other entries."""
+    write_report(path, replace(report, checkpoint={**report.checkpoint, **changes}))
+    return Page(path).words()
+
+
+def test_the_page_describes_what_training_has_seen(unlabelled, tmp_path):
+    exposure = unlabelled.checkpoint["exposure"]
+    words = words_of(unlabelled, tmp_path / "a.html", exposure={**exposure, "unknown": True})
+    assert "whole subjects apart where they are known, else whole scans" in words
+    assert "subjects or scans of unknown subjects in the validation" in words
+    init = {"file": "phantom.pth", "exposure": exposure}
+    words = words_of(unlabelled, tmp_path / "b.html", init=init)
+    assert "and of the training of phantom.pth, from which it starts" in words
+
+    drawn, flags = {**exposure, "drawn": True}, unlabelled.checkpoint["flags"]
+    words = words_of(unlabelled, tmp_path / "c.html", exposure=drawn)
+    assert "to tell drawn brains with atrophy from those without" in words
+    assert "in test/ of its run, on drawings" in words and "weights/README.md" not in words
+    soft = {**flags, "soft_labels": True}
+    words = words_of(unlabelled, tmp_path / "d.html", exposure=drawn, flags=soft, real="0.7")
+    assert "to tell how much fluid a drawn slice shows" in words and "weights/README.md" in words
+
+
+def test_only_slices_that_were_read_are_counted(unlabelled, unlabelled_page):
+    n_read = unlabelled.predictions.error.isna().sum()
+    assert 0 < n_read < len(unlabelled.predictions)
+    assert f"12 scans, {n_read} slices" in Page(unlabelled_page).words()
+
+
+@pytest.mark.parametrize("design, sentence", [
+    (SEEDS, "chosen on the validation that all members have in common"),
+    (FOLDS, "predicted by the members that have not seen it, calibrated on the other folds"),
+    (UNCALIBRATED, "Scores on the test scans of its runs, not on the scans of this page."),
+])  # fmt: skip
+def test_the_page_of_an_ensemble_says_nothing_of_the_validation_of_one_run(
+    unlabelled, tmp_path, design, sentence
+):
+    members = [{**unlabelled.checkpoint, "name": "a"}]
+    words = words_of(unlabelled, tmp_path / "a.html", members=members, design=design)
+    assert sentence in words and "its scores are too high" not in words

@@ -361,7 +361,9 @@ def describe_page(report, sources, linked):
         "height": HEIGHT,
         "side": THUMBNAIL,
         "linked": linked,
-        "n_slices": len(report.predictions),
+        "n_slices": int(report.predictions.error.isna().sum()),
+        "learned_fluid": learned_fluid(report.checkpoint),
+        "groups": describe_groups(report.checkpoint),
     }
 
 
@@ -467,6 +469,7 @@ def describe_scan(scan, rows, row, sources, trusted=True, scored=True, members=N
         "slices": slices,
         "differs": decision in ("AD", "NC") and label is not None and decision != label,
         "reasons": [(os.path.basename(rows.path[i]), text) for i, text in reasons.items()],
+        "n_read": int(rows.error.isna().sum()),
         "strip": probability_plot(rows, first.threshold) if shows_score else None,
         "certainty": (RANKS[decision], distance),
     }
@@ -486,6 +489,8 @@ def describe_checkpoint(report):
     if seen["unknown"]:
         subjects += " and others unknown"
     split = "whole subjects apart"
+    if seen["unknown"]:
+        split += " where they are known, else whole scans"
     if checkpoint["split_by"] == "slice":
         split = "slices of one scan on both sides: LEAKY"
     yield "File", str(report.file)
@@ -496,13 +501,28 @@ def describe_checkpoint(report):
             yield "Member", f"{member['name']}: {variant}, {describe_training(member)}"
     else:
         yield "Model", f"{report.model_name}, {describe_training(checkpoint)}"
-    yield (
-        "Trained and validated on",
-        f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}",
-    )
+    text = f"{subjects}, {len(seen['scans']):,} scans, {len(seen['slices']):,} slices of {data}"
+    if checkpoint["init"] and checkpoint["init"]["exposure"]:
+        text += f" and of the training of {checkpoint['init']['file']}, from which it starts"
+    yield "Trained and validated on", text
     yield "Split", "; ".join([split, *stated["leaks"], *stated["notes"]])
-    if report.drawn:
+    if report.drawn and "real" in checkpoint:
         yield "Scores", "in weights/README.md, beside the model"
+    elif report.drawn:
+        yield "Scores", "in test/ of its run, on drawings"
+
+
+def learned_fluid(checkpoint):
+    """Whether the labels of training were the fluid that a drawn slice shows, not its class."""
+    members = checkpoint.get("members", [checkpoint])
+    return all(member["flags"].get("soft_labels") for member in members)
+
+
+def describe_groups(checkpoint):
+    """What the calibration counts."""
+    if checkpoint["exposure"]["unknown"]:
+        return "subjects or scans of unknown subjects"
+    return "subjects"
 
 
 def describe_training(checkpoint):

@@ -30,10 +30,10 @@ from adnc.data.index import (
 )
 from adnc.data.pixels import LARGEST, NEAR_BLACK, SMALLEST, Unfit
 from adnc.errors import InputError, is_system_limit
-from adnc.files import fingerprint, new_folder, same_name, write_csv, write_json
+from adnc.files import fingerprint, new_folder, read_csv, same_name, write_csv, write_json
 from adnc.volumes import read
 from adnc.volumes.look import ADNI, PLANES, Look, recorded_look
-from adnc.volumes.read import EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
+from adnc.volumes.read import ASSUMED, EXTENSIONS, MAX_VOXELS, find_volumes, holds_volumes, reason
 
 COLUMNS = (  # of extraction.csv
     "source", "scan", "subject", "session",
@@ -101,6 +101,8 @@ def look_of(checkpoint, flags):
         )
     if flags:
         origin += f", with the flags that are given ({', '.join(flags)})"
+    if "count" in flags:  # instead of the slices of training
+        look = replace(look, slices=None)
     look = replace(look, **{"size": (width, height), **flags})
     return look, origin, warnings
 
@@ -698,15 +700,22 @@ class CutInputs:
 
     def looks(self, index):
         """{scan: the Look of its slices}, where it is known: of volumes, and of folders that
-        tools.extract wrote. InputError if its record is damaged."""
-        looks = {}
+        tools.extract wrote, unless the file of the volume does not say where left is. InputError if
+        its record is damaged."""
+        looks, tables = {}, []
         for given in map(str, map(Path, self.inputs)):  # as paths in the index are
             look = recorded_look(given) if os.path.isdir(given) else None
             if look:
                 own = index.path.str.startswith(f"{given}{os.sep}")
                 looks.update(dict.fromkeys(index.scan[own], Look(**look)))
+                files = [place / "extraction.csv" for place in (Path(given), Path(given).parent)]
+                tables += [read_csv(file) for file in files if file.is_file()]
         if self.look:
             looks.update(dict.fromkeys(self.table.scan, self.look))
+            tables.append(self.table)
+        for table in tables:
+            for scan in table.scan[table.affine_from == ASSUMED]:
+                looks.pop(scan, None)
         return looks
 
     def close(self):

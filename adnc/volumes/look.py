@@ -176,7 +176,8 @@ def recorded_look(root):
             continue
         try:
             look = Look(**read_json(path))
-            if look.plane not in PLANES or not look.spacing > 0 or look.turn % 90:
+            usable = look.plane in PLANES and look.turn in (0, 90, 180, 270) and look.spacing > 0
+            if not usable or len(look.slices or "abc") != 3 or len(look.size or "ab") != 2:
                 raise ValueError("there is no such cut")
         except (ValueError, TypeError) as problem:
             raise InputError(

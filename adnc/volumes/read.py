@@ -67,7 +67,7 @@ def find_volumes(given):
                 f"{given} is one file of a DICOM series; give the folder that holds the whole "
                 f"series and no other: {folder}"
             )
-        return [(str(given), "")] if is_volume(given) else []
+        return [(image_of(str(given)), "")] if is_volume(given) else []
     volumes, seen = [], set()
     for folder, folders, names in os.walk(given, followlinks=True, onerror=fail):
         if os.path.realpath(folder) in seen:  # a link to a folder above it
@@ -95,6 +95,15 @@ def fail(problem):
 def header_of(path):
     """The name of the .hdr of an .img; of another file its own name."""
     return re.sub(r"\.img(\.gz)?$", r".hdr\1", str(path), flags=re.IGNORECASE)
+
+
+def image_of(path):
+    """The .img of a .hdr, if it is beside it; of another file its own name."""
+    for extension in ("img", "IMG"):
+        image = re.sub(r"\.hdr(\.gz)?$", rf".{extension}\1", path, flags=re.IGNORECASE)
+        if os.path.isfile(image):
+            return image
+    return path
 
 
 def files_of(source):
@@ -352,6 +361,9 @@ def open_volume(path):
     return image, record, [*notes, *doubts]
 
 
+ASSUMED = "assumed"  # the affine of a file that does not say where left is
+
+
 def affine_source(image):
     """(part of the header that the affine of an image comes from, sentences on doubts about it)."""
     header = image.header
@@ -359,11 +371,11 @@ def affine_source(image):
     if isinstance(image, import_nibabel().MGHImage):
         return "header", []
     if not hasattr(header, "get_sform"):
-        return "assumed", [f"Analyze files do not say where left is: {guess}"]
+        return ASSUMED, [f"Analyze files do not say where left is: {guess}"]
     sform, sform_code = header.get_sform(coded=True)
     qform_code = header["qform_code"]
     if not sform_code and qform_code <= 0:
-        return "assumed", [f"neither sform nor qform is set: {guess}"]
+        return ASSUMED, [f"neither sform nor qform is set: {guess}"]
     if not sform_code:
         return "qform", []
     if qform_code > 0:

@@ -9,6 +9,7 @@ docs/explain.md.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,22 @@ def prepare(work, cue):
     """(path of the phantom with a cue, checkpoint, checkpoint with shuffled labels)."""
     subjects, _, recipe = PHANTOMS[cue]
     data, shuffled = work / cue / "AD_NC", work / f"{cue}-shuffled" / "AD_NC"
+    part = work / "part"  # what an interrupted command leaves
     if not data.is_dir():
-        draw(work / cue, subjects, cue=cue)
+        shutil.rmtree(part, ignore_errors=True)
+        draw(part, subjects, cue=cue)
+        part.rename(work / cue)
     if not shuffled.is_dir():
-        shuffle_labels(data, work / f"{cue}-shuffled")
+        shutil.rmtree(part, ignore_errors=True)
+        shuffle_labels(data, part)
+        part.rename(work / f"{cue}-shuffled")
     checkpoints = []
     for name, source in ((f"run-{cue}", data), (f"run-{cue}-shuffled", shuffled)):
         if not (work / name / "test" / "metrics.json").exists():
-            train.main(["--data", str(source), "--recipe", recipe, "--out", str(work / name)])
+            flags = ["--data", str(source), "--recipe", recipe]
+            if (work / name / "last.pth").exists():
+                flags = ["--resume"]
+            train.main([*flags, "--out", str(work / name)])
         checkpoints.append(load_checkpoint(work / name / "best_model.pth"))
     return data, *checkpoints
 

@@ -214,6 +214,8 @@ def thin_out(slices, n):
 
 def draw_subjects(is_ad, n, seed):
     """A mask of n of the subjects of a Series is_ad, half of them AD."""
+    if n < 5:
+        raise InputError(f"--subjects is {n}; expected 5 or more, for five folds of them")
     rng = np.random.default_rng([seed, n])
     drawn = pd.Series(False, is_ad.index)
     for label, count in ((True, n // 2), (False, n - n // 2)):

@@ -19,7 +19,7 @@ from adnc.cli import COUNT, Parser, run_script
 from adnc.data.augment import eval_transform
 from adnc.data.pixels import find_head
 from adnc.explain.attribution import attribute, margin, smooth, view
-from adnc.scoring.assess import format_table
+from adnc.scoring.assess import cell, format_table
 from adnc.scoring.metrics import Bootstrap, interval
 from adnc.scoring.plots import evenly
 from docs.experiments.transfer import read_set
@@ -97,8 +97,8 @@ def main(argv=None):
         cells = []
         for name in COLUMNS:
             total = bootstrap.total(values[name].to_numpy())
-            low, high = interval(total / bootstrap.total(np.ones(len(values))))
-            cells.append(f"{values[name].mean():.3f} [{low:.3f}, {high:.3f}]")
+            ci95 = interval(total / bootstrap.total(np.ones(len(values))))
+            cells.append(cell({name: values[name].mean(), "ci95": {name: ci95}}, name))
         table.append([str(root), str(len(values)), *cells])
     print("\n".join(format_table(table)))
 
