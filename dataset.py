@@ -295,7 +295,8 @@ def audit(slices):
     )
     yield f"image sizes: {sizes}"
 
-    if not (index.split == "train").any():
+    if set(index.split) != {"train", "test"}:
+        yield from audit_subjects(index)
         return
     majority = index[index.split == "train"].drop_duplicates("scan").label.mode()[0]
     test_scans = index[index.split == "test"].drop_duplicates("scan")

@@ -17,10 +17,11 @@ without the stop would have had.
 import math
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -168,6 +169,7 @@ def make_parser():
     """The flags. None of them has a default here, so that `merge_flags` knows which were given."""
     parser = Parser(__doc__)
     switch = dict(action="store_true", default=None)
+    on_or_off = dict(action=BooleanOptionalAction, default=None)  # may change when it is resumed
 
     data = parser.add_argument_group("data and output")
     add = data.add_argument
@@ -228,8 +230,8 @@ def make_parser():
     add = parser.add_argument_group("machine").add_argument
     modes = ("auto", "fp16", "bf16", "off")
     add("--amp", choices=modes, help="auto: bf16 if the device has it, else fp16 on CUDA (auto)")
-    add("--tensorboard", **switch, help="also log history and scores for TensorBoard")
-    add("--compile", **switch, help="compile the model, for long runs; needs a C++ compiler")
+    add("--tensorboard", **on_or_off, help="also log history and scores for TensorBoard")
+    add("--compile", **on_or_off, help="compile the model, for long runs; needs a C++ compiler")
     add("--device", help="cpu, cuda, cuda:1, ...; auto is CUDA if there is a GPU (auto)")
     add("--deterministic", **switch, help="on CUDA use only kernels that repeat their bits; slower")
     add("--seed", type=SEED, metavar="S", help="of split, weights, order and augmentation (0)")
@@ -295,6 +297,9 @@ def parse_args(argv=None):
         )
     if args.tensorboard:
         import_writer()  # missing: better told now than after the data are read
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++", "cl")
+    if args.compile and not any(map(shutil.which, compilers)):
+        parser.error("--compile needs a C++ compiler; install one such as g++, or leave it out")
     if args.model == "cnn":
         if args.model_args:
             parser.error("--model cnn takes no --model-args; leave them out")
@@ -320,7 +325,7 @@ def read_saved_flags(out, given, parser):
             f"{out / 'last.pth'} holds a model and no training to resume; restore it, or start a "
             "new run"
         )
-    saved = last["flags"]
+    saved = {**DEFAULTS, **last["flags"]}  # of a run of an earlier version some are missing
     changed = [
         f"--{name.replace('_', '-')} was {saved[name]}"
         for name, value in given.items()
@@ -331,9 +336,6 @@ def read_saved_flags(out, given, parser):
             f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a new "
             "run"
         )
-    if saved["split"]:
-        saved["split"] = str(out / "split.csv")  # the same split, and it cannot have moved away
-        given.pop("split", None)
     if not saved["demo"]:
         saved["data"] = last["data"]  # absolute, since the working directory may be another one
     return saved
@@ -828,7 +830,7 @@ def draw_once(n_subjects, cue, seed):
             "few minutes",
             flush=True,
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        pixels.make_cache_folder()
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             draw(Path(temporary) / "set", n_subjects, seed, cue=cue)
             try:
@@ -846,20 +848,23 @@ def load_init(model, path, log):
         path = PHANTOM
     content = load_tensors(path)
     named = content if isinstance(content, dict) else {}  # else find_state_dict refuses it
-    if "members" in named:
+    is_ours = {"format", "exposure", "model"} <= named.keys()
+    if is_ours:
+        content = load_checkpoint(path)  # refuses another version
+    if is_ours and "members" in content:
         raise InputError(f"--init {path} is an ensemble; expected a single model")
     try:
         loaded, left = load_weights(model, find_state_dict(content))
     except ValueError as problem:
         advice = ""
-        if "format" in named:  # a file of this project
-            advice = f"; these are weights of --model {named['model']['variant']}"
+        if is_ours:
+            advice = f"; these are weights of --model {content['model']['variant']}"
         raise InputError(f"--init {path}: {problem}{advice}") from None
     log(
         f"--init {path}: {len(loaded)} of {len(model.state_dict())} tensors loaded, left: "
         f"{', '.join(left) or 'none'}"
     )
-    exposure = content.get("exposure")
+    exposure = content["exposure"] if is_ours else None
     if exposure is None:
         log(
             "--init does not record its training subjects; if subjects of val or test are among "
@@ -878,13 +883,12 @@ def make_record(args, slices, state, model_args, init):
     index = slices.index
     train = index[index.split == "train"]
     deep = index.bits[index.depth > 0]
-    # trained and chosen on
     drawn = is_varied_set(slices.root, index)
-    if init and init["exposure"] is None:  # it may have seen anyone
-        drawn = False
-    exposure = subjects.record_exposure(index[index.split != "test"], drawn)
+    exposure = subjects.record_exposure(index[index.split != "test"], drawn)  # trained, chosen on
     if init and init["exposure"]:
         exposure = subjects.merge_exposure(exposure, init["exposure"])  # inherited from --init
+    elif init:  # it may have seen anyone
+        exposure.update(drawn=False, unknown=True)
     mean_slice = pixels.mean_slice(slices.images, slices.rows[index.split == "train"])
     slice_stats = pixels.stats_range(train)
     if exposure["drawn"]:
@@ -971,7 +975,7 @@ def restore(state, last, record, args, out, log):
         record[name] = last[name]
 
     log(f"resumed after epoch {state.epoch}")
-    if last["flags"]["epochs"] != args.epochs:
+    if last["flags"]["epochs"] != args.epochs and state.epoch > 0:
         log(
             f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, "
             "the learning rate jumps here, and the run is not the one that started with this "
@@ -1183,12 +1187,15 @@ def main(argv=None):
 def train(args, world, device, amp):
     """Read the data, build the model, make or open the run folder, train, evaluate."""
     with world.main_first():  # one process fills the cache
+        split_file = args.split
+        if args.resume and split_file:
+            split_file = Path(args.out) / "split.csv"  # the same split, which cannot have moved
         slices = load_set(
             find_data(args),
             val_fraction=args.val_fraction,
             split_by=args.split_by,
             seed=args.seed,
-            split_file=args.split,
+            split_file=split_file,
             fold=args.fold,
             folds=args.folds,
             pool_test=args.pool_test,
@@ -1272,7 +1279,8 @@ def train(args, world, device, amp):
     resume = command(sys.executable, os.path.abspath(__file__), "--out", out, "--resume")
     resume = f"{out / 'last.pth'} holds the last finished epoch; resume with:\n  {resume}"
     try:
-        scalars = fit(state, slices, labels, args, out, record, log)
+        with world.needed():
+            scalars = fit(state, slices, labels, args, out, record, log)
         world.leave()
         if world.is_main:
             record["test_read"] = True

@@ -9,7 +9,7 @@ the gradients are averaged by DistributedDataParallel. Process 0 alone validates
 import os
 import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,6 +69,10 @@ class World:
         yield
         if self.size > 1 and self.is_main:
             dist.barrier()
+
+    def needed(self):
+        """A block that needs the other processes, if there are any."""
+        return one_line_if_others_ended() if self.size > 1 else nullcontext()
 
     def leave(self):
         if self.size > 1:

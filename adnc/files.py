@@ -24,7 +24,7 @@ def write_atomically(path, write):
     OSError if that fails; what was at `path` before is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes, two files
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

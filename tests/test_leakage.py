@@ -193,8 +193,16 @@ def test_weights_of_unknown_training_are_noted_in_the_title(ad_nc, run_folder, t
     torch.save(load_checkpoint(run_folder / "best_model.pth")["weights"], tmp_path / "bare.pth")
     init = str(tmp_path / "bare.pth")
     run = train_small(ad_nc, tmp_path / "run", "--epochs", "1", "--init", init)
-    title = read_scores(run, "test")["title"]
-    assert title == "test; starts from bare.pth, which does not record its training subjects"
+    scores = read_scores(run, "test")
+    assert "starts from bare.pth, which does not record its training subjects" in scores["title"]
+    assert scores["exposure"] == {"no": 0, "unknown": 6, "yes": 0}
+    assert "6 subjects of which it is unknown whether training saw them" in (
+        scores["conclusion"]["sentences"][0]
+    )
+    # A run that starts from such a run knows as little.
+    init = str(run / "best_model.pth")
+    other = train_small(ad_nc, tmp_path / "other", "--epochs", "1", "--init", init)
+    assert read_scores(other, "test")["exposure"] == {"no": 0, "unknown": 6, "yes": 0}
 
 
 # ---------------------------------------------------------------- the test set has no influence

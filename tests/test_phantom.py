@@ -369,6 +369,16 @@ def test_a_set_without_soft_labels_is_refused(varied):
         read_soft_labels(index, varied)
 
 
+@pytest.mark.parametrize("change", [
+    lambda table: pd.concat([table, table.iloc[:1]]), lambda table: table.drop(columns="p_AD"),
+])  # fmt: skip
+def test_a_table_of_soft_labels_with_other_rows_or_columns_is_refused(varied, tmp_path, change):
+    index = dataset.decode_set(varied / "AD_NC", progress=None).index
+    change(pd.read_csv(varied / "slices.csv")).to_csv(tmp_path / "slices.csv", index=False)
+    with pytest.raises(InputError, match="is not what tools.phantom writes; expected a row with"):
+        read_soft_labels(index, tmp_path / "AD_NC")
+
+
 def test_the_share_of_fluid_is_that_of_the_brain():
     share = np.zeros((SIDE, SIDE), np.float32)
     share[20:60, 20:60] = 1

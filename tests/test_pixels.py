@@ -503,6 +503,35 @@ def test_a_set_is_decoded_once_and_then_memory_mapped(cached):
     assert oct(mode)[-3:] == "700"  # slices of patients
 
 
+def test_a_cache_folder_that_was_there_becomes_private(cached):
+    pixels.cache_folder().mkdir(parents=True, mode=0o755)
+    cached[1]()
+    assert oct(pixels.cache_folder().stat().st_mode)[-3:] == "700"
+
+
+def test_a_cache_holds_for_any_spelling_of_the_paths(cached, monkeypatch):
+    root, load = cached
+    load()
+    monkeypatch.chdir(root.parent)
+    paths = sorted(map(str, Path(root.name).rglob("*.jpeg")))
+    monkeypatch.setattr(pixels, "load_slices", None)  # nothing is decoded again
+    images, _, _ = decode_files(paths, lambda: SIZE, root=root.name, progress=None)
+    assert len(images) == 10
+
+
+def test_what_a_killed_decoding_left_a_day_ago_is_removed(cached):
+    _, load = cached
+    load()
+    npy, _ = cache_files()
+    old, new = npy.with_suffix(".1.tmp"), npy.with_suffix(".2.tmp")
+    for path in (old, new):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    npy.unlink()
+    load()
+    assert not old.exists() and new.exists()
+
+
 def change_content(folder):
     """Another picture under the old time."""
     path = folder / "100_70.jpeg"

@@ -183,7 +183,9 @@ def test_the_command_of_a_run_can_be_repeated_with_resume(ad_nc, run_folder, tmp
     monkeypatch.chdir(tmp_path)
     words = ["--split", "mine.csv", "--epochs", "1"]
     train_steps(ad_nc, tmp_path / "run", *words)
-    train_steps(ad_nc, tmp_path / "run", *words, "--resume")
+    for _ in range(2):
+        train_steps(ad_nc, tmp_path / "run", *words, "--resume")
+        assert load_checkpoint(tmp_path / "run" / "last.pth")["flags"]["split"] == "mine.csv"
     with pytest.raises(SystemExit):
         train_steps(ad_nc, tmp_path / "run", "--split", "other.csv", "--resume")
 
@@ -342,6 +344,9 @@ def test_another_precision_and_compilation_are_reported(run_folder, tmp_path, mo
     log = (run / "training_log.txt").read_text()
     assert "so far the run used float64, now" in log
     assert "so far the run was not compiled, now it is compiled: its bits will differ" in log
+    resume(run, "--epochs", "8", "--no-compile")
+    log = (run / "training_log.txt").read_text()
+    assert "so far the run was compiled, now it is not compiled: its bits will differ" in log
 
 
 def test_other_versions_of_packages_are_reported_and_both_kept(run_folder, tmp_path):

@@ -232,6 +232,26 @@ def test_init_without_its_file_or_its_model_says_what_is_expected(capsys):
         train.load_init(modules.convnext("tiny"), "phantom", print)
 
 
+def test_init_of_another_version_is_refused_and_a_foreign_file_with_a_format_is_read(tmp_path):
+    model = modules.convnext("narrow")
+    file = tmp_path / "weights.pth"
+    torch.save({"format": 2, "weights": model.state_dict()}, file)
+    assert train.load_init(model, str(file), print)["exposure"] is None
+    with pytest.raises(InputError, match="--init .*weights.pth"):
+        train.load_init(modules.convnext("tiny"), str(file), print)
+    ours = {"format": 4, "exposure": {}, "model": {}, "weights": model.state_dict()}
+    torch.save(ours, file)
+    with pytest.raises(InputError, match="has format 4, this version reads"):
+        train.load_init(model, str(file), print)
+
+
+def test_compile_without_a_compiler_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--compile"])
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [torch.ones(3), 7, [torch.ones(3)]])
 def test_init_of_a_file_without_named_weights_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pth")

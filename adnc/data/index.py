@@ -394,7 +394,7 @@ def list_set(root, pattern=None):
                 rows.append((path, label, split, error))
     table = tabulate(rows)
 
-    subjects, labels, sources = read_subjects(root, named)
+    subjects, labels, sources = read_subjects(root)
     other_label = table.scan.map(labels)
     wrong = other_label.notna() & (other_label != table.label) & table.error.isna()
     for i in table.index[wrong]:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -317,7 +318,14 @@ def cache_folder():
     return parent / "convnext-ad-nc"
 
 
-FORMAT = 7  # of the cache; raise it when decoding changes
+def make_cache_folder():
+    """Make the cache folder, which no other user may read: it holds slices of patients."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+FORMAT = 8  # of the cache; raise it when decoding changes
 
 
 def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None):
@@ -352,7 +360,7 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
 def describe_files(paths):
     """The files that a cache is made of, as text: a line each with path, size and times."""
     lines = [f"format {FORMAT}"]
-    for path in paths:
+    for path in map(os.path.abspath, paths):
         try:
             stat = os.stat(path)
         except OSError:  # decoding will say why
@@ -379,13 +387,19 @@ def read_cache(file, state):
         return None
 
 
+DAY = 24 * 60 * 60  # seconds
+
+
 def write_cache(file, state, paths, size, progress):
     """Decode into a cache; returns what `decode_files` does.
 
     The cache is not kept if a file cannot be read: that may be repaired without a change of size
     or time, as with permissions.
     """
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # slices of patients
+    make_cache_folder()
+    for path in file.parent.glob(f"{file.stem}.*.tmp"):  # what a process left that was killed
+        if path.stat().st_mtime < time.time() - DAY:
+            path.unlink(missing_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(paths), *size))

@@ -292,8 +292,8 @@ def describe_split(index, by, dropped=None):
     if n_shared:
         yield (
             f"LEAK IN THE DATA: {n_shared} test subjects are also in train; scores on the other "
-            "test subjects are reported separately (--drop-test-subjects trains without the shared "
-            "ones)"
+            "test subjects are reported separately (without --split and --folds, "
+            "--drop-test-subjects trains without the shared ones)"
         )
     if dropped is not None:
         yield f"left out of train: {dropped} scans of subjects that are also in test"
@@ -379,7 +379,7 @@ def describe_copies(index):
     one, other = part[part.pixel_hash == part.pixel_hash.iloc[0]].path.iloc[:2]
     yield (
         f"{where}: {part.pixel_hash.nunique()} slices of {part.scan.nunique()} scans, first {one} "
-        f"and {other}; train and val are split so that these scans stay together, and those in "
+        f"and {other}; a split by subject keeps these scans together in train or val, and those in "
         "test count as seen in training"
     )
 

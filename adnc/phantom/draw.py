@@ -275,7 +275,14 @@ def read_soft_labels(index, root):
         raise InputError(
             f"there is no {file}; soft labels are those of a set of tools.phantom --cue varied"
         )
-    table = pd.read_csv(file, dtype={"scan": str})[["scan", "slice", "p_AD"]]
+    table = pd.read_csv(file, dtype={"scan": str})
+    columns = ["scan", "slice", "p_AD"]
+    if not set(columns) <= set(table) or table.duplicated(columns[:2]).any():
+        raise InputError(
+            f"{file} is not what tools.phantom writes; expected a row with {', '.join(columns)} "
+            "for each slice; draw the set again"
+        )
+    table = table[columns]
     p = index[["scan", "slice"]].merge(table, on=["scan", "slice"], how="left").p_AD
     if p.isna().any():
         first = index.iloc[int(p.isna().argmax())]
