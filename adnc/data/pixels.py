@@ -339,6 +339,7 @@ def decode_files(paths, find_size, *, root=None, progress="decoding", bits=None)
     Returns (images, table, errors): a DataFrame of N rows with STATS, bits, depth and pixel_hash;
     and for each file None, or the reason why it cannot be read.
     """
+    assert root is None or bits is None, "a cache has the bits of its own files"
     if root is not None:
         try:
             file = cache_folder() / f"slices-{fingerprint(os.path.abspath(root))}.npy"
