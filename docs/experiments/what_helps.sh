@@ -147,7 +147,7 @@ done
 for model in deeplong5 deepmix5 deeplong20 deepmix20; do
     against local "$model minus 10 epochs, local cue" $model-n100 deep-n100
 done
-for model in deeplong5 deeplong20; do  # not planned
+for model in deeplong5 deeplong20 deepmix20; do  # not planned
     against local "$model minus the small recipe, local cue" $model-n100 small-n100
 done
 for times in 5 20; do
