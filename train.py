@@ -299,7 +299,7 @@ def parse_args(argv=None):
         import_writer()  # missing: better told now than after the data are read
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++", "cl")
     if args.compile and not any(map(shutil.which, compilers)):
-        parser.error("--compile needs a C++ compiler; install one such as g++, or leave it out")
+        parser.error("--compile needs a C++ compiler; install one such as g++, or use --no-compile")
     if args.model == "cnn":
         if args.model_args:
             parser.error("--model cnn takes no --model-args; leave them out")

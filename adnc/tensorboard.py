@@ -11,7 +11,8 @@ def import_writer():
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
-            "--tensorboard needs tensorboard; install it with: python -m pip install tensorboard"
+            "--tensorboard needs tensorboard; install it with: python -m pip install tensorboard, "
+            "or use --no-tensorboard"
         ) from None
     return SummaryWriter
 

@@ -57,8 +57,8 @@ def sample_affine(n, height, width, *, min_area=0.8, flip=True, degrees=10.0, ge
     none_fits = fits.sum(1) == 0
     w = widths.gather(1, first)[:, 0].masked_fill(none_fits, width)
     h = heights.gather(1, first)[:, 0].masked_fill(none_fits, height)
-    x0 = uniform(0, 1, n) * (width - w)
-    y0 = uniform(0, 1, n) * (height - h)
+    x0 = (width - w) * uniform(0, 1, n)
+    y0 = (height - h) * uniform(0, 1, n)
 
     flipped = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
     mirror = 1.0 - 2.0 * flipped.float()

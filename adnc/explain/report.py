@@ -55,6 +55,7 @@ CURVES = {
     "window_accuracy": "Accuracy per slice window",
 }
 WIDTH, HEIGHT, EDGE = 240, 36, 4  # of the plot of p_AD by slice, in units of its SVG
+PLOTTED = HEIGHT - 2 * EDGE  # from a p_AD of 0 to 1
 
 
 @dataclass
@@ -284,7 +285,7 @@ def colour_bar():
 
 def plot_height(p):
     """The y coordinate of p_AD in `probability_plot`."""
-    return EDGE + (1 - p) * (HEIGHT - 2 * EDGE)
+    return EDGE + (1 - p) * PLOTTED
 
 
 # ---------------------------------------------------------------- the content of the page
@@ -311,7 +312,7 @@ def describe_page(report, sources, linked):
         own = [own_scores(report, "Validation", "val"), own_scores(report, "Test", "test")]
     calibration = report.checkpoint.get("calibration")
     # The interval of p_AD with the verdict AD|NC, and whether every scan has it.
-    both, all_uncertain = None, False
+    both, band, all_uncertain = None, None, False
     if calibration and report.coverage is not None:
         quantile = conformal_quantile(calibration, report.coverage)
         # The prediction, AD from the threshold on, is always in the set: see prediction_sets.
@@ -320,6 +321,7 @@ def describe_page(report, sources, linked):
         all_uncertain = high >= 1
         if low < high and not all_uncertain:
             both = (low, high)
+            band = (plot_height(high), PLOTTED * (high - low))
 
     curves = {}
     if report.scores:
@@ -351,7 +353,7 @@ def describe_page(report, sources, linked):
         "curves": curves,
         "overlays": any(kind == "overlay" for _, kind in sources),
         "colour_bar": colour_bar(),
-        "band": both and (plot_height(both[1]), (both[1] - both[0]) * (HEIGHT - 2 * EDGE)),
+        "band": band,
         "names": NAMES,
         "worth": None if report.distrust else describe_worth(report.checkpoint),
         "subjects": report.predictions.subject.nunique(),

@@ -74,7 +74,8 @@ def render_varied(scan, seed=0, without=()):
         rng = np.random.default_rng([*key, number])
         plane = list(PLANES)[number // n_plane]
         low, high = RANGES[plane]
-        place = low + (high - low) * (number % n_plane + rng.random()) / n_plane
+        span = high - low
+        place = low + span * (number % n_plane + rng.random()) / n_plane
         poses.append(draw_pose(rng, plane, place, "pose" not in without))
 
     drawn, shown = np.zeros((SLICES, SIDE, SIDE), np.uint8), []
@@ -170,7 +171,8 @@ def grid(pose):
     middle = CENTRE + (pose["place"] - CENTRE @ across) * across
     middle = middle + pose["shift"][0] * right + pose["shift"][1] * down
     right, down, across, middle = np.float32((right, down, across, middle))[:, :, None, None]
-    steps = np.float32(pose["spacing"] * (np.arange(SIDE) - (SIDE - 1) / 2))
+    pixels = np.arange(SIDE) - (SIDE - 1) / 2  # from the middle
+    steps = np.float32(pose["spacing"] * pixels)
     points = steps[:, None] * down + steps * right + middle
     return points.reshape(3, -1), across.ravel()
 

@@ -188,7 +188,8 @@ def blend(pixels, values, full):
     strength = abs(values) / (full or 1)
     share = OPAQUE * np.clip(strength, 0, 1)[..., None]
     colour = np.where(values[..., None] > 0, AD_COLOUR, NC_COLOUR)
-    return (pixels[..., None] * (1 - share) + colour * share).round().astype(np.uint8)
+    rest = 1 - share
+    return (pixels[..., None] * rest + colour * share).round().astype(np.uint8)
 
 
 def plot_overlay(path, pixels, values, full, mark=""):

@@ -177,7 +177,11 @@ def recorded_look(root):
         try:
             look = Look(**read_json(path))
             usable = look.plane in PLANES and look.turn in (0, 90, 180, 270) and look.spacing > 0
-            if not usable or len(look.slices or "abc") != 3 or len(look.size or "ab") != 2:
+            if look.slices is not None:
+                usable = usable and len(look.slices) == 3
+            if look.size is not None:
+                usable = usable and len(look.size) == 2
+            if not usable:
                 raise ValueError("there is no such cut")
         except (ValueError, TypeError) as problem:
             raise InputError(
