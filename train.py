@@ -1080,7 +1080,7 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
         titles["test"] = f"fold {args.fold} of {args.folds}, held out of train{pooled}"
 
     warning = None
-    inherited = (checkpoint["init"] or {}).get("exposure")
+    init = checkpoint["init"]
     for split, title in titles.items():
         part = slices.part(split)
         # In the order of predict.py: same batches, same bits.
@@ -1089,8 +1089,9 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
         stated = assess.statements(checkpoint)
         leaks, notes = stated["leaks"], stated["notes"]
         if split == "val":  # it was chosen on by design: seen means seen by the weights of --init
-            nothing = subjects.record_exposure(slices.index[:0])
-            exposure = inherited or nothing
+            exposure = subjects.record_exposure(slices.index[:0])
+            if init:
+                exposure = init["exposure"] or {**exposure, "unknown": True}
             if leaks:
                 leaks = ["trained on other slices of the same scans"]
         predictions = predict_slices(

@@ -196,6 +196,7 @@ def test_weights_of_unknown_training_are_noted_in_the_title(ad_nc, run_folder, t
     scores = read_scores(run, "test")
     assert "starts from bare.pth, which does not record its training subjects" in scores["title"]
     assert scores["exposure"] == {"no": 0, "unknown": 6, "yes": 0}
+    assert read_scores(run, "val")["exposure"]["no"] == 0
     assert "6 subjects of which it is unknown whether training saw them" in (
         scores["conclusion"]["sentences"][0]
     )
