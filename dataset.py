@@ -30,7 +30,7 @@ from adnc.data.augment import as_trained
 from adnc.data.index import describe_bad, list_set, usable
 from adnc.data.index import read_index as read_index
 from adnc.data.subjects import split_index as split_index
-from adnc.errors import InputError, printable
+from adnc.errors import InputError, count, printable
 from adnc.scoring import plots
 from adnc.scoring.metrics import window_vote
 
@@ -287,7 +287,8 @@ def audit(slices):
     yield ""
 
     per_scan = index.groupby("scan").size().value_counts().sort_index()
-    yield "slices per scan: " + ", ".join(f"{n} ({scans} scans)" for n, scans in per_scan.items())
+    numbers = [f"{n} ({count(scans, 'scan')})" for n, scans in per_scan.items()]
+    yield f"slices per scan: {', '.join(numbers)}"
     yield f"slice numbers: {index.slice.min()} to {index.slice.max()}"
     sizes = index[["width", "height"]].astype(int).value_counts().items()
     sizes = ", ".join(

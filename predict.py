@@ -311,7 +311,7 @@ def format_scans(scans, trusted=True, ranked=False, most=10):
             text += f", {row.n_out_of_range} out of the training range"
         yield f"scan {row.scan}: {text}"
     if len(scans) > most:
-        yield f"... and {len(scans) - most} more scans"
+        yield f"... and {count(len(scans) - most, 'more scan')}"
 
 
 def describe_folders_of_one_scan(index, look):

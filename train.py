@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, Namespace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -171,6 +171,7 @@ def make_parser():
     switch = dict(action="store_true", default=None)
     on_or_off = dict(action=BooleanOptionalAction, default=None)  # may change when it is resumed
 
+    parser.add_argument("misplaced", nargs="?", help=SUPPRESS)  # AD_NC without --data
     data = parser.add_argument_group("data and output")
     add = data.add_argument
     add("--data", metavar="AD_NC", help="folder with {train,test}/{AD,NC} (default: ./AD_NC)")
@@ -252,6 +253,10 @@ def parse_args(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     given = {name: value for name, value in given.items() if value is not None}
+    if "misplaced" in given:
+        parser.error(
+            f"{given['misplaced']} belongs to no flag; the folder of the slices is named by --data"
+        )
     if "model_args" in given:
         try:
             given["model_args"] = parse_model_args(given["model_args"])
@@ -316,8 +321,8 @@ def read_saved_flags(out, given, parser):
         raise InputError(f"{out} does not exist; --resume expects the folder of a run in --out")
     if not (out / "last.pth").exists():
         raise InputError(
-            f"{out} holds no last.pth to resume: nothing was trained; delete it, or start the run "
-            "under a new --out"
+            f"{out} holds no last.pth to resume: it is no run of train.py, or one that was stopped "
+            "before it began; start the run under a new --out"
         )
     last = load_checkpoint(out / "last.pth")
     if "optimizer" not in last:
@@ -336,8 +341,8 @@ def read_saved_flags(out, given, parser):
             f"a resumed run keeps its flags ({', '.join(changed)}); leave them out, or start a new "
             "run"
         )
-    if not saved["demo"]:
-        saved["data"] = last["data"]  # absolute, since the working directory may be another one
+    if not saved["demo"] and os.path.abspath(saved["data"] or "AD_NC") != last["data"]:
+        saved["data"] = last["data"]  # the working directory is another one
     return saved
 
 
@@ -917,6 +922,7 @@ def make_record(args, slices, state, model_args, init):
         "flags": vars(args),
         "precision": precision_name(state.amp),
         "machine": describe_machine(state),
+        "earlier_epochs": [],  # the --epochs that the run had before it was resumed with others
         "epochs_elsewhere": 0,  # trained on another machine, or in another precision
         "versions": package_versions(),
         "earlier_versions": [],  # of the packages that the run used before it was resumed
@@ -939,8 +945,8 @@ def describe_machine(state):
 def write_start(out, args, slices, record):
     """config.json with every flag, split.csv, and with --skip-bad skipped.csv."""
     used = {name: record[name] for name in ("data", "precision", "machine")}
-    versions = {name: record[name] for name in ("versions", "earlier_versions")}
-    write_json(out / "config.json", {"flags": vars(args), "used": used, **versions})
+    history = {name: record[name] for name in ("earlier_epochs", "versions", "earlier_versions")}
+    write_json(out / "config.json", {"flags": vars(args), "used": used, **history})
     split = pd.concat([slices.index, slices.unused.assign(split=subjects.UNUSED)])
     split = split[["path", "label", "scan", "slice", "subject", "split", "group"]]
     split = split.assign(path=[os.path.relpath(path, slices.root) for path in split.path])
@@ -973,14 +979,18 @@ def restore(state, last, record, args, out, log):
     state.load_state_dict(last, same_precision=last["precision"] == record["precision"])
     for name in ("test_read", "test_read_after"):
         record[name] = last[name]
+    record["earlier_epochs"] = last.get("earlier_epochs", [])
 
     log(f"resumed after epoch {state.epoch}")
     if last["flags"]["epochs"] != args.epochs and state.epoch > 0:
+        change = f"the cosine now ends at epoch {args.epochs}, the learning rate jumps here"
+        if args.epochs == state.epoch:
+            change = "the run ends here, in the middle of its schedule"
         log(
-            f"--epochs was {last['flags']['epochs']}: the cosine now ends at epoch {args.epochs}, "
-            "the learning rate jumps here, and the run is not the one that started with this "
-            "length"
+            f"--epochs was {last['flags']['epochs']}: {change}, and the run is not the one that "
+            "started with this length (config.json keeps both)"
         )
+        record["earlier_epochs"] = [*record["earlier_epochs"], last["flags"]["epochs"]]
     if last["flags"]["compile"] != args.compile:
         was, now = (
             "compiled" if compiled else "not compiled"

@@ -260,3 +260,8 @@ def unused_name(path):
 def fingerprint(text, digits=12):
     """The first hex digits of the SHA-256 of a text, such as an id that a file should not name."""
     return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:digits]
+
+
+def fingerprint_file(path, digits=12):
+    """The first hex digits of the SHA-256 of the content of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:digits]

@@ -293,46 +293,38 @@ def test_a_damaged_predictions_csv_is_refused(results, content):
         read_run(results)
 
 
-SCAN = "0s0"  # of class NC, subject and group p0
-
-# (rows to edit, column, new value, error)
+# (rows to edit, column, new value)
 EDITS = [
-    (slice(None), "label", "AD", "do not give the scores of metrics.json"),
-    (SCAN, "label", "AD", "do not give the scores of metrics.json"),
-    (SCAN, "label", "CN", "a group and a label AD or NC in each row"),
-    (SCAN, "label", None, "a group and a label AD or NC in each row"),
-    (SCAN, "group", None, "a group and a label AD or NC in each row"),
-    (0, "label", "AD", f"not so for scan {SCAN}"),
-    (0, "group", "p9", f"not so for scan {SCAN}"),
-    (0, "subject", None, f"not so for scan {SCAN}"),
-    (0, "exposure", "yes", f"not so for scan {SCAN}"),
-    (0, "threshold", "0.4", f"not so for scan {SCAN}"),
-    (0, "p_AD", "1.5", "expected a p_AD from 0 to 1"),
-    (0, "p_AD", "high", "could not convert"),
-    (0, "p_AD", None, "are not of the same slices"),
-    (0, "logit", "inf", "logits are not finite"),
-    (slice(None), "threshold", "0.9", "do not follow from p_AD and threshold"),
+    (slice(None), "label", "AD"),
+    (slice(None), "exposure", "yes"),
+    (slice(None), "prediction_set", "AD"),
+    (slice(None), "threshold", "0.9"),
+    (slice(None), "group", "p9"),
+    (0, "label", None),
+    (0, "subject", None),
+    (0, "p_AD", "0.999"),
+    (0, "logit", "inf"),
+    (0, "dark_share", "0.5"),
 ]
 
 
-@pytest.mark.parametrize("rows, column, value, error", EDITS)
-def test_edited_predictions_are_refused(results, rows, column, value, error):
+@pytest.mark.parametrize("rows, column, value", EDITS)
+def test_edited_predictions_are_refused(results, rows, column, value):
     path = results / "predictions.csv"
     table = pd.read_csv(path, dtype=str)
-    if rows == SCAN:
-        rows = table.scan == SCAN
     table.loc[rows, column] = value
     table.to_csv(path, index=False)
-    with pytest.raises(InputError, match=error):
+    with pytest.raises(InputError, match="predictions.csv was changed after its scores"):
         read_run(results)
 
 
-def test_p_ad_that_was_moved_without_another_prediction_is_refused(results):
+@pytest.mark.parametrize("value, error", [("high", "could not convert"), (None, "the same slices")])
+def test_a_p_ad_that_is_no_number_is_refused(results, value, error):
     path = results / "predictions.csv"
     table = pd.read_csv(path, dtype=str)
-    table["p_AD"] = np.where(table.prediction == "AD", "0.999", "0.001")
+    table.loc[0, "p_AD"] = value
     table.to_csv(path, index=False)
-    with pytest.raises(InputError, match="do not give the scores of metrics.json"):
+    with pytest.raises(InputError, match=error):
         read_run(results)
 
 
@@ -345,6 +337,14 @@ def test_predictions_without_some_rows_or_a_column_are_refused(results):
     table.drop(columns="threshold").to_csv(path, index=False)
     with pytest.raises(InputError, match="there is no threshold"):
         read_run(results)
+
+
+def test_scores_of_a_version_that_recorded_no_fingerprint_are_read(results):
+    path = results / "metrics.json"
+    scores = json.loads(path.read_text())
+    del scores["predictions"]
+    path.write_text(json.dumps(scores))
+    assert len(read_run(results)[0]) == scores["slice"]["n"]
 
 
 def test_a_folder_without_results_is_refused(results):

@@ -381,7 +381,9 @@ def test_folds_that_share_a_subject_or_have_seen_theirs_are_no_cross_validation(
     assert together.find_folds(checkpoints, tables) == [0, 1, 2]
     test = tables["f1"]["test"]
     shared = test.assign(group=test.group.replace(test.group[0], tables["f0"]["test"].group[0]))
+    beside = pd.concat([test, tables["f0"]["test"].assign(group="another")])
     refused = [
+        (beside, "they disagree on the subject of scan"),
         (shared, "f0 and f1 differ in their test, but share subjects of it"),
         (tables["f0"]["test"].iloc[1:], "f0 and f1 differ in their test, but share subjects of it"),
         (test.assign(exposure="yes"), "f1 was trained on subjects of its own test"),

@@ -434,6 +434,8 @@ def test_a_volume_that_cannot_be_cut_gets_a_row_with_the_reason(
         run_predict(run_folder, tmp_path / "b", tmp_path / "in" / "bad_1.nii", *words)
     with pytest.raises(InputError, match="--plane: for volumes only"):
         run_predict(run_folder, tmp_path / "c", slice_file, "--plane", "axial")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        run_predict(run_folder, tmp_path / "d", tmp_path / "nowhere", "--plane", "axial")
 
 
 def test_a_dicom_folder_is_predicted(run_folder, tmp_path):

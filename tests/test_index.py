@@ -450,13 +450,24 @@ def test_a_file_of_another_name_is_a_scan_of_its_own(tmp_path):
     assert index.scan.tolist() == index.path.tolist() and index.slice.isna().all()
 
 
+def test_a_folder_that_holds_one_class_under_its_name_says_so(tmp_path):
+    root = write_set(tmp_path, slices=[70])
+    assert not any("all labels are" in note for note in list_inputs([root / "test"]).notes)
+    (root / "test" / "NC").rename(root / "test" / "CN")
+    listed = list_inputs([root / "test"])
+    assert set(listed.index.label) == {"AD"}
+    assert any("and no NC/: all labels are AD. If CN/ is the" in note for note in listed.notes)
+
+
 def test_a_file_counts_once_and_links_are_reported(tmp_path):
     root = write_set(tmp_path, slices=[70])
     link = root / "test" / "AD" / "999_70.jpeg"
     link.symlink_to(root / "test" / "AD" / "300_70.jpeg")
     listed = list_inputs([root / "test", root / "test" / "AD"])
     assert len(listed.index) == 6 and listed.index.label.notna().all()
-    assert listed.notes == [f"1 inputs are links to others, first {link}; each file counts once"]
+    assert listed.notes == [
+        f"1 path of a file that is listed under another path, first {link}; each file counts once"
+    ]
     twice = list_inputs([root / "test" / "NC", root / "test" / "NC"])
     assert len(twice.index) == 3 and twice.notes == []
 

@@ -235,6 +235,20 @@ def test_fewer_epochs_than_are_trained_are_refused(run_folder, tmp_path):
         resume(run, "--epochs", "3")
 
 
+def test_a_run_that_is_ended_before_its_schedule_says_so(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    resume(run, "--epochs", "9")
+    log = (run / "training_log.txt").read_text()
+    assert "--epochs was 6: the cosine now ends at epoch 9, the learning rate jumps here" in log
+    last = load_checkpoint(run / "last.pth")
+    last["flags"]["epochs"] = 12
+    save_checkpoint(run / "last.pth", **last)
+    resume(run, "--epochs", "9")
+    log = (run / "training_log.txt").read_text()
+    assert "--epochs was 12: the run ends here, in the middle of its schedule" in log
+    assert json.loads((run / "config.json").read_text())["earlier_epochs"] == [6, 12]
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_was(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     train.main(["--out", str(run), "--resume"])
@@ -331,7 +345,14 @@ def test_a_run_on_the_default_folder_is_resumed_from_another_place(ad_nc, tmp_pa
         train.main(["--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"])
     monkeypatch.chdir(tmp_path)
     resume("run", "--epochs", "2")
-    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 2
+    last = load_checkpoint(tmp_path / "run" / "last.pth")
+    assert last["epoch"] == 2 and last["flags"]["data"] == str(ad_nc)
+    monkeypatch.chdir(ad_nc.parent)  # where the path is the same, it stays as it was given
+    args = train.parse_args(["--out", str(tmp_path / "run"), "--resume"])
+    assert args.data == str(ad_nc)
+    last["flags"]["data"] = "AD_NC"
+    save_checkpoint(tmp_path / "run" / "last.pth", **last)
+    assert train.parse_args(["--out", str(tmp_path / "run"), "--resume"]).data == "AD_NC"
 
 
 def test_another_precision_and_compilation_are_reported(run_folder, tmp_path, monkeypatch):

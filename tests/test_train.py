@@ -141,7 +141,7 @@ def test_given_flags_win_over_saved_ones_over_the_recipe_over_the_defaults():
 
 
 def test_every_flag_has_a_default_and_every_recipe_sets_flags():
-    names = {action.dest for action in train.make_parser()._actions} - {"help"}
+    names = {action.dest for action in train.make_parser()._actions} - {"help", "misplaced"}
     assert names == set(train.DEFAULTS)
     for name, recipe in train.RECIPES.items():
         assert set(recipe) <= names, name
@@ -184,6 +184,7 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no --model huge"),
     (["--data", "nowhere"], "nowhere does not exist; expected"),
+    (["AD_NC"], "AD_NC belongs to no flag; the folder of the slices is named by --data"),
     ([], "no data: there is no ./AD_NC here"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence):

@@ -35,7 +35,7 @@ from torchvision.transforms import v2
 from adnc.cli import COUNT, SIDE, Parser, number, run_script
 from adnc.cpu_engine import make_engine
 from adnc.data.augment import eval_transform
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.files import require_new, write_json
 from adnc.phantom.anatomy import SLICES, Scan, render
 from adnc.phantom.draw import draw
@@ -449,7 +449,7 @@ def machine_name(device):
     """The name of the GPU, or of the processor with the number of threads."""
     if device.type == "cuda":
         return device_name(device)
-    return f"{device_name(device)}, {torch.get_num_threads()} threads"
+    return f"{device_name(device)}, {count(torch.get_num_threads(), 'thread')}"
 
 
 def format_rows(rows, batch_size, device):

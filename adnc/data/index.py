@@ -492,7 +492,8 @@ def list_inputs(inputs, pattern=None, failed=None, problem=None):
         raise InputError(message)
     if links:
         notes.append(
-            f"{len(set(links))} inputs are links to others, first {links[0]}; each file counts once"
+            f"{count(len(set(links)), 'path')} of a file that is listed under another path, first "
+            f"{links[0]}; each file counts once"
         )
 
     problems = [] if problem is None else [problem]
@@ -506,6 +507,7 @@ def list_inputs(inputs, pattern=None, failed=None, problem=None):
         if os.path.isdir(given):
             only = "images are read in an input itself, or in its AD/ and NC/ alone if it has them"
             notes += describe_unused(given, used, only)
+            notes += describe_missing_class(given)
     other_label = table.scan.map(labels)
     wrong = other_label.notna() & table.label.notna() & (other_label != table.label)
     if wrong.any():
@@ -524,6 +526,20 @@ def describe_separate_classes(inputs, index):
         yield (
             "AD and NC given as separate inputs are not taken for labels; for scores give the "
             f"folder that holds them, such as {folders[0].parent}"
+        )
+
+
+def describe_missing_class(given):
+    """A line if a folder holds AD/ or NC/, and instead of the other one folders of other names with
+    images."""
+    names = [os.path.basename(path) for path in list_folder(given)[1] if list_folder(path)[0]]
+    there = [label for label in CLASSES if label in names]
+    if len(there) == 1 and len(names) > 1:
+        (missing,) = set(CLASSES) - set(there)
+        other = next(name for name in names if name not in there)
+        yield (
+            f"{given} holds {there[0]}/ and no {missing}/: all labels are {there[0]}. If {other}/ "
+            f"is the other class, name it {missing}"
         )
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from adnc import CLASSES
 from adnc.errors import InputError, count
-from adnc.files import read_csv, read_json, write_csv, write_json
+from adnc.files import fingerprint_file, read_csv, read_json, write_csv, write_json
 from adnc.scoring import metrics, plots
 from adnc.scoring.calibration import score_sets
 from adnc.scoring.metrics import (
@@ -493,6 +492,8 @@ def format_baselines(scores):
         sentences.append(
             f"{model['groups']} {unit} are too few for a verdict; {metrics.MIN_GROUPS} are needed."
         )
+    elif model["auroc"] is None:
+        sentences.append(ONE_CLASS)
     else:
         if beaten:
             names = ", ".join(beaten)
@@ -622,6 +623,7 @@ def write_results(
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
+    scores["predictions"] = fingerprint_file(out / "predictions.csv")  # for `read_run`
     write_json(out / "metrics.json", scores)
 
     tables = {unit: table for unit, table in tables.items() if len(table)}
@@ -652,7 +654,8 @@ def read_run(folder, part="test"):
 
     Returns (predictions, scores): the table as `write_results` received it, without files that
     could not be read, and the content of metrics.json. InputError for a folder of another kind, and
-    if the two files do not fit together.
+    if predictions.csv was changed after metrics.json was written: the scores would silently be
+    wrong. (An earlier version did not record its fingerprint.)
     """
     folder = Path(folder)
     if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
@@ -670,19 +673,24 @@ def read_run(folder, part="test"):
             )
     scores, table = read_json(folder / "metrics.json"), read_csv(folder / "predictions.csv")
     try:
-        return check_predictions(table, scores), scores
+        table = parse_predictions(table, scores)
     except (ValueError, KeyError, TypeError) as problem:
         raise InputError(
             f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote"
         ) from None
+    recorded = scores.get("predictions")
+    if recorded and recorded != fingerprint_file(folder / "predictions.csv"):
+        raise InputError(
+            f"{folder / 'predictions.csv'} was changed after its scores were written, or is of "
+            "another run; expected it as train.py or predict.py wrote it: predict again, or resume "
+            "the run"
+        )
+    return table, scores
 
 
-def check_predictions(table, scores):
-    """predictions.csv as text -> predictions with numbers.
-
-    ValueError if the table does not fit metrics.json or was edited: the scores would silently be
-    wrong.
-    """
+def parse_predictions(table, scores):
+    """predictions.csv as text -> predictions with numbers, of the slices that could be read.
+    ValueError if it is not the table that belongs to metrics.json."""
     missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)
     missing |= set(PREDICTIONS) - set(table)
     if missing:
@@ -690,29 +698,8 @@ def check_predictions(table, scores):
 
     # Text to float by Python: the fast parser of pandas may be off in the last digit.
     table = table[table.p_AD.notna()].reset_index(drop=True).astype(metrics.NUMBERS)
-    if table.prediction.isna().all():  # withheld: the model has no threshold
-        table = metrics.with_predictions(table)
     if len(table) != scores["slice"]["n"]:
         raise ValueError("predictions.csv and metrics.json are not of the same slices")
-    if not table.p_AD.between(0, 1).all():
-        raise ValueError("expected a p_AD from 0 to 1 in each row of predictions.csv")
-    if not table.label.isin(CLASSES).all() or table.group.isna().any():
-        raise ValueError("expected a group and a label AD or NC in each row of predictions.csv")
-
-    constant = ["label", "subject", "group", "threshold", "exposure", "prediction_set"]
-    differs = table.groupby("scan")[constant].nunique(dropna=False).gt(1).any(axis=1)
-    if differs.any():
-        names, scan = ", ".join(constant), differs.idxmax()
-        raise ValueError(f"expected one of {names} for each scan; not so for scan {scan}")
-
-    if not np.isfinite(table.logit).all():
-        raise ValueError("some logits are not finite")
-    if (metrics.with_predictions(table).prediction != table.prediction).any():
-        raise ValueError("the predictions do not follow from p_AD and threshold")
-    again = metrics.point_scores(*metrics.arrays(table, "slice")[:3])
-    for name in again.keys() & scores["slice"].keys():
-        # None, of one class alone, becomes NaN.
-        both = np.array([again[name], scores["slice"][name]], float)
-        if not np.isclose(*both, rtol=0, atol=1e-6, equal_nan=True):
-            raise ValueError("labels and p_AD do not give the scores of metrics.json")
+    if table.prediction.isna().all():  # withheld: the model has no threshold
+        table = metrics.with_predictions(table)
     return table

@@ -244,6 +244,8 @@ def find_folds(members, tables):
         )
     elif len(tests) > 1:
         problem = find_overlap(folds, tables)
+    if problem is None:
+        problem = find_disagreement(tables)
     if problem:
         raise InputError(
             f"{', '.join(members)} cannot be calibrated together: {problem}. Expected seeds of one "
@@ -279,6 +281,20 @@ def find_overlap(folds, tables):
                     f"--split {Path(other_name).parent / 'split.csv'})"
                 )
     return None
+
+
+def find_disagreement(tables):
+    """What keeps runs from being calibrated together if they have put a scan into different groups,
+    as a clause; None if they agree. One of them may have had no table of subjects."""
+    parts = [each[part][["scan", "group"]] for each in tables.values() for part in ("val", "test")]
+    groups = pd.concat(parts).drop_duplicates()
+    twice = groups.scan[groups.scan.duplicated()]
+    if twice.empty:
+        return None
+    return (
+        f"they disagree on the subject of scan {twice.iloc[0]}; was the table of subjects changed "
+        "between the runs?"
+    )
 
 
 def calibrate_members(table, rule, members):
