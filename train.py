@@ -254,9 +254,11 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))
     given = {name: value for name, value in given.items() if value is not None}
     if "misplaced" in given:
-        parser.error(
-            f"{given['misplaced']} belongs to no flag; the folder of the slices is named by --data"
-        )
+        flag = "--data"
+        if given.get("resume") or given.get("demo"):
+            flag = "--out"
+        word = given["misplaced"]
+        parser.error(f"{word} belongs to no flag; did you mean {flag} {word}?")
     if "model_args" in given:
         try:
             given["model_args"] = parse_model_args(given["model_args"])
@@ -301,7 +303,7 @@ def parse_args(argv=None):
             "alone, or a file of weights"
         )
     if args.tensorboard:
-        import_writer()  # missing: better told now than after the data are read
+        import_writer()  # if it is missing, this fails before the data are read
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++", "cl")
     if args.compile and not any(map(shutil.which, compilers)):
         parser.error("--compile needs a C++ compiler; install one such as g++, or use --no-compile")
@@ -342,7 +344,7 @@ def read_saved_flags(out, given, parser):
             "run"
         )
     if not saved["demo"] and os.path.abspath(saved["data"] or "AD_NC") != last["data"]:
-        saved["data"] = last["data"]  # the working directory is another one
+        saved["data"] = last["data"]  # where it led then, since it leads elsewhere from here
     return saved
 
 
@@ -914,6 +916,7 @@ def make_record(args, slices, state, model_args, init):
         "split_by": args.split_by,
         "split_hash": subjects.split_hash(index),
         "data_hash": fingerprint("\n".join(sorted(names + " " + index.pixel_hash))),
+        "group_hash": fingerprint("\n".join(sorted(set(index.scan + " " + index.group)))),
         "exposure": exposure,
         "init": init,
         "test_read": False,
@@ -1144,7 +1147,10 @@ def evaluate_kept_model(slices, args, out, test_read_after, *, device, amp, log)
 
 
 def write_resources(out, state, n_train, epochs_elsewhere):
-    """Write resources.json, what the run has cost on this machine; returns a line about it."""
+    """Write resources.json, what the run has cost on this machine; returns a line about it. That of
+    another machine stays if this one has trained no epoch."""
+    if epochs_elsewhere == state.epoch and (out / "resources.json").exists():
+        return "resources.json stays as it is: no epoch was trained on this machine"
     checkpoint = load_checkpoint(out / "best_model.pth")
     used = measure_resources(
         build_model(checkpoint).to(state.device, memory_format=torch.channels_last),

@@ -20,7 +20,8 @@ def measure_resources(model, history, *, image_size, n_train, device, amp):
 
     history: the rows of training_history.csv of the epochs that this machine trained. n_train:
     training slices. Times are those of the median epoch, in seconds, since the first epoch of a
-    process is slower. Memory is the peak over these epochs, in bytes. What is unknown is None.
+    process is slower. Memory is the peak of the process until the end of these epochs, in bytes.
+    What is unknown is None.
     """
     slices_per_s = median(history, "images_per_s")
     latency, repeats = measure_latency(model, image_size, device, amp)
@@ -123,8 +124,7 @@ def describe_resources(used):
     parts = [
         f"{used['parameters'] / 1e6:.2f} M parameters",
         f"{used['multiply_adds'] / 1e9:.3f} G multiply-adds a slice at {used['image_size']} px",
-        f"an epoch {seconds(used['train_seconds'])} and {seconds(used['val_seconds'])} of "
-        "validation",
+        f"{seconds(used['train_seconds'])} an epoch, {seconds(used['val_seconds'])} its validation",
         f"{per_second(used['train_slices_per_s'])} slices/s",
         f"peak memory of the process {gib(memory['process'])}",
     ]
@@ -136,6 +136,16 @@ def describe_resources(used):
     latency = [f"{1000 * used['latency'][str(size)]:.1f} ms" for size in BATCHES]
     parts.append(f"prediction of 1 slice {latency[0]}, of 64 {latency[1]}")
     return f"resources: {'; '.join(parts)} ({used['machine']}, {used['precision']})"
+
+
+def latency_cell(used, size):
+    """The latency of a prediction of `size` slices, with the number of its repeats if these are
+    fewer than planned."""
+    text = f"{1000 * used['latency'][str(size)]:.1f} ms"
+    repeats = used["latency_repeats"][str(size)]
+    if repeats < REPEATS:
+        text += f" (median of {repeats})"
+    return text
 
 
 def seconds(value):
@@ -172,8 +182,8 @@ def resource_rows(runs):
             gib(used["memory"]["process"]),
             gib(used["memory"]["gpu_allocated"]),
             gib(used["memory"]["gpu_reserved"]),
-            f"{1000 * used['latency']['1']:.1f} ms",
-            f"{1000 * used['latency']['64']:.1f} ms",
+            latency_cell(used, 1),
+            latency_cell(used, 64),
             f"{used['machine']}, {used['precision']}",
             used["versions"]["torch"],
         ])  # fmt: skip

@@ -12,7 +12,7 @@ from PIL import Image
 
 from adnc.errors import InputError
 from adnc.scoring import assess, metrics
-from adnc.scoring.assess import read_run, score, write_results
+from adnc.scoring.assess import ONE_CLASS, format_assessment, read_run, score, write_results
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,14 @@ def test_tables_always_have_the_same_columns(results):
         assert list(pd.read_csv(results / f"{name}.csv").columns) == list(columns)
 
 
+def test_a_model_is_not_compared_with_baselines_on_one_class(tmp_path):
+    table = complete(random_predictions(60))
+    table = table[table.label == "AD"]
+    scores = write_results(table, tmp_path / "out", title="test", coverage=0.9)
+    lines = "\n".join(format_assessment(scores))
+    assert ONE_CLASS in lines and "the model beats" not in lines and "NOT shown" not in lines
+
+
 def test_predictions_without_every_label_get_tables_and_no_scores(tmp_path):
     table = complete(random_predictions())
     table.loc[3, "label"] = pd.NA
@@ -286,9 +294,20 @@ def test_a_damaged_metrics_json_is_refused(results, content):
         read_run(results)
 
 
+def forget_fingerprint(folder):
+    """metrics.json as an earlier version wrote it."""
+    path = folder / "metrics.json"
+    scores = json.loads(path.read_text())
+    del scores["predictions_sha256"]
+    path.write_text(json.dumps(scores))
+
+
 @pytest.mark.parametrize("content", ["", "scan,slice\n1,2\n", "scan,slice\n1,2,3,4\n"])
 def test_a_damaged_predictions_csv_is_refused(results, content):
     (results / "predictions.csv").write_text(content)
+    with pytest.raises(InputError, match="predictions.csv was changed after its scores"):
+        read_run(results)
+    forget_fingerprint(results)
     with pytest.raises(InputError, match="cannot be read"):
         read_run(results)
 
@@ -312,39 +331,28 @@ EDITS = [
 def test_edited_predictions_are_refused(results, rows, column, value):
     path = results / "predictions.csv"
     table = pd.read_csv(path, dtype=str)
+    table.to_csv(path, index=False)
+    read_run(results)  # it is the edit that is refused, not the writing
     table.loc[rows, column] = value
     table.to_csv(path, index=False)
     with pytest.raises(InputError, match="predictions.csv was changed after its scores"):
         read_run(results)
 
 
-@pytest.mark.parametrize("value, error", [("high", "could not convert"), (None, "the same slices")])
-def test_a_p_ad_that_is_no_number_is_refused(results, value, error):
+def test_predictions_of_a_version_without_fingerprints_are_read_if_they_fit(results):
+    forget_fingerprint(results)
     path = results / "predictions.csv"
     table = pd.read_csv(path, dtype=str)
-    table.loc[0, "p_AD"] = value
-    table.to_csv(path, index=False)
-    with pytest.raises(InputError, match=error):
-        read_run(results)
-
-
-def test_predictions_without_some_rows_or_a_column_are_refused(results):
-    path = results / "predictions.csv"
-    table = pd.read_csv(path, dtype=str)
-    table.iloc[5:].to_csv(path, index=False)
-    with pytest.raises(InputError, match="are not of the same slices"):
-        read_run(results)
-    table.drop(columns="threshold").to_csv(path, index=False)
-    with pytest.raises(InputError, match="there is no threshold"):
-        read_run(results)
-
-
-def test_scores_of_a_version_that_recorded_no_fingerprint_are_read(results):
-    path = results / "metrics.json"
-    scores = json.loads(path.read_text())
-    del scores["predictions"]
-    path.write_text(json.dumps(scores))
-    assert len(read_run(results)[0]) == scores["slice"]["n"]
+    assert len(read_run(results)[0]) == len(table)
+    refused = [
+        (table.iloc[5:], "are not of the same slices"),
+        (table.assign(p_AD="high"), "could not convert"),
+        (table.drop(columns="threshold"), "there is no threshold"),
+    ]
+    for changed, error in refused:
+        changed.to_csv(path, index=False)
+        with pytest.raises(InputError, match=error):
+            read_run(results)
 
 
 def test_a_folder_without_results_is_refused(results):

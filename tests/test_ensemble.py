@@ -381,9 +381,7 @@ def test_folds_that_share_a_subject_or_have_seen_theirs_are_no_cross_validation(
     assert together.find_folds(checkpoints, tables) == [0, 1, 2]
     test = tables["f1"]["test"]
     shared = test.assign(group=test.group.replace(test.group[0], tables["f0"]["test"].group[0]))
-    beside = pd.concat([test, tables["f0"]["test"].assign(group="another")])
     refused = [
-        (beside, "they disagree on the subject of scan"),
         (shared, "f0 and f1 differ in their test, but share subjects of it"),
         (tables["f0"]["test"].iloc[1:], "f0 and f1 differ in their test, but share subjects of it"),
         (test.assign(exposure="yes"), "f1 was trained on subjects of its own test"),
@@ -403,6 +401,19 @@ def test_seeds_with_another_validation_or_other_data_are_refused(seeds):
     checkpoints["s1"]["data_hash"] = "another"
     with pytest.raises(InputError, match="they have not read the same slices"):
         together.find_folds(checkpoints, tables)
+
+
+def test_folds_that_know_their_subjects_from_different_tables_are_refused(ad_nc, folds, tmp_path):
+    root = shutil.copytree(ad_nc.parent, tmp_path / "set") / "AD_NC"
+    for table in root.parent.glob("*.*"):
+        table.unlink()
+    flags = ["--fold", "1", "--folds", "3", "--pool-test", "--epochs", "1"]
+    other = train_small(root, tmp_path / "f1", *flags)
+    assert load_checkpoint(other / "best_model.pth")["data_hash"] == (
+        load_checkpoint(folds[0] / "best_model.pth")["data_hash"]
+    )
+    with pytest.raises(InputError, match="they know the subjects of these slices differently"):
+        make_file(tmp_path / "e.pth", folds[0], other)
 
 
 def test_one_class_alone_calibrates_no_ensemble(seeds):

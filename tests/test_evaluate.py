@@ -229,9 +229,25 @@ def test_flags_that_differ_are_named_when_runs_are_pooled(folds, tmp_path, capsy
     other = write_run(
         tmp_path / "o", fold_of(few_slices(), 2), lr=1e-3, fold=2, folds=3, batch_size=8
     )
-    assert "warning: the runs differ in --lr\n" in run_evaluate(capsys, *folds[:2], other)
-    text = run_evaluate(capsys, other, *folds[:2])
-    assert "warning: the runs differ in --batch-size, --lr\n" in text
+    for runs in ([*folds[:2], other], [other, *folds[:2]]):  # also flags that the first lacks
+        text = run_evaluate(capsys, *runs)
+        assert "warning: the runs differ in --batch-size, --lr\n" in text
+
+
+def test_runs_that_changed_their_epochs_or_cannot_be_checked_are_named(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / str(k), fold_of(few_slices(), k), fold=k, folds=2, epochs=9)
+        for k in range(2)
+    ]
+    assert "warning" not in run_evaluate(capsys, *runs)
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "earlier_epochs": [5]}))
+    assert "warning: the runs differ in --epochs\n" in run_evaluate(capsys, *runs)
+    path = runs[0] / "test" / "metrics.json"
+    scores = json.loads(path.read_text())
+    del scores["predictions_sha256"]
+    path.write_text(json.dumps(scores))
+    assert f"warning: {runs[0]}: of an earlier version, which" in run_evaluate(capsys, *runs)
 
 
 def combined_auroc(runs):
@@ -255,6 +271,14 @@ def test_scores_of_two_seeds_are_averaged(seeds, tmp_path, capsys):
     brier = np.mean([read_scores(run / "test")["subject"]["brier"] for run in seeds])
     row = next(line for line in text.splitlines() if line.startswith("| Brier"))
     assert f"{brier:.3f} [" in row
+    each = [read_scores(run / "test") for run in seeds]
+    minus = np.mean([
+        scores["subject"]["accuracy"]
+        - scores["baselines"]["majority_class"]["subject"]["accuracy"]
+        for scores in each
+    ])  # fmt: skip
+    row = next(line for line in text.splitlines() if line.startswith("| majority class"))
+    assert f" | {minus:+.3f} [" in row
     assert "| logistic regression on a blur |" in text
     together, gain = combined_auroc(seeds)
     line = next(line for line in text.splitlines() if line.startswith("| all seeds together"))

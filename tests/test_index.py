@@ -452,11 +452,11 @@ def test_a_file_of_another_name_is_a_scan_of_its_own(tmp_path):
 
 def test_a_folder_that_holds_one_class_under_its_name_says_so(tmp_path):
     root = write_set(tmp_path, slices=[70])
-    assert not any("all labels are" in note for note in list_inputs([root / "test"]).notes)
+    assert not any("its labels are all" in note for note in list_inputs([root / "test"]).notes)
     (root / "test" / "NC").rename(root / "test" / "CN")
     listed = list_inputs([root / "test"])
     assert set(listed.index.label) == {"AD"}
-    assert any("and no NC/: all labels are AD. If CN/ is the" in note for note in listed.notes)
+    assert any("and no NC/: its labels are all AD. If CN/ is the" in note for note in listed.notes)
 
 
 def test_a_file_counts_once_and_links_are_reported(tmp_path):

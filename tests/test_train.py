@@ -184,7 +184,8 @@ def test_model_args_reach_the_model_and_its_checkpoint(ad_nc, tmp_path):
     (["--resume"], "--resume needs --out RUN"),
     (["--model", "huge", "--data", "x"], "there is no --model huge"),
     (["--data", "nowhere"], "nowhere does not exist; expected"),
-    (["AD_NC"], "AD_NC belongs to no flag; the folder of the slices is named by --data"),
+    (["AD_NC"], "AD_NC belongs to no flag; did you mean --data AD_NC?"),
+    (["--resume", "runs/x"], "runs/x belongs to no flag; did you mean --out runs/x?"),
     ([], "no data: there is no ./AD_NC here"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_status_2_and_one_error(tmp_path, flags, sentence):

@@ -120,34 +120,50 @@ def pool_seeds(folders, part):
 
 
 def read_flags(folder):
-    """The flags of a run of train.py, or {} for a folder of predict.py."""
+    """The flags of a run of train.py, or {} for a folder of predict.py. If it was resumed with
+    other --epochs, these are a list of all that it had."""
     path = Path(folder) / "config.json"
     if not path.exists():
         return {}
     config = read_json(path)
     try:
-        return dict(config["flags"])
+        flags = dict(config["flags"])
+        if config.get("earlier_epochs"):
+            flags["epochs"] = [*config["earlier_epochs"], flags["epochs"]]
+        return flags
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} holds no flags; expected the file of a run of train.py") from None
 
 
 def check_flags(pools):
-    """Warnings about flags that differ between runs, and about missing folds."""
+    """Warnings about predictions that cannot be checked, about flags that differ between runs, and
+    about missing folds."""
     free = set(POOLED_FLAGS)
     if len(pools) > 1:
         free.add("seed")
+    warnings = []
+    unchecked = [
+        folder
+        for one in pools
+        for folder, run in zip(one.folders, one.runs)
+        if assess.RECORDED not in run
+    ]
+    if unchecked:
+        warnings.append(
+            f"warning: {', '.join(map(str, unchecked))}: of an earlier version, which recorded no "
+            "fingerprint of predictions.csv, so that changes of it are not noticed"
+        )
     flags = [read_flags(folder) for one in pools for folder in one.folders]
     flags = [each for each in flags if each]
     if len(flags) < 2:
-        return []
+        return warnings
 
-    warnings = []
     first = flags[0]
     differing = []
     if any(each.get("split") for each in flags):
         free |= SPLIT_FLAGS
-    for name in sorted(set(first) - free):
-        if any(each.get(name) != first[name] for each in flags):
+    for name in sorted(set().union(*flags) - free):
+        if any(each.get(name) != first.get(name) for each in flags):
             differing.append("--" + name.replace("_", "-"))
     if differing:
         warnings.append(f"warning: the runs differ in {', '.join(differing)}")
@@ -397,18 +413,22 @@ def score_seeds(tables, title):
     scores = metrics.summarise(model)
     unit = assess.main_unit(scores)
     together = metrics.bootstrap_scores(combine(tables))
-    parts, means = {"the model": scores[unit]}, {}
+    means = {}
     for name in (*metrics.BASELINES, "with_dark_share"):
         if all(table[name].notna().all() for table in tables):
             means[name] = mean_scores([metrics.as_baseline(table, name) for table in tables])
-    for name, label in metrics.BASELINES.items():
-        if name in means:
-            parts[label] = metrics.summarise(means[name])[unit]
     scores["minus_baseline"] = {name: metrics.compare(model, means[name]) for name in means}
 
-    rows = [[f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]]
-    for label, part in parts.items():
-        rows.append([label, *(cell(part, name) for name in COMPARED)])
+    header = [f"{unit}s (n = {scores[unit]['n']:,})", *(METRICS[name] for name in COMPARED)]
+    compared = ("accuracy", "auroc")
+    rows = [[*header, *(f"{METRICS[name]} of the model minus it" for name in compared)]]
+    rows.append(["the model", *(cell(scores[unit], name) for name in COMPARED), "", ""])
+    for name, label in metrics.BASELINES.items():
+        if name in means:
+            baseline = metrics.summarise(means[name])[unit]
+            minus = scores["minus_baseline"][name][unit]
+            differences = [format_difference(minus[metric]) for metric in compared]
+            rows.append([label, *(cell(baseline, metric) for metric in COMPARED), *differences])
     lines = [*assess.format_scores(scores, title), "", *format_table(rows)]
     lines += ["", *format_together(together, model, unit, "seeds")]
     if {"dark_share", "with_dark_share"} <= set(means):

@@ -538,8 +538,8 @@ def describe_missing_class(given):
         (missing,) = set(CLASSES) - set(there)
         other = next(name for name in names if name not in there)
         yield (
-            f"{given} holds {there[0]}/ and no {missing}/: all labels are {there[0]}. If {other}/ "
-            f"is the other class, name it {missing}"
+            f"{given} holds {there[0]}/ and no {missing}/: its labels are all {there[0]}. If "
+            f"{other}/ is the other class, name it {missing}"
         )
 
 

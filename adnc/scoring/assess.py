@@ -25,6 +25,7 @@ from adnc.scoring.metrics import (
     summarise,
 )
 
+RECORDED = "predictions_sha256"  # in metrics.json: the fingerprint of predictions.csv
 COVERAGE = 0.9  # of the prediction sets in a run's own evaluation
 
 # The metrics that tables show beside the baselines. Accuracy decides who is better.
@@ -623,7 +624,7 @@ def write_results(
     if calibration is not None:
         recorded = ("temperature", "threshold", "threshold_rule", "groups")
         scores["calibration"] = {name: calibration[name] for name in recorded}
-    scores["predictions"] = fingerprint_file(out / "predictions.csv")  # for `read_run`
+    scores[RECORDED] = fingerprint_file(out / "predictions.csv")  # for `read_run`
     write_json(out / "metrics.json", scores)
 
     tables = {unit: table for unit, table in tables.items() if len(table)}
@@ -655,7 +656,7 @@ def read_run(folder, part="test"):
     Returns (predictions, scores): the table as `write_results` received it, without files that
     could not be read, and the content of metrics.json. InputError for a folder of another kind, and
     if predictions.csv was changed after metrics.json was written: the scores would silently be
-    wrong. (An earlier version did not record its fingerprint.)
+    wrong.
     """
     folder = Path(folder)
     if (folder / "best_model.pth").exists() or (folder / part / "metrics.json").exists():
@@ -671,28 +672,25 @@ def read_run(folder, part="test"):
                 f"{folder} holds no {name}; expected a finished run of train.py, or what "
                 "predict.py wrote about labelled slices"
             )
-    scores, table = read_json(folder / "metrics.json"), read_csv(folder / "predictions.csv")
+    scores = read_json(folder / "metrics.json")
     try:
-        table = parse_predictions(table, scores)
+        return parse_predictions(folder / "predictions.csv", scores), scores
     except (ValueError, KeyError, TypeError) as problem:
         raise InputError(
             f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote"
         ) from None
-    recorded = scores.get("predictions")
-    if recorded and recorded != fingerprint_file(folder / "predictions.csv"):
-        raise InputError(
-            f"{folder / 'predictions.csv'} was changed after its scores were written, or is of "
-            "another run; expected it as train.py or predict.py wrote it: predict again, or resume "
-            "the run"
-        )
-    return table, scores
 
 
-def parse_predictions(table, scores):
-    """predictions.csv as text -> predictions with numbers, of the slices that could be read.
-    ValueError if it is not the table that belongs to metrics.json."""
+def parse_predictions(path, scores):
+    """The table of a predictions.csv with numbers, of the slices that could be read. ValueError if
+    it is not the file whose scores metrics.json holds."""
     missing = {"what", "leaks", "notes", "run_leaks", "run_notes", *UNITS} - set(scores)
-    missing |= set(PREDICTIONS) - set(table)
+    if missing:
+        raise ValueError(f"there is no {', no '.join(sorted(missing))}")
+    if RECORDED in scores and scores[RECORDED] != fingerprint_file(path):
+        raise ValueError(f"{path.name} was changed after its scores were written")
+    table = read_csv(path)
+    missing = set(PREDICTIONS) - set(table)
     if missing:
         raise ValueError(f"there is no {', no '.join(sorted(missing))}")
 

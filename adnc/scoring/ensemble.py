@@ -233,10 +233,14 @@ def find_folds(members, tables):
             validations.append(validation)
         folds.append(tests.index(test))
 
+    # Weights of an earlier version do not record it.
+    group_hashes = {checkpoint.get("group_hash") for checkpoint in members.values()} - {None}
     problem = None
     advice = f"train the others with --split {Path(next(iter(members))).parent / 'split.csv'}"
     if len({checkpoint["data_hash"] for checkpoint in members.values()}) > 1:
         problem = "they have not read the same slices"
+    elif len(group_hashes) > 1:
+        problem = "they know the subjects of these slices differently, from another table"
     elif len(tests) == 1 and len(validations) > 1:
         problem = (
             "they have the same test slices, and not the same validation slices; for seeds of one "
@@ -244,8 +248,6 @@ def find_folds(members, tables):
         )
     elif len(tests) > 1:
         problem = find_overlap(folds, tables)
-    if problem is None:
-        problem = find_disagreement(tables)
     if problem:
         raise InputError(
             f"{', '.join(members)} cannot be calibrated together: {problem}. Expected seeds of one "
@@ -276,25 +278,11 @@ def find_overlap(folds, tables):
             other_fold, other_name = owner.setdefault(group, (fold, name))
             if other_fold != fold:
                 return (
-                    f"{other_name} and {name} differ in their test, but share subjects of it (with "
-                    "another --seed folds are other ones; another seed of a fold is made by "
+                    f"{other_name} and {name} differ in their test, but share subjects of it "
+                    "(another --seed draws other folds; to repeat a fold with another seed, use "
                     f"--split {Path(other_name).parent / 'split.csv'})"
                 )
     return None
-
-
-def find_disagreement(tables):
-    """What keeps runs from being calibrated together if they have put a scan into different groups,
-    as a clause; None if they agree. One of them may have had no table of subjects."""
-    parts = [each[part][["scan", "group"]] for each in tables.values() for part in ("val", "test")]
-    groups = pd.concat(parts).drop_duplicates()
-    twice = groups.scan[groups.scan.duplicated()]
-    if twice.empty:
-        return None
-    return (
-        f"they disagree on the subject of scan {twice.iloc[0]}; was the table of subjects changed "
-        "between the runs?"
-    )
 
 
 def calibrate_members(table, rule, members):

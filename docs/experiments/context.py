@@ -163,9 +163,11 @@ def main(argv=None):
     splits = load_splits(args.set, args.folds, args.subjects)
     if splits[0].index.subject.isna().any():
         raise InputError(f"{args.set} has scans whose subject is not known; expected subjects.csv")
-    # In the names of the files, so that those of another set or split are not taken for these.
+    # In the names of the files, so that those of another set, split or recipe are not taken for
+    # these.
     content = [split_hash(slices.index) for slices in splits]
-    which = fingerprint(" ".join([*content, *splits[0].index.pixel_hash]), 6)
+    recipe = [f"{name}={value}" for name, value in sorted(train.SMALL.items())]
+    which = fingerprint(" ".join([*recipe, *content, *splits[0].index.pixel_hash]), 6)
     tables = []
     for seed in args.seeds:
         file = out / f"{args.image_size}px-{which}-seed{seed}.csv"

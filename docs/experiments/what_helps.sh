@@ -5,11 +5,11 @@
 #
 #     bash docs/experiments/what_helps.sh OASIS/AD_NC    # eleven hours on two cores
 #     ONLY='oasis-small.*' bash docs/experiments/what_helps.sh OASIS/AD_NC  # runs of these names
-#     HELPED='mix5' bash docs/experiments/what_helps.sh OASIS/AD_NC    # also run mix5 on OASIS-1
+#     HELPED='deeplong5' bash docs/experiments/what_helps.sh OASIS/AD_NC  # 13 hours more
 #
 # runs/helps holds the runs. Finished runs are skipped, interrupted runs are resumed. Two run at a
 # time (JOBS), with one thread each. Of the tables, those whose runs are all finished are printed.
-# HELPED names what has helped on the local cue.
+# HELPED names what has helped on the local cue, which is then run on OASIS-1, too.
 set -euo pipefail
 data=${1:?expected the folder AD_NC of the OASIS-1 slices}
 runs=${2:-runs/helps}
@@ -80,7 +80,7 @@ list() {  # the flags of all runs, the most telling first
 }
 start_or_resume() {  # FLAGS
     local out=${1#--out }; out=${out%% *}  # the word behind --out
-    if [ -f "$out/test/metrics.json" ]; then return; fi
+    if [ -f "$out/resources.json" ]; then return; fi  # written last
     if [ -f "$out/last.pth" ]; then set -- "--out $out --resume"; fi
     echo "python train.py $1"
     local begin=$SECONDS
@@ -102,7 +102,7 @@ finished() {  # MODEL SET: the runs of a model on a set, if all its seeds are fi
     local flags out found=()
     while read -r flags; do
         out=${flags#--out }; out=${out%% *}
-        if [ ! -f "$out/test/metrics.json" ]; then return; fi
+        if [ ! -f "$out/resources.json" ]; then return; fi
         found+=("$out")
     done < <(list | grep -E -- "--out $runs/$2-$1-")
     echo "${found[@]}"
