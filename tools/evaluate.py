@@ -22,17 +22,14 @@ import pandas as pd
 from scipy.special import expit
 
 from adnc.cli import Parser, run_script
-from adnc.errors import InputError
+from adnc.errors import InputError, count
 from adnc.files import new_folder, read_csv, read_json, require_new, write_json
 from adnc.resources import resource_rows
 from adnc.scoring import assess, metrics
 from adnc.scoring.assess import COMPARED, cell, format_difference, format_table, read_run
 from adnc.scoring.calibration import fit_across
-from adnc.scoring.ensemble import FREE_FLAGS, SPLIT_FLAGS, member_logits, scan_spread
+from adnc.scoring.ensemble import differing_flags, member_logits, scan_spread
 from adnc.scoring.metrics import LOWER_IS_BETTER, METRICS, UNITS, mean_scores
-
-# Flags that may differ between runs that are pooled: they do not change how a model learns.
-POOLED_FLAGS = FREE_FLAGS | {"fold", "data"}
 
 # ---------------------------------------------------------------- finished runs
 
@@ -138,9 +135,6 @@ def read_flags(folder):
 def check_flags(pools):
     """Warnings about predictions that cannot be checked, about flags that differ between runs, and
     about missing folds."""
-    free = set(POOLED_FLAGS)
-    if len(pools) > 1:
-        free.add("seed")
     warnings = []
     unchecked = [
         folder
@@ -149,22 +143,22 @@ def check_flags(pools):
         if assess.RECORDED not in run
     ]
     if unchecked:
+        which = str(unchecked[0])
+        if len(unchecked) > 1:
+            which += f" and {count(len(unchecked) - 1, 'other')}"
         warnings.append(
-            f"warning: {', '.join(map(str, unchecked))}: of an earlier version, which recorded no "
-            "fingerprint of predictions.csv, so that changes of it are not noticed"
+            f"warning: {which}: of an earlier version, which recorded no fingerprint of "
+            "predictions.csv, so that changes of it are not noticed"
         )
     flags = [read_flags(folder) for one in pools for folder in one.folders]
     flags = [each for each in flags if each]
     if len(flags) < 2:
         return warnings
 
-    first = flags[0]
-    differing = []
-    if any(each.get("split") for each in flags):
-        free |= SPLIT_FLAGS
-    for name in sorted(set().union(*flags) - free):
-        if any(each.get(name) != first.get(name) for each in flags):
-            differing.append("--" + name.replace("_", "-"))
+    free = {"fold", "data"}  # which differ between runs that are pooled
+    if len(pools) > 1:
+        free.add("seed")
+    differing = differing_flags(flags, free)
     if differing:
         warnings.append(f"warning: the runs differ in {', '.join(differing)}")
 

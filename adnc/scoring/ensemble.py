@@ -184,21 +184,31 @@ def common_ranges(ranges):
     return common
 
 
+def differing_flags(flags, free=()):
+    """{"--flag": its value in each run} of the flags in which runs differ, from their dicts of
+    flags, but those that say nothing about how models differ, and those in `free`."""
+    left_out = FREE_FLAGS | set(free)
+    if any(each.get("split") for each in flags):
+        left_out |= SPLIT_FLAGS
+    differing = {}
+    for name in sorted(set().union(*flags) - left_out):
+        values = [each.get(name) for each in flags]
+        if any(value != values[0] for value in values):
+            differing[f"--{name.replace('_', '-')}"] = values
+    return differing
+
+
 def describe_ensemble(checkpoint):
     """Lines on the members of an ensemble: their files, the flags in which they differ, and what
     is missing of a cross-validation."""
     members = checkpoint["members"]
     yield f"members: {', '.join(member['name'] for member in members)}"
     flags = [member["flags"] for member in members]
-    free = set(FREE_FLAGS)
-    if any(each["split"] for each in flags):
-        free |= SPLIT_FLAGS
+    free = set()
     if checkpoint["design"] != UNCALIBRATED:
         free.add("data")  # `find_folds` has compared the slices themselves
-    for name in flags[0]:
-        values = [str(each.get(name)) for each in flags]
-        if name not in free and len(set(values)) > 1:
-            yield f"--{name.replace('_', '-')}: {', '.join(values)}"
+    for name, values in differing_flags(flags, free).items():
+        yield f"{name}: {', '.join(map(str, values))}"
     if checkpoint["design"] != FOLDS:
         return
     numbers = [member["fold"] for member in members]
