@@ -262,6 +262,6 @@ def fingerprint(text, digits=12):
     return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:digits]
 
 
-def fingerprint_file(path, digits=12):
-    """The first hex digits of the SHA-256 of the content of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:digits]
+def fingerprint_file(path):
+    """The SHA-256 of the content of a file, in hex digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -677,7 +677,8 @@ def read_run(folder, part="test"):
         return parse_predictions(folder / "predictions.csv", scores), scores
     except (ValueError, KeyError, TypeError) as problem:
         raise InputError(
-            f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote"
+            f"{folder} cannot be read ({problem}); expected what train.py or predict.py wrote: "
+            "restore it, resume the run, or predict again"
         ) from None
 
 

@@ -733,7 +733,7 @@ def cut_inputs(inputs, *, checkpoint, flags, keep=None):
     volumes = [given for given in inputs if holds_volumes(given)]
     result = CutInputs(given for given in inputs if given not in volumes)
     if not volumes:
-        if (keep or flags) and any(map(os.path.exists, inputs)):  # else that is the error
+        if (keep or flags) and any(map(os.path.exists, inputs)):  # else `list_inputs` fails
             names = ["--keep-slices"] if keep else []
             names += [f"--{name}" for name in flags]
             raise InputError(
